@@ -1,0 +1,423 @@
+"""The dataclass is the configuration.
+
+One value, four spellings, one round trip: Python (`repr`), call form on the command line
+(``ddp(lr=3e-4, bucket_mb=8)``), TOML tables, and the JSON of checkpoints and ``summary.json``. Nothing is
+evaluated: the call form is read as a syntax tree of names and literals.
+
+* A field made by `choice("exchanges", "all-reduce")` holds one of a registry's values; its data form is a table
+  with a ``kind`` key (or the call form as a string).
+* An unknown key is a `UsageError` that names the nearest one; a wrong type names the value and the rule.
+* `assemble` merges layers (defaults, file, command line, ``--set``) and remembers where each value came from.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from functools import cache
+from typing import Any, Literal, TypeVar, Union
+
+from manyhands.core import registry
+from manyhands.core.errors import UsageError, nearest
+
+T = TypeVar("T")
+Origins = dict[str, str]
+
+
+def option(default: Any = MISSING, *, help: str, aliases: Sequence[str] = (), **more: Any) -> Any:
+    """A documented field; `aliases` are further command line names (Hugging Face's, for example)."""
+    metadata = {"help": help, "aliases": tuple(aliases), **more}
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+def choice(kind: str, default: str | None, *, help: str = "", aliases: Sequence[str] = ()) -> Any:
+    """A field that holds a value from registry `kind`; `default` in call form, None for an absent value."""
+    metadata = {"help": help, "aliases": tuple(aliases), "choice": kind}
+    if default is None:
+        return field(default=None, metadata=metadata)
+    text = default
+    return field(default_factory=lambda: from_text(kind, text), metadata=metadata)
+
+
+# ---------------------------------------------------------------------------------------------- call form
+
+
+@dataclass(frozen=True)
+class Call:
+    """``name(args, key=value)`` as data."""
+
+    name: str
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def parse(text: str, where: str = "value") -> Any:
+    """A literal, a bare word (a string) or a `Call`, read from text; nothing is evaluated.
+
+    >>> parse("ddp(lr=3e-4, bucket_mb=8)")
+    Call(name='ddp', args=(), kwargs={'lr': 0.0003, 'bucket_mb': 8})
+    >>> parse("local-sgd(h=4)").name
+    'local-sgd'
+    """
+    # registered names have hyphens; to Python's grammar they would be subtractions
+    spelled = re.sub(r"(?<=[A-Za-z])-(?=[A-Za-z])", "__hyphen__", text.strip())
+    try:
+        tree = ast.parse(spelled, mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        raise UsageError(
+            f"{where}: {text!r} cannot be read ({error.args[0]})",
+            "a value is a number, a word, a string, a [list] or a call such as name(key=value)",
+            "put quotes around text with spaces or slashes",
+        ) from None
+    return _node(tree, text, where)
+
+
+def _node(node: ast.expr, text: str, where: str) -> Any:
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name):
+        return _unhyphen(node.id)
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return tuple(_node(item, text, where) for item in node.elts)
+    if isinstance(node, ast.Dict):
+        keys = [_node(k, text, where) for k in node.keys if k is not None]
+        return dict(zip(keys, (_node(v, text, where) for v in node.values), strict=True))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+        value = _node(node.operand, text, where)
+        if isinstance(value, (int, float)):
+            return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and all(k.arg for k in node.keywords):
+        names = [str(k.arg) for k in node.keywords]
+        repeated = {n for n in names if names.count(n) > 1}
+        if not repeated:
+            return Call(
+                _unhyphen(node.func.id),
+                tuple(_node(a, text, where) for a in node.args),
+                {n: _node(k.value, text, where) for n, k in zip(names, node.keywords, strict=True)},
+            )
+    raise UsageError(
+        f"{where}: {ast.unparse(node).replace('__hyphen__', '-')!r} in {text!r} is not data",
+        "only literals, words, lists and calls with keywords are read; nothing is evaluated",
+        "write the value itself",
+    )
+
+
+def _unhyphen(name: str) -> Any:
+    words = {
+        "true": True,
+        "false": False,
+        "none": None,
+        "null": None,
+        "inf": float("inf"),
+        "nan": float("nan"),
+    }
+    word = name.replace("__hyphen__", "-")
+    return words[word.lower()] if word.lower() in words else word
+
+
+def from_text(kind: str, text: str, where: str = "value") -> Any:
+    """The value of registry `kind` that `text` spells: ``"adamw(3e-4)"``, or a `repr`."""
+    parsed = parse(text, where)
+    if isinstance(parsed, str):
+        parsed = Call(parsed)
+    if not isinstance(parsed, Call):
+        raise UsageError(
+            f"{where}: {text!r} is not one of the {kind}", "", nearest(str(text), registry.entries(kind))
+        )
+    return _build_call(kind, parsed, where)
+
+
+def _build_call(kind: str, call: Call, where: str) -> Any:
+    maker = _maker(kind, call.name, where)
+    if not isinstance(maker, type):  # a preset: a function from keywords to a value
+        return _call_preset(maker, call, where)
+    names = [f.name for f in dataclasses.fields(maker) if f.init]
+    if len(call.args) > len(names):
+        raise UsageError(
+            f"{where}: {call.name} takes at most {len(names)} values", "", "name them: key=value"
+        )
+    data = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+    return from_data(maker, data, where)
+
+
+def _call_preset(maker: Any, call: Call, where: str) -> Any:
+    import inspect
+
+    parameters = inspect.signature(maker).parameters
+    hints = _hints(maker)
+    if call.args:
+        raise UsageError(
+            f"{where}: {call.name}({', '.join(map(repr, call.args))})",
+            "a preset's parameters are named",
+            f"write {call.name}({next(iter(parameters), 'key')}=…)",
+        )
+    for key in call.kwargs:
+        if key not in parameters:
+            raise UsageError(f"{where}: {call.name} has no parameter {key!r}", "", nearest(key, parameters))
+    coerced = {k: coerce(hints.get(k, Any), v, f"{where}.{k}") for k, v in call.kwargs.items()}
+    return maker(**coerced)
+
+
+def _maker(kind: str, name: str, where: str) -> Any:
+    known = registry.entries(kind)
+    for entry_name, entry in known.items():  # a repr spells the class, not the registered name
+        if entry.target.rpartition(":")[2] == name:
+            return registry.resolve(kind, entry_name)
+    if name.lower() == "strategy" and kind == "strategies":
+        return registry.resolve_target("manyhands.strategy.base:Strategy")
+    try:
+        return registry.resolve(kind, name.lower())
+    except UsageError as error:
+        raise UsageError(f"{where}: {error.value}", error.rule, error.remedy) from None
+
+
+# -------------------------------------------------------------------------------------------------- data
+
+
+def to_data(value: Any, kind: str | None = None) -> Any:
+    """The value as plain data (tables, lists, scalars); None fields are left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        data: dict[str, Any] = {}
+        if kind is not None and kind != "strategies":
+            data["kind"] = registry.name_of(kind, type(value))
+        for f in dataclasses.fields(value):
+            item = getattr(value, f.name)
+            if f.init and item is not None:
+                data[f.name] = to_data(item, f.metadata.get("choice"))
+        return data
+    if isinstance(value, (list, tuple)):
+        return [to_data(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(k): to_data(v) for k, v in value.items()}
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise TypeError(f"{type(value).__name__} is not configuration data")
+
+
+def from_data(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
+    """The dataclass that `data` describes. Raises `UsageError` for unknown keys and wrong types."""
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    hints = _hints(cls)
+    values: dict[str, Any] = {}
+    for raw_key, item in data.items():
+        key = raw_key.replace("-", "_")
+        path = f"{where}.{key}" if where else key
+        if key not in fields:
+            raise UsageError(
+                f"unknown option {path!r}",
+                f"{where or cls.__name__.lower()} has no such key",
+                nearest(key, fields),
+            )
+        kind = fields[key].metadata.get("choice")
+        values[key] = from_choice(kind, item, path) if kind else coerce(hints[key], item, path)
+    missing = [
+        n
+        for n, f in fields.items()
+        if n not in values and f.default is MISSING and f.default_factory is MISSING
+    ]
+    if missing:
+        raise UsageError(
+            f"{where or cls.__name__}: {', '.join(missing)} is missing", "it has no default", "give it"
+        )
+    try:
+        return cls(**values)
+    except UsageError as error:
+        if where and not error.value.startswith(where):
+            raise UsageError(f"{where}: {error.value}", error.rule, error.remedy) from None
+        raise
+
+
+def from_choice(kind: str, item: Any, where: str) -> Any:
+    """A registry value from its data form: a table with ``kind``, a call form string, or the value itself."""
+    if item is None or (dataclasses.is_dataclass(item) and not isinstance(item, type)):
+        return item
+    if isinstance(item, str):
+        return None if item.lower() == "none" else from_text(kind, item, where)
+    if isinstance(item, Call):
+        return _build_call(kind, item, where)
+    if isinstance(item, Mapping):
+        table = dict(item)
+        name = table.pop("kind", None)
+        if name is None and kind == "strategies":
+            name = "strategy"
+        if name is None:
+            raise UsageError(
+                f"{where}: 'kind' is missing",
+                f"it names one of the {kind}",
+                nearest("", registry.entries(kind)),
+            )
+        if kind == "strategies" and str(name).lower() != "strategy":
+            return _build_call(kind, Call(str(name), (), table), where)
+        return from_data(_maker(kind, str(name), where), table, where)
+    raise UsageError(f"{where}: {item!r} is not one of the {kind}", "", nearest("", registry.entries(kind)))
+
+
+@cache
+def _hints(thing: Any) -> dict[str, Any]:
+    return typing.get_type_hints(thing)
+
+
+def coerce(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type, or a `UsageError` with the value and the rule. Text is parsed as data."""
+    if hint is Any or hint is object:
+        return value
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "")):
+            if type(None) in args:
+                return None
+        others = [a for a in args if a is not type(None)]
+        for i, other in enumerate(others):
+            try:
+                return coerce(other, value, where)
+            except UsageError:
+                if i == len(others) - 1:
+                    raise
+    if origin is Literal:
+        if value in args:
+            return value
+        raise UsageError(
+            f"{where}: {value!r}",
+            f"it is one of {', '.join(map(repr, args))}",
+            nearest(str(value), map(str, args)),
+        )
+    if origin in (tuple, list) or hint in (tuple, list):
+        return _coerce_sequence(args, value, where)
+    if origin in (dict, Mapping) or origin is typing.get_origin(Mapping[str, int]):
+        if isinstance(value, str):
+            value = parse(value, where)
+        if isinstance(value, Mapping):
+            return {str(k): coerce(args[1], v, f"{where}.{k}") for k, v in value.items()}
+        raise UsageError(f"{where}: {value!r}", "it is a table of key = value", "")
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, hint):
+            return value
+        if isinstance(value, Mapping):
+            return from_data(hint, value, where)
+    return _coerce_scalar(hint, value, where)
+
+
+def _coerce_sequence(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if isinstance(value, str):
+        item = args[0] if args else str
+        value = (value,) if item is str else parse(value, where)
+    if not isinstance(value, (list, tuple)):
+        value = (value,)
+    if len(args) == 2 and args[1] is Ellipsis:
+        return tuple(coerce(args[0], v, where) for v in value)
+    if args and len(value) != len(args):
+        raise UsageError(f"{where}: {value!r}", f"it has {len(args)} values", "")
+    return tuple(coerce(a, v, where) for a, v in zip(args, value, strict=True)) if args else tuple(value)
+
+
+def _coerce_scalar(hint: Any, value: Any, where: str) -> Any:
+    if hint is str:
+        if isinstance(value, str):
+            return value
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+            return value.lower() in ("true", "yes", "on", "1")
+    elif hint in (int, float):
+        number = value
+        if isinstance(value, str):
+            try:
+                number = int(value.replace("_", "")) if hint is int else float(value)
+            except ValueError:
+                number = None
+        if isinstance(number, float) and hint is int and number.is_integer():
+            number = int(number)
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            if hint is float:
+                return float(number)
+            if isinstance(number, int):
+                return number
+    rules = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
+    rule = rules.get(hint, getattr(hint, "__name__", str(hint)))
+    raise UsageError(f"{where}: {value!r}", f"it must be {rule}", "")
+
+
+# ------------------------------------------------------------------------------------------------ layers
+
+
+def assemble(cls: type[T], layers: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[T, Origins]:
+    """Merge `(origin, data)` layers, later ones winning, into one value and the origin of each key.
+
+    A layer's keys may be dotted paths (``strategy.outer.lr``); a table merges with an earlier table, anything
+    else replaces.
+    """
+    merged: dict[str, Any] = {}
+    origins: Origins = {}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    for origin, data in layers:
+        for raw, item in data.items():
+            path = raw.replace("-", "_").split(".")
+            if path[0] not in fields:
+                raise UsageError(
+                    f"unknown option {raw!r} ({origin})", "no such key", nearest(path[0], fields)
+                )
+            kind = fields[path[0]].metadata.get("choice")
+            if len(path) > 1:
+                _set_path(cls, merged, path, item, kind, raw)
+            elif isinstance(item, Mapping) and kind and "kind" not in item and path[0] in merged:
+                for key, inner in item.items():
+                    _set_path(cls, merged, [path[0], key], inner, kind, f"{raw}.{key}")
+            else:
+                merged[path[0]] = to_data(from_choice(kind, item, raw), kind) if kind else item
+                for known in [o for o in origins if o.startswith(path[0] + ".")]:
+                    del origins[known]
+            origins[".".join(path)] = origin
+    return from_data(cls, merged), origins
+
+
+def _set_path(
+    cls: type, merged: dict[str, Any], path: list[str], item: Any, kind: str | None, raw: str
+) -> None:
+    if path[0] not in merged:  # expand the default so that one of its parts can be changed
+        f = next(f for f in dataclasses.fields(cls) if f.name == path[0])
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        merged[path[0]] = to_data(default, kind)
+    table = merged[path[0]]
+    for depth, key in enumerate(path[1:-1], 1):
+        if not isinstance(table, dict) or not isinstance(table.get(key), dict):
+            here = ".".join(path[:depth])
+            known = [k for k, v in table.items() if isinstance(v, dict)] if isinstance(table, dict) else []
+            raise UsageError(f"unknown option {raw!r}", f"{here} has no part {key!r}", nearest(key, known))
+        table = table[key]
+    if not isinstance(table, dict):
+        raise UsageError(
+            f"unknown option {raw!r}", f"{'.'.join(path[:-1])} has no parts", f"set {path[0]} itself"
+        )
+    table[path[-1]] = item
+
+
+def to_toml(value: Any) -> str:
+    """The effective configuration as a TOML document that `read_toml` and `assemble` read back to an equal value."""
+    import tomli_w
+
+    return tomli_w.dumps(to_data(value))
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """A TOML file as data. Raises `UsageError` with the file, line and rule."""
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib  # type: ignore[import-not-found,no-redef]
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist", "a job is a TOML file", "check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: {error}", "a job is a TOML file", "see https://toml.io") from None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", "a job is a readable TOML file", "") from None

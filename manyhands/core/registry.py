@@ -1,0 +1,153 @@
+"""Names for things, one line each, imported only when used.
+
+A plugin is one new file and one line here. Third parties add theirs by an entry point in the group
+``manyhands.<kind>``, for example in their pyproject.toml::
+
+    [project.entry-points."manyhands.exchanges"]
+    my-codec = "my_package.codec:MyCodec"      # help: the first line of its docstring
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from manyhands.core.errors import UsageError, nearest
+
+
+class Entry(NamedTuple):
+    """One registered name.
+
+    Attributes:
+        target: ``module:attribute``, imported on first use.
+        help: one line for `manyhands list`; empty for third-party entries until asked for.
+    """
+
+    target: str
+    help: str
+
+
+REGISTRY: dict[str, dict[str, Entry]] = {
+    "strategies": {
+        "ddp": Entry("manyhands.strategy.presets:ddp", "all-reduce of gradients at every step, in buckets"),
+    },
+    "exchanges": {
+        "all-reduce": Entry(
+            "manyhands.exchange.allreduce:AllReduce", "Σ of everybody's contribution, in buckets"
+        ),
+        "ordered": Entry(
+            "manyhands.exchange.ordered:Ordered",
+            "micro-batches added in one fixed tree: bitwise the same for any workers",
+        ),
+    },
+    "cadences": {
+        "every-step": Entry("manyhands.cadence.every:EveryStep", "agree after each step"),
+    },
+    "optimizers": {
+        "sgd": Entry(
+            "manyhands.strategy.optimizers:SGD", "stochastic gradient descent, with momentum and Nesterov"
+        ),
+        "adam": Entry("manyhands.strategy.optimizers:Adam", "Adam (arXiv:1412.6980)"),
+        "adamw": Entry(
+            "manyhands.strategy.optimizers:AdamW", "Adam with decoupled weight decay (arXiv:1711.05101)"
+        ),
+        "adagrad": Entry(
+            "manyhands.strategy.optimizers:Adagrad", "per-coordinate rates from summed squares (Duchi 2011)"
+        ),
+        "rmsprop": Entry(
+            "manyhands.strategy.optimizers:RMSprop", "per-coordinate rates from a running mean square"
+        ),
+        "adafactor": Entry(
+            "manyhands.strategy.optimizers:Adafactor", "factored second moments (arXiv:1804.04235)"
+        ),
+        "muon": Entry(
+            "manyhands.strategy.optimizers:Muon",
+            "orthogonalised momentum for matrices, AdamW for the rest (Jordan 2024)",
+        ),
+    },
+    "schedules": {
+        "constant": Entry("manyhands.strategy.schedules:Constant", "warm-up, then a constant rate"),
+        "linear": Entry(
+            "manyhands.strategy.schedules:Linear", "warm-up, then down to a floor in a straight line"
+        ),
+        "cosine": Entry(
+            "manyhands.strategy.schedules:Cosine", "warm-up, then down to a floor along a half cosine"
+        ),
+        "wsd": Entry("manyhands.strategy.schedules:WSD", "warm-up, stable, then a linear decay at the end"),
+    },
+    "tasks": {
+        "pretrain": Entry("manyhands.tasks.pretrain:Pretrain", "causal language model over packed text"),
+        "classify": Entry("manyhands.tasks.classify:Classify", "one label for each text"),
+    },
+    "models": {},  # filled by manyhands.models.presets' table, see below
+    "launchers": {
+        "local": Entry("manyhands.launch.local:launch", "this machine: one process per core or GPU"),
+        "torchrun": Entry(
+            "manyhands.launch.environment:join",
+            "join as one worker where RANK and WORLD_SIZE are set (torchrun, others)",
+        ),
+    },
+    "sinks": {
+        "tensorboard": Entry(
+            "manyhands.train.sinks:TensorBoard", "scalars for TensorBoard under OUTPUT/tensorboard (extra)"
+        ),
+    },
+}
+
+
+@lru_cache
+def entries(kind: str) -> dict[str, Entry]:
+    """All names of a kind: ours, then third parties'. Ours cannot be overridden."""
+    if kind not in REGISTRY:
+        raise UsageError(f"{kind!r} is not a kind of thing", "", nearest(kind, REGISTRY))
+    found = dict(REGISTRY[kind])
+    for point in importlib.metadata.entry_points(group=f"manyhands.{kind}"):
+        if point.name in REGISTRY[kind]:
+            raise UsageError(
+                f"entry point {point.name!r} ({point.value}) takes a built-in name of {kind}",
+                "names are unique",
+                "uninstall that package or rename its entry point",
+            )
+        found[point.name] = Entry(point.value, "")
+    return found
+
+
+def resolve(kind: str, name: str) -> Any:
+    """The thing itself: imports its module. Raises `UsageError` naming the nearest match."""
+    known = entries(kind)
+    key = name.replace("_", "-")
+    if key not in known:
+        raise UsageError(f"{name!r} is not among the {kind}", "", nearest(key, known))
+    return resolve_target(known[key].target)
+
+
+def resolve_target(target: str) -> Any:
+    """What ``module:attribute`` names; imports the module."""
+    module, _, attribute = target.partition(":")
+    thing: Any = importlib.import_module(module)
+    for part in attribute.split("."):
+        thing = getattr(thing, part)
+    return thing
+
+
+def name_of(kind: str, thing: type) -> str:
+    """The registered name of a class (the inverse of `resolve`)."""
+    target = f"{thing.__module__}:{thing.__qualname__}"
+    for name, entry in entries(kind).items():
+        if entry.target == target:
+            return name
+    raise UsageError(
+        f"{target} is not registered among the {kind}",
+        "a value that is to be written to a configuration needs a name",
+        f"register it by an entry point in the group 'manyhands.{kind}'",
+    )
+
+
+def help_of(kind: str, name: str) -> str:
+    """One line of help; a third party's comes from its docstring, a module:function's from itself."""
+    entry = entries(kind)[name]
+    if entry.help:
+        return entry.help
+    return (resolve(kind, name).__doc__ or "").strip().split("\n")[0]

@@ -1,0 +1,42 @@
+"""Randomness as a function of where we are, never of who we are.
+
+`key(seed, step, place)` mixes integers into 64 bits with the finalizer of SplitMix64 (Steele, Lea, Flood 2014),
+so that neighbouring steps and places give unrelated streams.
+"""
+
+from __future__ import annotations
+
+_MASK = (1 << 64) - 1
+
+
+def mix(x: int) -> int:
+    """SplitMix64's finalizer: a bijection of 64-bit integers.
+
+    >>> mix(1) != mix(2)
+    True
+    """
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def key(*parts: int) -> int:
+    """A 64-bit key of a path of integers, for example ``key(seed, step, place)``.
+
+    >>> key(0, 1, 2) == key(0, 1, 2)
+    True
+    >>> key(0, 1, 2) == key(0, 2, 1)
+    False
+    """
+    state = 0
+    for part in parts:
+        state = mix(state ^ (part & _MASK))
+    return state
+
+
+def seed_torch(*parts: int) -> None:
+    """Seed torch's generators (CPU and every GPU) from `key(*parts)`."""
+    import torch
+
+    torch.manual_seed(key(*parts) >> 1)

@@ -1,0 +1,134 @@
+"""The protocols that hold the house together. Types only: nothing here runs."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from manyhands.core.request import Request
+
+    Batch = Mapping[str, Tensor]
+    Tensors = Sequence[Tensor]
+
+
+class Agreed(NamedTuple):
+    """What a finished conversation leaves.
+
+    Attributes:
+        mean: identical on every replica: Σ of the contributions, which come already weighted.
+        sent: my own contribution, as the others decoded it.
+        state: carried to my next round: a pytree of tensors, checkpointed and resharded.
+    """
+
+    mean: Tensors
+    sent: Tensors
+    state: Any
+
+
+if TYPE_CHECKING:
+    Talk = Generator[Request, Any, Agreed]
+
+
+@runtime_checkable
+class Exchange(Protocol):
+    """What the replicas say to each other. A frozen value; all state is passed in and returned."""
+
+    def init(self, like: Tensors) -> Any:
+        """The state before the first round, for contributions shaped like `like`."""
+        ...
+
+    def talk(self, delta: Tensors, state: Any) -> Talk:
+        """One conversation: yields requests, is sent the replies, returns `Agreed`. Touches no parameter."""
+        ...
+
+
+class Handle(Protocol):
+    """A request on its way."""
+
+    def wait(self) -> Any:
+        """The reply. Raises `PeerLost`."""
+        ...
+
+
+class Wire(Protocol):
+    """How requests travel: a process group, shared memory, a loop in one process."""
+
+    rank: int
+    size: int
+
+    def begin(self, request: Request) -> Handle: ...
+
+    def buffer(self, numel: int, dtype: Any) -> Tensor:
+        """A zeroed flat tensor placed where this wire sends from without a copy."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Cadence(Protocol):
+    """When the replicas speak."""
+
+    def due(self, step: int) -> bool:
+        """Whether the exchange takes place after `step` (counted from 1)."""
+        ...
+
+
+class Summed(NamedTuple):
+    """A loss as a sum and a count, never a mean (promise 2).
+
+    Attributes:
+        loss_sum: Σ of the loss over the valid targets; a scalar tensor with a graph.
+        count: how many valid targets that was.
+    """
+
+    loss_sum: Tensor
+    count: int | Tensor
+
+
+class Rows(Protocol):
+    """A map-style set of training rows, read by whoever needs them (rank-local, memory-mapped)."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Rows `ids` as one batch: tensors whose first dimension is ``len(ids)``."""
+        ...
+
+    @property
+    def bytes_per_target(self) -> float:
+        """UTF-8 bytes of text per target token, for bits per byte."""
+        ...
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What is learnt: how a batch becomes a loss, and how predictions are scored."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Summed:
+        """The training loss of one batch, as a sum and a count."""
+        ...
+
+    def score(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Additive float64 scores of one batch (sums, counts, confusion counts): Σ over batches and workers."""
+        ...
+
+    def metrics(self, totals: Mapping[str, Tensor], *, bytes_per_target: float) -> dict[str, float]:
+        """Figures from the summed scores: exact over any split."""
+        ...
+
+
+class Sink(Protocol):
+    """Somewhere that events go: terminal, file, TensorBoard."""
+
+    def __call__(self, event: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+Ids = Iterable[int]

@@ -1,0 +1,104 @@
+"""From a job to running workers: join where a launcher's variables are set, else start them here."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from manyhands.core import config, hardware
+from manyhands.core.environment import read_env
+from manyhands.core.errors import CheckpointError, UsageError
+from manyhands.train.job import Job
+from manyhands.train.worker import Order
+
+Layer = tuple[str, Mapping[str, Any]]
+ENTRY = "manyhands.train.worker:main"
+
+
+def workers_of(job: Job) -> int:
+    """How many workers the job will have."""
+    env = read_env()
+    if env.launcher != "none":
+        return env.world_size
+    if job.workers is not None:
+        return job.workers
+    if job.shares is not None:
+        return len(job.shares)
+    return (hardware.gpu_count() if job.device != "cpu" else 0) or hardware.core_count()
+
+
+def start(job: Job, origins: Mapping[str, str]) -> int:
+    """Run the job; returns the exit code."""
+    return begin(ENTRY, Order(job, dict(origins), time.time()).to_json(), job)
+
+
+def begin(entry: str, argument: str, job: Job) -> int:
+    """Run `entry` on the job's workers: in this process under another launcher, else in new ones here."""
+    env = read_env()
+    if env.launcher != "none":
+        if job.workers is not None and job.workers != env.world_size:
+            raise UsageError(
+                f"workers = {job.workers}, but {env.launcher} started {env.world_size}",
+                "the launcher decides how many workers there are",
+                "leave out --workers",
+            )
+        from manyhands.launch.environment import join
+
+        return join(entry, argument)
+    from manyhands.launch.local import launch
+
+    return launch(
+        entry, argument, workers=workers_of(job), output=Path(job.output), threads=1 if job.reproducible else job.threads
+    )
+
+
+def resumed_layer(layers: Sequence[Layer]) -> list[Layer]:
+    """The configuration of the run that `resume` names, as the lowest layer: a resumed job needs no other option."""
+    resume = next((data["resume"] for _, data in reversed(layers) if data.get("resume")), None)
+    if resume is None:
+        return []
+    path = Path(str(resume))
+    output = path.parent if path.name.startswith("checkpoint-") else path
+    try:
+        data = config.read_toml(str(output / "config.toml"))
+    except UsageError:
+        raise CheckpointError(
+            f"{resume} is not a run of manyhands",
+            "a run's directory holds config.toml and checkpoint-N",
+            "give --resume the --output of an earlier run",
+        ) from None
+    data.pop("workers", None)  # another number of workers is welcome
+    data.pop("shares", None)
+    data["output"] = str(output)
+    return [(f"{output}/config.toml", data)]
+
+
+def run(job: Job | Mapping[str, Any] | None = None, /, **options: Any) -> dict[str, Any]:
+    """Run a whole training job, as `manyhands train` does, and return its summary.
+
+    Args:
+        job: a `Job`, or its data form; further keyword options override it: ``run(data="corpus/*.txt", steps=100)``.
+
+    Returns:
+        What ``OUTPUT/summary.json`` holds.
+
+    Raises:
+        ManyhandsError: with the message that the command line would print.
+    """
+    from manyhands.core.errors import WorkerFailed
+
+    layers: list[Layer] = []
+    if job is not None:
+        layers.append(("job", config.to_data(job) if isinstance(job, Job) else job))
+    layers += [(name, {name: value}) for name, value in options.items()]
+    made, origins = config.assemble(Job, [*resumed_layer(layers), *layers])
+    code = start(made, origins)
+    if code != 0:
+        raise WorkerFailed(
+            f"the job ended with exit code {code}", "0 is success", f"see the first failure above and {made.output}/logs"
+        )
+    summary: dict[str, Any] = json.loads((Path(made.output) / "summary.json").read_text())
+    return summary

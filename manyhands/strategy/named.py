@@ -1,0 +1,135 @@
+"""PyTorch's optimizers behind names: state that depends on neither world size nor parameter order.
+
+One `NamedOptimizer` may hold several PyTorch optimizers (Muon for matrices, AdamW for the rest). Its state is
+a flat table ``"<parameter name>.<state key>" -> tensor``, which goes into a safetensors file as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from manyhands.core.errors import CheckpointError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    Named = Sequence[tuple[str, nn.Parameter]]
+    Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """One PyTorch optimizer and what it keeps.
+
+    Attributes:
+        optimizer: over `named`'s parameters.
+        named: the parameters it serves.
+        keeps: the state of a parameter that was stepped: key -> shape.
+    """
+
+    optimizer: torch.optim.Optimizer
+    named: Named
+    keeps: Callable[[nn.Parameter], Shapes]
+
+
+class NamedOptimizer:
+    """Steps its sections as one optimizer.
+
+    A parameter whose gradient is None is left as it is, its state too (PyTorch's rule).
+
+    Attributes:
+        param_groups: of all sections; each ``lr`` is the rate of the next step.
+    """
+
+    def __init__(self, sections: Sequence[Section]) -> None:
+        self.sections = tuple(sections)
+        self.param_groups: list[dict[str, Any]] = [g for s in self.sections for g in s.optimizer.param_groups]
+        self._rates = [float(g["lr"]) for g in self.param_groups]
+
+    def set_lr(self, factor: float) -> None:
+        """Use `factor` times the rate given at the start, for all groups."""
+        for group, rate in zip(self.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+
+    def step(self) -> None:
+        """One update from the parameters' gradients."""
+        for section in self.sections:
+            section.optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for section in self.sections:
+            section.optimizer.zero_grad(set_to_none=True)
+
+    def state_by_name(self) -> dict[str, Tensor]:
+        """The state, in order of names. The tensors are the optimizer's own: copy them before a step."""
+        found: dict[str, Tensor] = {}
+        for section in self.sections:
+            for name, param in section.named:
+                for key, value in section.optimizer.state.get(param, {}).items():
+                    if value is not None:
+                        found[f"{name}.{key}"] = value.detach()
+        return dict(sorted(found.items()))
+
+    def load_state_by_name(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a copy of what `state_by_name` gave, from any device; rates and options stay.
+
+        Raises:
+            CheckpointError: a parameter is unknown, or its state is of another optimizer or shape.
+        """
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for full_name, tensor in state.items():
+            name, _, key = full_name.rpartition(".")
+            by_name.setdefault(name, {})[key] = tensor
+        known = [name for section in self.sections for name, _ in section.named]
+        for name in sorted(set(by_name) - set(known)):
+            raise CheckpointError(
+                f"optimizer state of {name!r}",
+                "the model has no such trainable parameter",
+                nearest(name, known),
+            )
+        for section in self.sections:
+            self._load(section, by_name)
+
+    def _load(self, section: Section, by_name: Mapping[str, Mapping[str, Tensor]]) -> None:
+        optimizer = section.optimizer
+        names = {param: name for name, param in section.named}
+        packed = optimizer.state_dict()  # the order of parameters is the groups'
+        order = [param for group in optimizer.param_groups for param in group["params"]]
+        loaded: dict[int, dict[str, Tensor]] = {}
+        for index, param in enumerate(order):
+            name = names[param]
+            if name in by_name:
+                _check(name, by_name[name], section.keeps(param))
+                loaded[index] = {key: tensor.detach().clone() for key, tensor in by_name[name].items()}
+            elif index in packed["state"]:
+                loaded[index] = packed["state"][index]
+        # PyTorch's own loader puts each entry on the right device and type
+        optimizer.load_state_dict({"state": loaded, "param_groups": packed["param_groups"]})
+
+
+def _check(name: str, given: Mapping[str, Tensor], wanted: Shapes) -> None:
+    if set(given) != set(wanted):
+        raise CheckpointError(
+            f"optimizer state of {name!r} holds {', '.join(sorted(given))}",
+            f"this optimizer keeps {', '.join(sorted(wanted)) or 'nothing'}",
+            "continue with the optimizer (and options such as momentum) of the checkpoint",
+        )
+    for key, tensor in given.items():
+        if tuple(tensor.shape) != tuple(wanted[key]):
+            raise CheckpointError(
+                f"optimizer state {name}.{key} has shape {list(tensor.shape)}",
+                f"for this parameter it is {list(wanted[key])}",
+                "continue with the model of the checkpoint",
+            )
+
+
+def decay_groups(named: Named, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups in which only parameters of two dimensions or more decay; norms and biases do not (nanoGPT)."""
+    matrices = [p for _, p in named if p.dim() >= 2]
+    vectors = [p for _, p in named if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]

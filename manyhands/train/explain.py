@@ -1,0 +1,106 @@
+"""The plan in words: what, value, and where the value came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from manyhands.train.plan import shares_in_words
+
+if TYPE_CHECKING:
+    from manyhands.train.job import Job
+    from manyhands.train.material import Material
+    from manyhands.train.plan import Facts, Plan
+    from manyhands.wire.world import World
+
+Row = tuple[str, str, str]
+
+
+def explain(
+    job: Job,
+    origins: Mapping[str, str],
+    material: Material,
+    facts: Facts,
+    plan: Plan,
+    world: World,
+    allocator: str,
+) -> list[Row]:
+    """Rows (what, value, origin and reason) for the table before the start."""
+
+    def origin(name: str, reason: str = "") -> str:
+        given = sorted({where for key, where in origins.items() if key == name or key.startswith(name + ".")})
+        words = ", ".join(given) or ("derived" if reason else "default")
+        return f"{words}: {reason}" if reason and reason != "given" else words
+
+    held = len(material.evaluation) if material.evaluation is not None else 0
+    model = job.model if job.model != "auto" else material.default_model
+    skipped = f", {material.skipped:,} broken rows skipped" if material.skipped else ""
+    target = plan.steps * job.global_batch * material.targets_per_row
+    kind = {"solo": "one worker", "shared memory": "shared memory", "nccl": "NCCL", "gloo": "gloo"}[
+        world.kind
+    ]
+    per_worker = f"{facts.threads} thread{'s' if facts.threads > 1 else ''} each"
+    rows: list[Row] = [
+        ("task", repr(job.task), origin("task")),
+        (
+            "data",
+            f"{', '.join(job.data)}: {material.documents:,} documents, {material.tokens:,} tokens{skipped}",
+            origin("data"),
+        ),
+        (
+            "held out",
+            f"{held:,} of {held + len(material.train):,} rows" if held else "nothing",
+            origin("eval_data" if job.eval_data else "eval_fraction"),
+        ),
+        ("tokenizer", f"{material.tokenizer_spec}, {material.vocab_size:,} tokens", origin("tokenizer")),
+        ("model", f"{model}, {facts.parameters:,} parameters", origin("model")),
+        (
+            "workers",
+            f"{world.size} on {', '.join(facts.hosts)}, {facts.device_name}, {per_worker}",
+            origin("workers"),
+        ),
+        ("strategy", _strategy_in_words(job), origin("strategy")),
+        (
+            "transport",
+            kind,
+            origin("transport", "all workers are CPUs of one host" if world.kind == "shared memory" else ""),
+        ),
+        ("global batch", f"{job.global_batch} rows × {job.seq_len} tokens", origin("global_batch")),
+        ("who computes what", shares_in_words(job, plan, world.size), origin("shares")),
+        (
+            "micro-batch",
+            f"{plan.micro_batch} row{'s' if plan.micro_batch > 1 else ''}",
+            origin("micro_batch", plan.reasons["micro_batch"]),
+        ),
+    ]
+    if plan.coalesce:
+        rows.append(
+            (
+                "forward pass",
+                f"up to {plan.device_batch} rows",
+                origin("device_batch", plan.reasons["device_batch"]),
+            )
+        )
+    rows += [
+        (
+            "length",
+            f"{plan.steps:,} steps, {target:,} targets",
+            origin("steps" if job.epochs is None else "epochs", plan.reasons["steps"]),
+        ),
+        ("precision", plan.precision, origin("precision", plan.reasons["precision"])),
+        ("compile", "yes" if plan.compile else "no", origin("compile", plan.reasons["compile"])),
+        ("reproducible", "bitwise, for any number of workers", origin("reproducible"))
+        if job.reproducible
+        else ("", "", ""),
+        ("allocator", allocator, "derived"),
+        ("seed", str(job.seed), origin("seed")),
+        ("output", job.output, origin("output")),
+    ]
+    return [row for row in rows if row[0]]
+
+
+def _strategy_in_words(job: Job) -> str:
+    strategy = job.strategy
+    name = type(strategy.exchange).__name__ if not job.reproducible else "Ordered"
+    outer = strategy.outer
+    return f"{type(strategy.cadence).__name__}, {name}, {type(outer).__name__}(lr={outer.lr:g}), {outer.schedule!r}"

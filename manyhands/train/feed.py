@@ -1,0 +1,87 @@
+"""Rows -> my part of each global batch.
+
+The global batch of a step is a pure function of (seed, step): `Order` says which rows, `micro_batch` cuts it into
+places, `divide` gives each worker a contiguous range of places. Where nothing in a forward pass is random, a worker
+runs several of its micro-batches in one forward pass of at most `device_batch` rows (`coalesce`): the result is the
+same sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from manyhands.data.partition import divide
+from manyhands.data.sample import Order, places
+from manyhands.train.replica import Part
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from manyhands.core.types import Rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feed:
+    """Reads this worker's part of any step in O(1).
+
+    Args:
+        rows: where rows come from.
+        order: which rows make which global batch.
+        rank: this worker; `weights` has one relative share per worker.
+        micro_batch: rows of a micro-batch.
+        device_batch: most rows in one forward pass when `coalesce`.
+        coalesce: whether several micro-batches may share a forward pass.
+        device: where batches go.
+        seed: of the random numbers of forward passes.
+    """
+
+    rows: Rows
+    order: Order
+    rank: int
+    weights: Sequence[float]
+    micro_batch: int
+    device_batch: int
+    coalesce: bool
+    device: torch.device
+    seed: int
+
+    def part(self, step: int) -> Part:
+        """My micro-batches of step `step` (from 0)."""
+        ids = self.order.ids(step)
+        cuts = places(len(ids), self.micro_batch)
+        mine = divide(len(cuts), self.weights)[self.rank]
+        batches = [(first, self._batch(ids[begin:end])) for first, begin, end in self._passes(cuts, mine)]
+        return Part(step, batches, len(cuts), len(ids), self.seed)
+
+    def _passes(self, cuts: Sequence[range], mine: range) -> list[tuple[int, int, int]]:
+        """(first place, begin row, end row) of each forward pass."""
+        passes: list[tuple[int, int, int]] = []
+        for place in mine:
+            begin, end = cuts[place].start, cuts[place].stop
+            if self.coalesce and passes and end - passes[-1][1] <= self.device_batch:
+                first, start, _ = passes[-1]
+                passes[-1] = (first, start, end)
+            else:
+                passes.append((place, begin, end))
+        return passes
+
+    def _batch(self, ids: NDArray[np.int64]) -> dict[str, Any]:
+        batch = self.rows.take(ids)
+        if self.device.type == "cpu":
+            return batch
+        return {
+            name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in batch.items()
+        }
+
+
+def unit_rows(global_batch: int, *, one_pass: bool) -> int:
+    """Rows of a micro-batch where the user gave none; never depends on the number of workers (promise 1).
+
+    One row where forward passes may hold several micro-batches; where each has a pass of its own (dropout, or
+    the fixed order), an eighth of the global batch, so that few workers are not held up by tiny passes.
+    """
+    return 1 if one_pass else max(1, global_batch // 8)

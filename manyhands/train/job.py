@@ -1,0 +1,217 @@
+"""A training job as one value: what TOML files, the command line, Python and checkpoints say.
+
+Every field is an option of `manyhands train` (``--global-batch 64``), a key of the TOML file and an attribute here.
+`check` refuses options that would be ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from manyhands.core.config import choice, option
+from manyhands.core.errors import UsageError
+from manyhands.core.types import Task
+from manyhands.strategy.base import Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """See each field's help; `None` means: derived, and shown with its reason before the start."""
+
+    # what is learnt, from what
+    task: Task = choice("tasks", "pretrain", help="pretrain, or classify(text=COLUMN, label=COLUMN)")
+    data: tuple[str, ...] = option(
+        ("stdlib",),
+        help="files, globs, directories, fsspec URLs, hf:PATH; 'stdlib' is the Python library's sources; repeatable",
+        aliases=("train_file", "dataset_name"),
+    )
+    eval_data: tuple[str, ...] = option(
+        (),
+        help="held-out data in the same forms; none: --eval-fraction of --data",
+        aliases=("validation_file",),
+    )
+    eval_fraction: float = option(
+        0.05, help="share of the rows held out where --eval-data is not given; 0: no evaluation"
+    )
+    format: str = option("auto", help="text, jsonl, json, csv, tsv, parquet or arrow; auto: by the file name")
+    encoding: str = option("utf-8", help="character encoding of text files")
+    document: Literal["file", "line"] = option("file", help="what one document of a plain text file is")
+    on_error: Literal["skip", "fail"] = option("skip", help="broken rows are skipped and counted, or fatal")
+    # model
+    model: str = option(
+        "auto",
+        help="a preset (manyhands list models), with changes as in gpt2-nano(n_layer=4); a from_pretrained directory; "
+        "config:FILE.json; module:function",
+        aliases=("model_name_or_path",),
+    )
+    tokenizer: str = option(
+        "auto", help="byte, char, word:N, bpe:N, or a tokenizer directory", aliases=("tokenizer_name",)
+    )
+    seq_len: int = option(
+        256,
+        help="tokens in a row; texts are cut there",
+        aliases=("block_size", "max_seq_length", "max_length"),
+    )
+    # how the workers agree, and on how much
+    strategy: Strategy = choice(
+        "strategies", "ddp", help="a preset with parameters, as in ddp(lr=3e-4, bucket_mb=8)"
+    )
+    reproducible: bool = option(
+        False, help="the same bits for any number of workers (slower; see docs/methods)"
+    )
+    global_batch: int = option(
+        16, help="rows in one optimizer step, over all workers", aliases=("total_batch_size",)
+    )
+    micro_batch: int | None = option(
+        None, help="rows in the unit of ownership, of randomness and of the fixed order"
+    )
+    device_batch: int | None = option(
+        None, help="most rows in one forward pass", aliases=("per_device_train_batch_size",)
+    )
+    shares: tuple[float, ...] | None = option(
+        None, help="relative share of each worker, as in 2,1; none: equal"
+    )
+    steps: int | None = option(None, help="optimizer steps; none: --epochs", aliases=("max_steps",))
+    epochs: float | None = option(
+        None, help="passes over the data; none: 1, or --steps", aliases=("num_train_epochs",)
+    )
+    max_grad_norm: float = option(1.0, help="clip the global gradient norm to this; 0: never")
+    seed: int = option(0, help="of the order, the initial model and every random number")
+    # on what
+    workers: int | None = option(None, help="processes on this machine; none: one per core or GPU")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", help="where the model lives")
+    threads: int | None = option(None, help="threads of each worker; none: the cores divided among them")
+    transport: Literal["auto", "shared", "group"] = option(
+        "auto", help="shared memory, or a gloo/NCCL process group"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = option(
+        "auto",
+        help="of forward and backward (parameters stay float32); auto: bf16 where the device has units for it",
+    )
+    compile: Literal["auto", "on", "off"] = option(
+        "auto", help="torch.compile the model", aliases=("torch_compile",)
+    )
+    gradient_checkpointing: bool = option(
+        False, help="recompute activations in backward: less memory, a third slower"
+    )
+    # when
+    log_every: int | None = option(
+        None, help="steps between log lines; none: about every two seconds", aliases=("logging_steps",)
+    )
+    eval_every: int | None = option(
+        None, help="steps between evaluations; none: at the end", aliases=("eval_steps",)
+    )
+    save_every: int | None = option(
+        None,
+        help="steps between checkpoints; none: every ten minutes and at the end",
+        aliases=("save_steps",),
+    )
+    check_every: int = option(
+        100, help="steps between comparisons of all replicas' fingerprints; 0: only at checkpoints"
+    )
+    keep: int = option(3, help="checkpoints to keep", aliases=("save_total_limit",))
+    # where
+    output: str = option(
+        "output", help="directory of checkpoints, metrics, logs and summary", aliases=("output_dir",)
+    )
+    cache: str | None = option(None, help="directory of prepared data; none: the user's cache directory")
+    resume: str | None = option(
+        None, help="continue from this checkpoint or output directory", aliases=("resume_from_checkpoint",)
+    )
+    report_to: tuple[str, ...] = option((), help="further sinks: tensorboard")
+    prompt: str | None = option(
+        None, help="what the sampled continuation at the end starts with; '' samples none"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch", "seq_len", "keep"):
+            _at_least(name, getattr(self, name), 1)
+        for name in (
+            "micro_batch",
+            "device_batch",
+            "steps",
+            "workers",
+            "threads",
+            "log_every",
+            "eval_every",
+            "save_every",
+        ):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        _at_least("check_every", self.check_every, 0)
+        if not 0 <= self.eval_fraction < 1:
+            raise UsageError(
+                f"eval_fraction = {self.eval_fraction}", "it is a share of the rows", "give 0 <= x < 1"
+            )
+        if self.max_grad_norm < 0:
+            raise UsageError(
+                f"max_grad_norm = {self.max_grad_norm}", "a norm is not negative", "0 switches clipping off"
+            )
+        if self.epochs is not None and not self.epochs > 0:
+            raise UsageError(
+                f"epochs = {self.epochs}", "training passes over some of the data", "give a positive number"
+            )
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError("steps and epochs are both given", "the length is said once", "leave one out")
+        if not self.data:
+            raise UsageError(
+                "data is empty",
+                "training needs text",
+                "give --data, or leave it out for the stdlib's sources",
+            )
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        if self.reproducible and self.device == "cuda":
+            raise UsageError(
+                "reproducible = true with device = 'cuda'",
+                "the bitwise promise is made for CPU kernels, whose order of additions is fixed",
+                "use --device cpu, or leave out --reproducible",
+            )
+        if self.reproducible and self.compile == "on":
+            raise UsageError(
+                "reproducible = true with compile = 'on'",
+                "compiled kernels are chosen per shape and machine",
+                "leave out --compile on",
+            )
+        if self.reproducible and self.device_batch is not None:
+            raise UsageError(
+                "reproducible = true with device_batch",
+                "each forward pass holds exactly one micro-batch then",
+                "use --micro-batch",
+            )
+        if self.micro_batch is not None and self.micro_batch > self.global_batch:
+            raise UsageError(
+                f"micro_batch = {self.micro_batch} with global_batch = {self.global_batch}",
+                "a micro-batch is a part of the global batch",
+                f"give micro_batch <= {self.global_batch}",
+            )
+        if self.shares is not None:
+            if self.workers is not None and len(self.shares) != self.workers:
+                raise UsageError(
+                    f"shares = {list(self.shares)} for {self.workers} workers",
+                    "each worker has one share",
+                    "give as many",
+                )
+            if min(self.shares) < 0 or sum(self.shares) <= 0:
+                raise UsageError(
+                    f"shares = {list(self.shares)}", "shares are not negative and not all zero", ""
+                )
+        if self.eval_data and self.eval_fraction not in (0.05, 0.0):
+            raise UsageError(
+                f"eval_fraction = {self.eval_fraction} with eval_data",
+                "held-out rows come from one of them",
+                "leave out --eval-fraction",
+            )
+
+    @property
+    def task_name(self) -> str:
+        from manyhands.core.registry import name_of
+
+        return name_of("tasks", type(self.task))
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UsageError(f"{name} = {value}", f"it is at least {least}", f"give {name} >= {least}")

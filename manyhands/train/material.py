@@ -1,0 +1,201 @@
+"""What a job is made from: prepared rows to train and score on, vocabulary, labels."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from manyhands.core import rng
+from manyhands.core.errors import DataError, UsageError
+from manyhands.core.events import Emit, ignore
+
+if TYPE_CHECKING:
+    from manyhands.core.types import Rows
+    from manyhands.data.prepare import Prepared
+    from manyhands.data.source import DataSpec
+    from manyhands.train.job import Job
+    from manyhands.wire.world import World
+
+HOLD_OUT = 0x40  # stream of random numbers that picks held-out labelled rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """Rows and what is known of them.
+
+    Attributes:
+        train, evaluation: rows; no evaluation where nothing is held out.
+        identity: changes when the rows change.
+        targets_per_row: targets of a full row.
+    """
+
+    train: Rows
+    evaluation: Rows | None
+    tokenizer: Path
+    tokenizer_spec: str
+    vocab_size: int
+    labels: Sequence[str] | None
+    identity: str
+    default_model: str
+    default_prompt: str
+    targets_per_row: int
+    documents: int
+    tokens: int
+    text_bytes: int
+    skipped: int
+
+    @property
+    def n_labels(self) -> int | None:
+        return len(self.labels) if self.labels is not None else None
+
+
+def cache_directory(job: Job) -> Path:
+    """Where prepared data lives: --cache, else $MANYHANDS_CACHE, else the user's cache directory."""
+    if job.cache is not None:
+        return Path(job.cache)
+    if os.environ.get("MANYHANDS_CACHE"):
+        return Path(os.environ["MANYHANDS_CACHE"]) / "prepared"
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "manyhands" / "prepared"
+
+
+def data_spec(job: Job, data: Sequence[str], tokenizer: str) -> DataSpec:
+    """The data options of a job as the data floor's value."""
+    from manyhands.data.source import DataSpec
+
+    label = getattr(job.task, "label", None)
+    return DataSpec(
+        data=tuple(data),
+        format=job.format,
+        encoding=job.encoding,
+        document=job.document,
+        text=getattr(job.task, "text", "text"),
+        label=label,
+        tokenizer=tokenizer,
+        on_error=job.on_error,
+    )
+
+
+def tokenizer_for(job: Job) -> str:
+    """The tokenizer to use: as given; a pretrained model's own; else what fits the task."""
+    if job.tokenizer != "auto":
+        return job.tokenizer
+    if (Path(job.model) / "config.json").is_file():
+        if any((Path(job.model) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+            return job.model
+        raise UsageError(
+            f"model {job.model!r} brings no tokenizer",
+            "a pretrained model needs the tokens it was trained on",
+            "give --tokenizer DIRECTORY",
+        )
+    return "bpe:4096" if job.task_name == "pretrain" else "word:10000"
+
+
+def prepare_job(job: Job, *, processes: int, emit: Emit = ignore) -> tuple[Prepared, Prepared | None]:
+    """Prepare the job's training and (if given) evaluation data, or find them prepared."""
+    from manyhands.data.prepare import prepare
+
+    cache = cache_directory(job)
+    spec = tokenizer_for(job)
+    train = prepare(data_spec(job, job.data, spec), cache=cache, processes=processes, emit=emit)
+    held_out = None
+    if job.eval_data:
+        held_out = prepare(
+            data_spec(job, job.eval_data, str(train.tokenizer)), cache=cache, processes=processes, emit=emit
+        )
+    return train, held_out
+
+
+def gather_material(job: Job, world: World, emit: Emit) -> Material:
+    """Prepare together (every worker takes part; see `manyhands.data.prepare`) and cut rows."""
+    train, held_out = prepare_job(job, processes=1, emit=emit if world.rank == 0 else ignore)
+    if job.task_name == "pretrain":
+        rows, evaluation = _text_rows(job, train, held_out)
+    else:
+        rows, evaluation = _labelled_rows(job, train, held_out)
+    if len(rows) == 0:
+        raise DataError(
+            f"{', '.join(job.data)} holds {train.tokens} tokens, which leaves no row to train on",
+            f"a row has {job.seq_len} tokens",
+            "give more text, a smaller --seq-len or a smaller --eval-fraction",
+        )
+    identity = hashlib.sha256(
+        f"{train.identity}/{held_out.identity if held_out else ''}".encode()
+    ).hexdigest()
+    pretrain = job.task_name == "pretrain"
+    return Material(
+        train=rows,
+        evaluation=evaluation,
+        tokenizer=train.tokenizer,
+        tokenizer_spec=tokenizer_for(job),
+        vocab_size=train.vocab_size,
+        labels=train.labels,
+        identity=identity,
+        default_model="gpt2-micro" if pretrain else "tutorial",
+        default_prompt="def " if job.data == ("stdlib",) else "\n",
+        targets_per_row=job.seq_len if pretrain else 1,
+        documents=train.documents,
+        tokens=train.tokens,
+        text_bytes=train.text_bytes,
+        skipped=sum(train.skipped.values()),
+    )
+
+
+def _text_rows(job: Job, train: Prepared, held_out: Prepared | None) -> tuple[Rows, Rows | None]:
+    from manyhands.data.rows import TokenRows
+
+    whole = TokenRows(train, job.seq_len)
+    if held_out is not None:
+        return whole, TokenRows(held_out, job.seq_len)
+    held = round(len(whole) * job.eval_fraction)
+    if job.eval_fraction > 0 and len(whole) > 1:
+        held = max(1, held)
+    if held == 0:
+        return whole, None
+    cut = len(whole) - held
+    return TokenRows(train, job.seq_len, range(cut)), TokenRows(train, job.seq_len, range(cut, len(whole)))
+
+
+def _labelled_rows(job: Job, train: Prepared, held_out: Prepared | None) -> tuple[Rows, Rows | None]:
+    from manyhands.data.permute import Permutation
+    from manyhands.data.rows import LabelledRows
+
+    every = np.arange(train.rows, dtype=np.int64)
+    if held_out is not None:
+        known = list(train.labels or ())
+        unknown = [name for name in held_out.labels or () if name not in known]
+        if unknown:
+            raise DataError(
+                f"{', '.join(job.eval_data)} has labels {unknown[:3]} that {', '.join(job.data)} has not",
+                "a class that was never shown cannot be predicted",
+                "correct the label column, or add examples",
+            )
+        return (
+            LabelledRows(train, job.seq_len, every),
+            LabelledRows(held_out, job.seq_len, np.arange(held_out.rows, dtype=np.int64), labels=known),
+        )
+    held = round(len(every) * job.eval_fraction)
+    if job.eval_fraction > 0 and len(every) > 1:
+        held = max(1, held)
+    shuffled = Permutation(len(every), rng.key(job.seed, HOLD_OUT), 0).take(every)
+    first, rest = np.sort(shuffled[:held]), np.sort(shuffled[held:])
+    return LabelledRows(train, job.seq_len, rest), LabelledRows(train, job.seq_len, first) if held else None
+
+
+def as_data(material: Material) -> dict[str, Any]:
+    """Figures of the data for the summary."""
+    return {
+        "documents": material.documents,
+        "tokens": material.tokens,
+        "text_bytes": material.text_bytes,
+        "skipped": material.skipped,
+        "rows": len(material.train),
+        "eval_rows": len(material.evaluation) if material.evaluation is not None else 0,
+        "identity": material.identity,
+    }

@@ -1,0 +1,162 @@
+"""What is going to be done, decided and explained before the start: every derived value with its reason.
+
+Pure functions of the job and of the facts of data, model and world.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from manyhands.core.errors import UsageError
+from manyhands.data.partition import divide
+from manyhands.train.feed import unit_rows
+
+if TYPE_CHECKING:
+    from manyhands.train.job import Job
+
+COMPILE_COST_S = 45.0  # compiling forward and backward once on one core, measured 27 to 37 s cold
+COMPILE_GAIN = 0.10  # of the remaining time, measured 3 to 15 % with the caching allocator
+STDLIB_STEPS = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the job meets: found, not chosen."""
+
+    rows: int
+    world_size: int
+    hosts: Sequence[str]
+    device_type: str
+    device_name: str
+    threads: int
+    has_bf16: bool
+    draws_random: bool
+    parameters: int
+    flops_per_token: float
+    peak_flops: float
+    cached_compile: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Derived values."""
+
+    steps: int
+    steps_per_epoch: int
+    precision: str
+    compile: bool
+    micro_batch: int
+    device_batch: int
+    coalesce: bool
+    weights: tuple[float, ...]
+    reasons: Mapping[str, str]
+
+
+def choose_precision(job: Job, device_type: str, has_bf16: bool) -> tuple[str, str]:
+    """The precision of forward passes and why."""
+    if job.precision != "auto":
+        if job.precision == "fp16" and device_type == "cpu":
+            raise UsageError(
+                "precision = 'fp16' on the CPU", "CPUs have no fast fp16 kernels", "use bf16 or fp32"
+            )
+        return job.precision, "given"
+    if has_bf16:
+        return "bf16", f"this {device_type.upper()} has bf16 units"
+    return "fp32", f"this {device_type.upper()} has no bf16 units"
+
+
+def choose_steps(job: Job, steps_per_epoch: int) -> tuple[int, str]:
+    """How many optimizer steps and why."""
+    if job.steps is not None:
+        return job.steps, f"given; {job.steps / steps_per_epoch:.2f} epochs"
+    if job.epochs is not None:
+        return max(
+            1, math.ceil(job.epochs * steps_per_epoch - 1e-9)
+        ), f"{job.epochs:g} epochs of {steps_per_epoch} steps"
+    if job.data == ("stdlib",):
+        return STDLIB_STEPS, "the built-in job takes about two minutes on two cores"
+    return steps_per_epoch, "one epoch"
+
+
+def derive(job: Job, facts: Facts) -> Plan:
+    """All derived values of `job` under `facts`. Raises `UsageError` for combinations that cannot be."""
+    reasons: dict[str, str] = {}
+    steps_per_epoch = -(-facts.rows // job.global_batch)
+    steps, reasons["steps"] = choose_steps(job, steps_per_epoch)
+    precision, reasons["precision"] = choose_precision(job, facts.device_type, facts.has_bf16)
+    one_pass = not (facts.draws_random or job.reproducible)
+    micro = job.micro_batch or min(job.global_batch, unit_rows(job.global_batch, one_pass=one_pass))
+    if job.micro_batch:
+        reasons["micro_batch"] = "given"
+    elif one_pass:
+        reasons["micro_batch"] = "nothing in a forward pass is random: any number of rows may share one"
+    else:
+        reasons["micro_batch"] = "an eighth of the global batch: " + (
+            "the fixed order adds whole micro-batches"
+            if job.reproducible
+            else "dropout is drawn per micro-batch"
+        )
+    if job.shares is not None and len(job.shares) != facts.world_size:
+        raise UsageError(
+            f"shares = {list(job.shares)} for {facts.world_size} workers",
+            "each worker has one share",
+            "give as many",
+        )
+    weights = job.shares or (1.0,) * facts.world_size
+    device_batch, reasons["device_batch"] = _device_batch(job, facts)
+    compiled, reasons["compile"] = _compile(job, facts, steps)
+    return Plan(
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        precision=precision,
+        compile=compiled,
+        micro_batch=micro,
+        device_batch=device_batch,
+        coalesce=one_pass,
+        weights=tuple(weights),
+        reasons=reasons,
+    )
+
+
+def _device_batch(job: Job, facts: Facts) -> tuple[int, str]:
+    if job.device_batch is not None:
+        return job.device_batch, "given"
+    tokens = 1 << 12 if facts.device_type == "cpu" else 1 << 15
+    rows = max(1, tokens // job.seq_len)
+    return rows, f"about {tokens:,} tokens keep a {facts.device_type.upper()} busy"
+
+
+def _compile(job: Job, facts: Facts, steps: int) -> tuple[bool, str]:
+    if job.compile != "auto":
+        return job.compile == "on", "given"
+    if job.reproducible:
+        return False, "the bitwise promise needs kernels that do not depend on shapes"
+    if facts.draws_random and facts.device_type == "cpu" and job.task_name != "pretrain":
+        return False, "small models gain nothing"
+    tokens = steps * job.global_batch * job.seq_len
+    seconds = tokens * facts.flops_per_token / max(1.0, facts.peak_flops) / 0.3
+    gain = seconds * COMPILE_GAIN
+    if gain > COMPILE_COST_S:
+        return (
+            True,
+            f"about {seconds / 60:.0f} min of work: saves more than the {COMPILE_COST_S:.0f} s it costs",
+        )
+    return (
+        False,
+        f"about {seconds:.0f} s of work: less would be saved than the {COMPILE_COST_S:.0f} s it costs",
+    )
+
+
+def shares_in_words(job: Job, plan: Plan, world_size: int) -> str:
+    """Who computes what of a global batch."""
+    places = -(-job.global_batch // plan.micro_batch)
+    rows = [
+        min(job.global_batch, r.stop * plan.micro_batch) - min(job.global_batch, r.start * plan.micro_batch)
+        for r in divide(places, plan.weights)
+    ]
+    if len(set(rows)) == 1:
+        return f"{world_size} × {rows[0]} rows"
+    return " + ".join(map(str, rows)) + " rows"

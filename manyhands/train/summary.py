@@ -1,0 +1,87 @@
+"""``OUTPUT/summary.json``: what a finished (or stopped) run did. Others read it: tests/test_contract.py freezes it."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Any
+
+from manyhands.core import config, hardware
+from manyhands.train.material import as_data
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from manyhands.train.job import Job
+    from manyhands.train.loop import Loop
+    from manyhands.train.material import Material
+    from manyhands.train.plan import Facts, Plan
+
+FORMAT = 1
+
+
+def summarize(
+    job: Job,
+    loop: Loop,
+    facts: Facts,
+    plan: Plan,
+    material: Material,
+    reason: str,
+    world_sizes: Sequence[int],
+    wall_s: float,
+    *,
+    collective: bool,
+) -> dict[str, Any]:
+    """The summary as JSON data. Rates count training steps alone, not preparation, evaluation or compiling's first step.
+
+    Args:
+        collective: whether the other workers take part; after an interruption they may be gone, and then only this
+            worker's own figures are listed.
+    """
+    from manyhands.train.checkpoint import sha256_of_parameters
+
+    replica, tally = loop.replica, loop.tally
+    mine = worker_figures(loop)
+    workers = loop.world.gather(mine) if collective else [mine]
+    rate = tally.rate_tokens / tally.rate_s if tally.rate_s > 0 else 0.0
+    return {
+        "format": FORMAT,
+        "reason": reason,
+        "steps": replica.steps,
+        "samples": tally.job_samples,
+        "target_tokens": replica.tokens,
+        "skipped_steps": replica.skipped,
+        "wall_s": wall_s,
+        "train_s": tally.train_s,
+        "tokens_per_s": rate,
+        "mfu": rate * facts.flops_per_token / facts.peak_flops if facts.peak_flops else None,
+        "flops_per_token": facts.flops_per_token,
+        "peak_flops": facts.peak_flops,
+        "train_loss": tally.train_loss,
+        "eval": tally.eval,
+        "strategy": config.to_data(job.strategy, "strategies"),
+        "world_sizes": list(world_sizes),
+        "model": {"name": job.model, "parameters": facts.parameters},
+        "data": as_data(material),
+        "precision": plan.precision,
+        "compile": plan.compile,
+        "parameters_sha256": sha256_of_parameters(replica.model.state_dict()),
+        "machine": hardware.machine_facts(),
+        "workers": workers,
+    }
+
+
+def worker_figures(loop: Loop) -> dict[str, Any]:
+    """This worker's row of ``workers``."""
+    traffic, tally = loop.replica.wire.traffic, loop.tally
+    return {
+        "rank": loop.world.rank,
+        "host": socket.gethostname(),
+        "device": str(loop.feed.device),
+        "samples": tally.samples,
+        "tokens": tally.tokens,
+        "compute_s": tally.compute_s,
+        "communicate_s": traffic.communicate_s,
+        "idle_s": traffic.idle_s,
+        "sent_bytes": traffic.sent_bytes,
+        "received_bytes": traffic.received_bytes,
+    }

@@ -1,0 +1,150 @@
+"""Who takes part, and which wire joins them. Facts of the launcher come in as values, never from the environment."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from manyhands.core.errors import PeerLost, UsageError
+from manyhands.core.request import Gather
+from manyhands.wire.group import GroupWire
+from manyhands.wire.shared import SharedWire
+from manyhands.wire.solo import Solo
+
+if TYPE_CHECKING:
+    from manyhands.core.types import Wire
+
+
+@dataclass(frozen=True)
+class Member:
+    """One worker's facts, as it tells them to the others."""
+
+    rank: int
+    host: str
+    device: str
+
+
+@dataclass(frozen=True)
+class World:
+    """All workers of a job and the wire between them.
+
+    Attributes:
+        members: in rank order.
+        kind: "solo", "shared memory", "nccl" or "gloo", for the plan.
+    """
+
+    wire: Wire
+    members: tuple[Member, ...]
+    kind: str
+
+    @property
+    def rank(self) -> int:
+        return self.wire.rank
+
+    @property
+    def size(self) -> int:
+        return self.wire.size
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's JSON value, in rank order."""
+        data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+        parts = self.wire.begin(Gather(data)).wait()
+        return [json.loads(bytes(part.tolist())) for part in parts]
+
+
+def connect(
+    *,
+    rank: int,
+    size: int,
+    local_size: int,
+    device: torch.device,
+    store_path: str | None,
+    master: tuple[str, int] | None,
+    agent_store: bool,
+    transport: str = "auto",
+    timeout_s: float = 1800.0,
+) -> World:
+    """Meet the other workers and choose the wire.
+
+    Args:
+        store_path: a file through which the workers of one host meet (our own launcher: no port at all).
+        master: host and port of a TCP store (torchrun and its like).
+        agent_store: whether somebody else already serves that port (torchrun's agent).
+        transport: "auto", "shared" (one host only) or "group" (gloo or NCCL).
+    """
+    host = socket.gethostname()
+    me = Member(rank, host, str(device))
+    if size == 1:
+        return World(Solo(str(device)), (me,), "solo")
+    store = _store(rank, size, store_path, master, agent_store, timeout_s)
+    members = _meet(store, me, size)
+    one_host = len({m.host for m in members}) == 1 and local_size == size
+    all_cpu = all(m.device == "cpu" for m in members)
+    if transport == "shared" and not (one_host and all_cpu):
+        raise UsageError(
+            "transport = 'shared'",
+            "shared memory joins CPU workers of one host",
+            "use transport = 'group' or 'auto'",
+        )
+    if transport != "group" and one_host and all_cpu:
+        return World(SharedWire(store, rank, size, timeout_s=timeout_s), members, "shared memory")
+    gpus = [(m.host, m.device) for m in members if m.device.startswith("cuda")]
+    nccl = len(gpus) == size and len(set(gpus)) == size
+    wire = GroupWire(store, rank, size, device=device, nccl=nccl, timeout_s=timeout_s)
+    return World(wire, members, "nccl" if nccl else "gloo")
+
+
+def _store(
+    rank: int,
+    size: int,
+    path: str | None,
+    master: tuple[str, int] | None,
+    agent_store: bool,
+    timeout_s: float,
+) -> Any:
+    if path is not None:
+        return dist.FileStore(str(Path(path) / "store"), size)
+    if master is None:
+        raise UsageError(
+            f"worker {rank} of {size} has nowhere to meet the others",
+            "MASTER_ADDR and MASTER_PORT name the place",
+            "set them, or start the job with torchrun",
+        )
+    address, port = master
+    try:
+        store = dist.TCPStore(
+            address,
+            port,
+            size,
+            is_master=rank == 0 and not agent_store,
+            timeout=timedelta(seconds=min(timeout_s, 300.0)),
+            wait_for_workers=False,
+        )
+    except (RuntimeError, dist.DistError) as error:
+        raise PeerLost(0, f"meeting at {address}:{port}", str(error).split("\n")[0]) from error
+    return dist.PrefixStore("manyhands", store)
+
+
+def _meet(store: Any, me: Member, size: int) -> tuple[Member, ...]:
+    store.set(f"member/{me.rank}", json.dumps([me.host, me.device]))
+    members = []
+    for rank in range(size):
+        try:
+            host, device = json.loads(store.get(f"member/{rank}"))
+        except (RuntimeError, dist.DistError) as error:
+            raise PeerLost(rank, "meeting", str(error).split("\n")[0]) from error
+        members.append(Member(rank, host, device))
+    return tuple(members)
+
+
+def hosts(members: Sequence[Member]) -> list[str]:
+    """Distinct host names, in order of first appearance."""
+    return list(dict.fromkeys(m.host for m in members))

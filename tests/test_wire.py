@@ -1,0 +1,198 @@
+"""Every wire gives the same answers, over real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import pytest
+import torch
+from fleet import Fleet
+
+from manyhands.core.errors import Diverged, PeerLost
+from manyhands.core.request import Gather, Sum
+from manyhands.exchange.allreduce import AllReduce
+from manyhands.exchange.ordered import Ordered, Tree
+from manyhands.wire.drive import Interleave, lockstep, run
+from manyhands.wire.solo import Solo
+
+TRANSPORTS = ["shared", "group"]
+SIZES = [2, 3]
+
+
+def _data(rank: int, numel: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(numel, generator=torch.Generator().manual_seed(rank + 100 * numel)).to(dtype)
+
+
+def _sums(world: Any, numels: list[int], dtype: torch.dtype, registered: bool) -> list[list[float]]:
+    out = []
+    for numel in numels:
+        tensor = _data(world.rank, numel, dtype)
+        if registered:
+            buffer = world.wire.buffer(numel + 32, dtype)
+            buffer[16 : 16 + numel] = tensor
+            tensor = buffer[16 : 16 + numel]
+        out.append(world.wire.begin(Sum(tensor)).wait().tolist())
+    return out
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64], ids=str)
+@pytest.mark.parametrize("registered", [False, True])
+def test_sum_is_equal_everywhere_and_right(
+    fleets: Any, transport: str, size: int, dtype: torch.dtype, registered: bool
+) -> None:
+    numels = [1, 3, 1000, 300_001]
+    answers = fleets(size, transport).run(_sums, numels, dtype, registered)
+    for numel, *each in zip(numels, *answers, strict=True):
+        assert all(other == each[0] for other in each), "replicas must agree bitwise"
+        exact = sum(_data(rank, numel, dtype).double() for rank in range(size))
+        tolerance = {torch.bfloat16: 2e-2, torch.float32: 1e-6}.get(dtype, 1e-12)
+        torch.testing.assert_close(
+            torch.tensor(each[0], dtype=torch.float64), exact, rtol=tolerance, atol=tolerance
+        )
+
+
+def _gathers(world: Any) -> list[list[Any]]:
+    uneven = torch.arange(world.rank * 1000 * 3, dtype=torch.float64).reshape(-1, 3)
+    big = torch.full((700_000 + world.rank,), float(world.rank))
+    scalar = torch.tensor(world.rank, dtype=torch.int32)
+    replies = []
+    for tensor in (uneven, big, scalar):
+        parts = world.wire.begin(Gather(tensor)).wait()
+        replies.append([(list(p.shape), str(p.dtype), float(p.double().sum())) for p in parts])
+    return replies
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("size", SIZES)
+def test_gather_keeps_shapes_types_and_order(fleets: Any, transport: str, size: int) -> None:
+    for uneven, big, scalar in fleets(size, transport).run(_gathers):
+        for rank in range(size):
+            rows = rank * 1000
+            assert uneven[rank] == ([rows, 3], "torch.float64", sum(range(rows * 3)))
+            assert big[rank] == ([700_000 + rank], "torch.float32", float(rank) * (700_000 + rank))
+            assert scalar[rank] == ([], "torch.int32", float(rank))
+
+
+def _many_talks(world: Any) -> list[list[float]]:
+    talks = Interleave(world.wire)
+    exchange = AllReduce()
+    buffer = world.wire.buffer(64, torch.float32)
+    for i in range(4):
+        piece = buffer[16 * i : 16 * i + 16]
+        piece[:] = float(world.rank + i)
+        talks.start(exchange.talk([piece], ()))
+    return [agreed.mean[0].tolist() for agreed in talks.finish()]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_interleaved_talks_advance_by_position(fleets: Any, transport: str) -> None:
+    for answer in fleets(3, transport).run(_many_talks):
+        assert answer == [[float(0 + 1 + 2 + 3 * i)] * 16 for i in range(4)]
+
+
+def _world_gather(world: Any) -> list[Any]:
+    return list(world.gather({"rank": world.rank, "name": "é" * world.rank}))
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_json_values_are_gathered(fleets: Any, transport: str) -> None:
+    expected = [{"rank": r, "name": "é" * r} for r in range(3)]
+    assert fleets(3, transport).run(_world_gather) == [expected] * 3
+
+
+def _until_lost(world: Any, victim: int) -> str:
+    tensor = world.wire.buffer(1 << 16, torch.float32)
+    for _ in range(3):
+        world.wire.begin(Sum(tensor)).wait()
+    if world.rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        while True:
+            world.wire.begin(Sum(tensor)).wait()
+    except PeerLost as lost:
+        return f"{lost.rank}"
+
+
+def test_a_killed_peer_is_noticed_and_named() -> None:
+    fleet = Fleet(3, "shared")
+    try:
+        for pipe in fleet._pipes:
+            pipe.send((_until_lost, (1,)))
+        for rank in (0, 2):
+            assert fleet._pipes[rank].poll(60)
+            assert fleet._pipes[rank].recv() == ("ok", "1")
+    finally:
+        fleet.close()
+
+
+def test_nothing_is_left_in_shared_memory(fleets: Any) -> None:
+    fleet = fleets(2, "shared")
+    fleet.run(_sums, [1000], torch.float32, True)
+    pids = {str(p.pid) for p in fleet.processes}
+    left = [n for n in os.listdir("/dev/shm") if n.startswith("manyhands-") and n.split("-")[1] in pids]
+    assert left == []
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("precision", ["as-is", "bf16", "fp16", "fp32"])
+def test_all_reduce_in_lockstep(size: int, precision: Any) -> None:
+    exchange = AllReduce(precision=precision)
+    deltas = [[_data(rank, 100), _data(rank, 7)] for rank in range(size)]
+    agreed = lockstep([exchange.talk([d.clone() for d in delta], ()) for delta in deltas])
+    for i in range(2):
+        exact = sum(delta[i].double() for delta in deltas)
+        assert all(torch.equal(a.mean[i], agreed[0].mean[i]) for a in agreed)
+        tolerance = {"bf16": 2e-2, "fp16": 3e-3}.get(precision, 1e-6)
+        torch.testing.assert_close(agreed[0].mean[i].double(), exact, rtol=tolerance, atol=tolerance * size)
+        for rank, a in enumerate(agreed):
+            torch.testing.assert_close(a.sent[i], deltas[rank][i], rtol=tolerance, atol=tolerance)
+
+
+def test_unequal_requests_raise_instead_of_hanging() -> None:
+    exchange = AllReduce()
+    with pytest.raises(Diverged, match="worker 0 asked for Sum"):
+        lockstep([exchange.talk([torch.zeros(3)], ()), exchange.talk([torch.zeros(4)], ())])
+    with pytest.raises(Diverged, match="nothing"):
+        lockstep([exchange.talk([torch.zeros(3)], ()), exchange.talk([], ())])
+
+
+@pytest.mark.parametrize("leaves", [1, 2, 3, 5, 8, 13, 18])
+def test_the_tree_gives_the_same_bits_for_every_split(leaves: int) -> None:
+    numel = 1000
+    values = [_data(i, numel) * 10.0**i for i in range(leaves)]
+
+    def whole(splits: list[range]) -> torch.Tensor:
+        deltas = []
+        for places in splits:
+            tree = Tree(leaves)
+            for place in places:
+                tree.add((0, place), values[place].clone())
+            keys = torch.tensor([[lv, ix, leaves] for lv, ix in tree.nodes], dtype=torch.int64).reshape(-1, 3)
+            rows = torch.stack(list(tree.nodes.values())) if tree.nodes else torch.empty(0, numel)
+            deltas.append([keys, rows])
+        exchange = Ordered(chunk_mb=0.001)
+        agreed = lockstep([exchange.talk(d, ()) for d in deltas])
+        assert all(torch.equal(a.mean[0], agreed[0].mean[0]) for a in agreed)
+        return agreed[0].mean[0]
+
+    reference = whole([range(leaves)])
+    for cuts in ([0, leaves], [leaves // 2], [leaves // 3, leaves // 2], [0, 0, 1], list(range(leaves))):
+        edges = [0, *cuts, leaves]
+        assert torch.equal(whole([range(a, b) for a, b in zip(edges, edges[1:], strict=False)]), reference)
+
+
+def test_a_missing_place_is_found() -> None:
+    tree = Tree(3)
+    tree.add((0, 0), torch.ones(1))
+    tree.add((0, 2), torch.ones(1))
+    with pytest.raises(Diverged, match="exactly once"):
+        tree.root()
+
+
+def test_solo_answers_itself() -> None:
+    tensor = torch.ones(3)
+    assert torch.equal(run(AllReduce().talk([tensor], ()), Solo()).mean[0], tensor)
