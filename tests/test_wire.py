@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from typing import Any
@@ -182,7 +183,7 @@ def test_the_tree_gives_the_same_bits_for_every_split(leaves: int) -> None:
     reference = whole([range(leaves)])
     for cuts in ([0, leaves], [leaves // 2], [leaves // 3, leaves // 2], [0, 0, 1], list(range(leaves))):
         edges = [0, *cuts, leaves]
-        assert torch.equal(whole([range(a, b) for a, b in zip(edges, edges[1:], strict=False)]), reference)
+        assert torch.equal(whole([range(a, b) for a, b in itertools.pairwise(edges)]), reference)
 
 
 def test_a_missing_place_is_found() -> None:

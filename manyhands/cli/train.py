@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from manyhands.cli import options
 from manyhands.core import config
@@ -52,7 +53,7 @@ def assemble(given: argparse.Namespace) -> tuple[Job, config.Origins]:
         if given.precision is not None or (given.bf16 and given.fp16):
             raise UsageError("precision is given twice", "it is said once", "leave out --bf16 and --fp16")
         lines.append(("--bf16", {"precision": "bf16"}) if given.bf16 else ("--fp16", {"precision": "fp16"}))
-    stack = []
+    stack: list[tuple[str, Mapping[str, Any]]] = []
     if given.file is not None:
         stack.append((given.file, config.read_toml(given.file)))
     stack += lines

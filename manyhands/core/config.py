@@ -79,7 +79,7 @@ def parse(text: str, where: str = "value") -> Any:
 
 def _node(node: ast.expr, text: str, where: str) -> Any:
     if isinstance(node, ast.Constant):
-        return node.value
+        return node.value.replace("__hyphen__", "-") if isinstance(node.value, str) else node.value
     if isinstance(node, ast.Name):
         return _unhyphen(node.id)
     if isinstance(node, (ast.Tuple, ast.List)):
@@ -202,7 +202,7 @@ def to_data(value: Any, kind: str | None = None) -> Any:
 def from_data(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     """The dataclass that `data` describes. Raises `UsageError` for unknown keys and wrong types."""
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    hints = _hints(cls)
+    hints: dict[str, Any] = _hints(cls)  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for raw_key, item in data.items():
         key = raw_key.replace("-", "_")
@@ -234,12 +234,12 @@ def from_data(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
 
 def from_choice(kind: str, item: Any, where: str) -> Any:
     """A registry value from its data form: a table with ``kind``, a call form string, or the value itself."""
+    if isinstance(item, Call):
+        return _build_call(kind, item, where)
     if item is None or (dataclasses.is_dataclass(item) and not isinstance(item, type)):
         return item
     if isinstance(item, str):
         return None if item.lower() == "none" else from_text(kind, item, where)
-    if isinstance(item, Call):
-        return _build_call(kind, item, where)
     if isinstance(item, Mapping):
         table = dict(item)
         name = table.pop("kind", None)

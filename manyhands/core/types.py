@@ -55,11 +55,23 @@ class Handle(Protocol):
         ...
 
 
+class Counters(Protocol):
+    """What a wire has counted since its start: seconds and payload bytes of this worker."""
+
+    communicate_s: float
+    idle_s: float
+    sent_bytes: int
+    received_bytes: int
+
+
 class Wire(Protocol):
     """How requests travel: a process group, shared memory, a loop in one process."""
 
     rank: int
     size: int
+
+    @property
+    def traffic(self) -> Counters: ...
 
     def begin(self, request: Request) -> Handle: ...
 
@@ -88,7 +100,7 @@ class Summed(NamedTuple):
     """
 
     loss_sum: Tensor
-    count: int | Tensor
+    count: int | Tensor  # type: ignore[assignment]  # the field's standard name, though tuples have a method of it
 
 
 class Rows(Protocol):

@@ -73,5 +73,5 @@ def _add_up(totals: dict[str, torch.Tensor], world: World) -> dict[str, torch.Te
             for shape in world.gather(list(mine.shape) if mine is not None else None)
             if shape is not None
         ]
-        result[name] = sum(part for part in parts if part.numel()).reshape(shapes[0])  # type: ignore[union-attr]
+        result[name] = sum(part for part in parts if part.numel()).reshape(shapes[0])
     return result

@@ -61,7 +61,10 @@ class FlatGradients:
         self._announce = False
         self._waiting: list[int] = []
         self._next = 0
-        self._hooks = [p.register_post_accumulate_grad_hook(self._hook(i)) for i, p in enumerate(self.params)]
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self._hook(i))  # type: ignore[no-untyped-call]
+            for i, p in enumerate(self.params)
+        ]
 
     def start(self) -> None:
         """Begin a step: no gradient yet."""

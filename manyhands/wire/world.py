@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, PrefixStore, TCPStore
 
 from manyhands.core.errors import PeerLost, UsageError
 from manyhands.core.request import Gather
@@ -111,7 +112,7 @@ def _store(
     timeout_s: float,
 ) -> Any:
     if path is not None:
-        return dist.FileStore(str(Path(path) / "store"), size)
+        return FileStore(str(Path(path) / "store"), size)
     if master is None:
         raise UsageError(
             f"worker {rank} of {size} has nowhere to meet the others",
@@ -120,7 +121,7 @@ def _store(
         )
     address, port = master
     try:
-        store = dist.TCPStore(
+        store = TCPStore(
             address,
             port,
             size,
@@ -130,7 +131,7 @@ def _store(
         )
     except (RuntimeError, dist.DistError) as error:
         raise PeerLost(0, f"meeting at {address}:{port}", str(error).split("\n")[0]) from error
-    return dist.PrefixStore("manyhands", store)
+    return PrefixStore("manyhands", store)
 
 
 def _meet(store: Any, me: Member, size: int) -> tuple[Member, ...]:

@@ -1,0 +1,51 @@
+"""`manyhands evaluate RUN [--data …]`: a trained model's scores, computed by all workers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from manyhands.cli import options
+from manyhands.core import config
+from manyhands.core.errors import UsageError
+from manyhands.train.job import Job
+
+FIELDS = "data format encoding document on_error eval_fraction device_batch workers device threads transport precision cache".split()
+
+
+def main(arguments: Sequence[str]) -> int:
+    import tempfile
+
+    from manyhands.launch.job import begin, resumed_layer
+
+    p = options.Parser(
+        prog="manyhands evaluate",
+        description="Score a trained model. Without --data: on the rows that its run held out.",
+        allow_abbrev=False,
+    )
+    p.add_argument("run", help="an output directory or one of its checkpoints")
+    p.add_argument("--json", dest="json_file", metavar="FILE", help="write the scores there as JSON, too")
+    options.add_fields(p, Job, only=FIELDS)
+    given = options.parse(p, arguments)
+    if not Path(given.run).exists():
+        raise UsageError(f"{given.run} does not exist", "a run is an output directory of train", "check the path")
+    stack = options.layers(given, FIELDS)
+    with tempfile.TemporaryDirectory(prefix="manyhands-") as scratch:
+        layers = [*resumed_layer([("", {"resume": given.run})]), *stack]
+        layers.append(("evaluate", {"resume": given.run, "output": scratch, "report_to": ()}))
+        if given.data is not None:  # all of the given data is scored
+            layers.append(("evaluate", {"eval_data": given.data, "data": given.data, "eval_fraction": 0.0}))
+        job, origins = config.assemble(Job, layers)
+        result = Path(scratch) / "scores.json"
+        argument = json.dumps({"job": config.to_data(job), "result": str(result), "given": given.data is not None})
+        code = begin("manyhands.train.scoring:main", argument, job)
+        if code == 0 and result.exists():
+            scores = json.loads(result.read_text())
+            if given.json_file:
+                from manyhands.train.durable import write_text
+
+                write_text(Path(given.json_file), json.dumps(scores, indent=2) + "\n")
+            for name, value in scores.items():
+                options.say(f"{name:<16} {value:.6g}" if isinstance(value, float) else f"{name:<16} {value}")
+    return code

@@ -1,0 +1,67 @@
+"""Scores of a saved model: one worker's part. Started by a launcher by its dotted name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from manyhands.core import config
+from manyhands.core.events import ignore
+from manyhands.train.job import Job
+
+
+def main(argument: str) -> int:
+    """`argument` is JSON: the job, the file for the scores, whether data was given. Returns the exit code."""
+    from manyhands.core.native import enable_allocator
+    from manyhands.core.signals import Interrupts
+
+    order = json.loads(argument)
+    job = config.from_data(Job, order["job"])
+    with Interrupts() as interrupts, interrupts.phase("evaluate", interruptible=True):
+        enable_allocator()
+        scores = score(job, held_out=not order["given"])
+    if scores is not None:
+        Path(order["result"]).write_text(json.dumps(scores))
+    return 0
+
+
+def score(job: Job, *, held_out: bool) -> dict[str, float | int | str] | None:
+    """The scores on rank 0, None on the others. Raises as loading and preparing do."""
+    import dataclasses
+
+    import torch
+
+    from manyhands.core import hardware
+    from manyhands.core.errors import UsageError
+    from manyhands.models.build import load_model
+    from manyhands.train import checkpoint, session
+    from manyhands.train.evaluate import evaluate
+    from manyhands.train.material import gather_material
+    from manyhands.train.plan import choose_precision
+
+    assert job.resume is not None
+    path = checkpoint.resolve_resume(job.resume, Path(job.resume))
+    checkpoint.verify(path)
+    world, device = session.connect_from_environment(device=job.device, transport=job.transport)
+    try:
+        material = gather_material(dataclasses.replace(job, tokenizer=str(path)), world, ignore)
+        rows = material.evaluation if held_out else material.train
+        if rows is None:
+            raise UsageError(f"{job.resume} held nothing out", "there is nothing to score", "give --data")
+        model = load_model(path).to(device)
+        has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else hardware.cpu_has_bf16()
+        precision, _ = choose_precision(job, device.type, has_bf16)
+        if precision == "fp64":
+            model.double()
+        metrics = evaluate(
+            model,
+            job.task,
+            rows,
+            world,
+            batch_rows=job.device_batch or max(1, 4096 // job.seq_len),
+            device=device,
+            autocast=session.autocast_for(precision, device.type),
+        )
+        return {"checkpoint": str(path), "rows": len(rows), **metrics} if world.rank == 0 else None
+    finally:
+        world.wire.close()

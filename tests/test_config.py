@@ -1,0 +1,125 @@
+"""One value, four spellings, one round trip; mistakes name the nearest match."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from manyhands.cadence.every import EveryStep
+from manyhands.core import config
+from manyhands.core.errors import UsageError
+from manyhands.exchange.allreduce import AllReduce
+from manyhands.exchange.ordered import Ordered
+from manyhands.strategy import presets
+from manyhands.strategy.base import Strategy
+from manyhands.strategy.optimizers import SGD, AdamW, Muon
+from manyhands.strategy.schedules import WSD, Cosine
+from manyhands.train.job import Job
+
+rates = st.floats(1e-6, 10.0)
+optimizers = st.one_of(
+    st.builds(AdamW, rates, weight_decay=st.floats(0, 1), schedule=st.builds(Cosine, warmup=st.sampled_from([0.0, 0.1, 20.0]))),
+    st.builds(SGD, rates, momentum=st.floats(0, 0.99)),
+    st.builds(Muon, rates, schedule=st.just(WSD())),
+)
+exchanges = st.one_of(
+    st.builds(AllReduce, bucket_mb=st.floats(0.1, 100), precision=st.sampled_from(["as-is", "bf16", "fp16", "fp32"])),
+    st.builds(Ordered),
+)
+strategies = st.builds(Strategy, exchange=exchanges, outer=optimizers, cadence=st.just(EveryStep()))
+
+
+@given(strategy=strategies)
+def test_a_strategy_survives_every_spelling(strategy: Strategy, tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert config.from_text("strategies", repr(strategy)) == strategy
+    data = json.loads(json.dumps(config.to_data(strategy, "strategies")))
+    assert config.from_choice("strategies", data, "strategy") == strategy
+    job = Job(strategy=strategy)
+    path = tmp_path_factory.mktemp("toml") / "job.toml"
+    path.write_text(config.to_toml(job))
+    assert config.assemble(Job, [("file", config.read_toml(str(path)))])[0] == job
+    assert config.from_data(Job, json.loads(json.dumps(config.to_data(job)))) == job
+
+
+def test_call_form_is_read_as_data() -> None:
+    job, origins = config.assemble(Job, [("--strategy", {"strategy": "ddp(lr=3e-4, bucket_mb=8)"})])
+    assert job.strategy == presets.ddp(lr=3e-4, bucket_mb=8)
+    assert origins == {"strategy": "--strategy"}
+
+
+def test_layers_win_in_order_and_are_remembered() -> None:
+    job, origins = config.assemble(
+        Job,
+        [
+            ("run.toml", {"strategy": {"outer": {"kind": "adamw", "lr": 1e-3}}, "steps": 5}),
+            ("--set strategy.outer.lr", {"strategy.outer.lr": "6e-4"}),
+            ("--steps", {"steps": "7"}),
+        ],
+    )
+    assert job.strategy.outer.lr == 6e-4
+    assert job.steps == 7
+    assert origins["strategy.outer.lr"] == "--set strategy.outer.lr"
+    assert origins["steps"] == "--steps"
+
+
+def test_a_part_of_a_default_can_be_changed() -> None:
+    job, _ = config.assemble(Job, [("--set", {"strategy.exchange.bucket_mb": "4"})])
+    assert job.strategy == dataclasses.replace(Job().strategy, exchange=AllReduce(bucket_mb=4.0))
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        ({"global_bach": 3}, "did you mean 'global_batch'"),
+        ({"strategy": "dpp"}, "did you mean 'ddp'"),
+        ({"strategy": "ddp(bucket=3)"}, "did you mean 'bucket_mb'"),
+        ({"strategy": "ddp(lr='fast')"}, "strategy.lr: 'fast'. it must be a number"),
+        ({"strategy": "ddp(3e-4)"}, "a preset's parameters are named"),
+        ({"strategy": "__import__('os').system('true')"}, "nothing is evaluated"),
+        ({"strategy": "ddp(lr=1+1)"}, "nothing is evaluated"),
+        ({"strategy": "ddp(lr=(lambda: 1)())"}, "nothing is evaluated"),
+        ({"strategy": "ddp(lr=1, lr=2)"}, "repeated|nothing is evaluated"),
+        ({"strategy": "ddp("}, "cannot be read"),
+        ({"strategy.outer.rate": "1"}, "did you mean|lr"),
+        ({"strategy.inner.lr": "1"}, "has no part 'inner'"),
+        ({"steps": "many"}, "steps: 'many'. it must be a whole number"),
+        ({"steps": "2.5"}, "it must be a whole number"),
+        ({"steps": "0"}, "it is at least 1"),
+        ({"reproducible": "perhaps"}, "it must be true or false"),
+        ({"precision": "bf61"}, "did you mean 'bf16'"),
+        ({"task": "clasify"}, "did you mean 'classify'"),
+        ({"micro_batch": 9, "global_batch": 4}, "micro_batch <= 4"),
+        ({"steps": 3, "epochs": 1}, "leave one out"),
+        ({"shares": "1,2", "workers": 3}, "each worker has one share"),
+    ],
+)
+def test_mistakes_are_one_clear_message(layer: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        config.assemble(Job, [("here", layer)])
+    import re
+
+    assert re.search(words, str(caught.value)), str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_toml_mistakes_name_the_file(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.toml"
+    bad.write_text("steps = = 3\n")
+    with pytest.raises(UsageError, match="bad.toml"):
+        config.read_toml(str(bad))
+    with pytest.raises(UsageError, match="does not exist"):
+        config.read_toml(str(tmp_path / "absent.toml"))
+
+
+@given(st.text(max_size=40))
+def test_no_text_can_do_harm(text: str) -> None:
+    try:
+        config.parse(text)
+    except UsageError:
+        pass
