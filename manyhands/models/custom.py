@@ -1,0 +1,90 @@
+"""Models that are any `nn.Module`: made by calling ``module:function`` (or a registered one), and made again
+from the recipe that a checkpoint keeps."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from manyhands.core.errors import ModelError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+RECIPE = "manyhands_recipe"  # attribute of a model: how it was made
+
+
+def import_function(name: str) -> Callable[..., Any]:
+    """What ``module:function`` names; modules of the working directory are found too.
+
+    Raises:
+        UsageError: there is no such module or attribute.
+    """
+    module_name, _, attribute = name.partition(":")
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # as `python -m` would have it
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise  # the module is there and needs another one
+        raise UsageError(
+            f"model = {name!r}: there is no module {error.name!r}",
+            "module:function names an importable Python module",
+            "run in the directory that holds it, or install it",
+        ) from None
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = [n for n in vars(found) if not n.startswith("_")]
+            raise UsageError(f"model = {name!r}: {module_name} has no {part!r}", "", nearest(part, public))
+        found = getattr(found, part)
+    if not callable(found):
+        raise UsageError(
+            f"model = {name!r} is not callable", "it is a function that returns an nn.Module", ""
+        )
+    make: Callable[..., Any] = found
+    return make
+
+
+def make(
+    name: str, function: Callable[..., Any], offered: Mapping[str, Any], changes: Mapping[str, Any]
+) -> nn.Module:
+    """Call `function` with those of `offered` that it takes and all of `changes`; remember how.
+
+    Args:
+        name: how the function is spelled in configurations.
+        offered: values that the job knows (vocab_size, seq_len, n_labels …); None values are not offered.
+        changes: the user's own keywords.
+
+    Raises:
+        UsageError: a keyword of `changes` is not a parameter.
+        ModelError: what came back is not an nn.Module.
+    """
+    from torch import nn
+
+    parameters = inspect.signature(function).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for key in changes:
+            if key not in parameters:
+                raise UsageError(f"{name} has no parameter {key!r}", "", nearest(key, parameters))
+    arguments = {k: v for k, v in offered.items() if k in parameters and v is not None} | dict(changes)
+    model = function(**arguments)
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"{name} returned a {type(model).__name__}",
+            "a model is a torch.nn.Module",
+            "return the module itself",
+        )
+    model.__dict__[RECIPE] = {"model": name, "arguments": arguments}
+    return model
+
+
+def recipe_of(model: nn.Module) -> dict[str, Any] | None:
+    """How `make` made this model; None where something else did."""
+    found = model.__dict__.get(RECIPE)
+    return dict(found) if found else None

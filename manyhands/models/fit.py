@@ -1,0 +1,102 @@
+"""Whether a model fits its tokenizer, rows and task: checked when it is built, not met as an index error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from manyhands.core.errors import ModelError, UsageError, nearest
+from manyhands.models import store
+
+PADDING_ROWS = 1024  # a vocabulary may be padded by this much for speed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What a model must fit."""
+
+    task: str
+    vocab_size: int
+    seq_len: int
+    n_labels: int | None
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
+
+
+def check_keys(config: Any, changes: Mapping[str, Any], name: str) -> None:
+    known = {*config.to_dict(), *getattr(config, "attribute_map", {}), "rope_theta", "rope_scaling"}
+    known -= {"model_type", "transformers_version", "architectures"}
+    for key in changes:
+        if key not in known:
+            raise UsageError(
+                f"{name} has no option {key!r}",
+                "changes are fields of its configuration",
+                nearest(key, known),
+            )
+
+
+def check_fit(config: Any, fit: Fit, name: str) -> None:
+    """Vocabulary and context against tokenizer and rows."""
+    vocab = getattr(config, "vocab_size", None)
+    if isinstance(vocab, int) and not fit.vocab_size <= vocab <= fit.vocab_size + PADDING_ROWS:
+        raise ModelError(
+            f"{name} has a vocabulary of {vocab:,}, the tokenizer has {fit.vocab_size:,}",
+            f"the model's is the tokenizer's, or up to {PADDING_ROWS:,} rows more",
+            "use the model's own tokenizer (--tokenizer DIRECTORY), or a fresh model of the tokenizer's size",
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and "roberta" in str(config.model_type):
+        positions -= 2  # counts from the padding token's id + 1
+    if isinstance(positions, int) and 0 < positions < fit.seq_len:
+        raise ModelError(
+            f"{name} has {positions:,} positions, rows have {fit.seq_len:,} tokens",
+            "each token needs a position",
+            f"give --seq-len {positions} or less, or more positions",
+        )
+
+
+def check_loaded(model: Any, loading: Mapping[str, Any], path: Path, fit: Fit) -> None:
+    """Only a classifier's head (and a pooler) may be fresh in a loaded model."""
+    missing = sorted(loading.get("missing_keys", ()))
+    if fit.task == "classify":
+        body = f"{model.base_model_prefix}."
+        missing = [key for key in missing if key.startswith(body) and ".pooler." not in key]
+    mismatched = sorted(str(m[0] if isinstance(m, tuple) else m) for m in loading.get("mismatched_keys", ()))
+    if missing or mismatched:
+        keys = [*missing, *mismatched]
+        raise ModelError(
+            f"{path} lacks {len(keys)} weights of a {type(model).__name__}, the first {keys[0]}",
+            f"a model for {fit.task} is whole",
+            "give a directory that was saved for this task",
+        )
+
+
+def check_padding(model: Any, fit: Fit, name: str) -> None:
+    """A decoder classifies by its last token that is not padding, so it must know padding."""
+    if fit.task == "classify" and hasattr(model, "score") and model.config.pad_token_id is None:
+        raise ModelError(
+            f"{name} without a padding token",
+            f"a {type(model).__name__} reads its answer at the last token before padding",
+            "use a tokenizer with a pad_token, or an encoder such as bert-tiny",
+        )
+
+
+def special_tokens(tokenizer_dir: str | Path | None) -> dict[str, int | None]:
+    """bos, eos and pad ids of a saved tokenizer."""
+    if tokenizer_dir is None:
+        return {}
+    from transformers import AutoTokenizer
+
+    try:
+        with store.quiet():
+            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{tokenizer_dir} holds no tokenizer: {str(error).splitlines()[0]}",
+            "AutoTokenizer loads it",
+            "check the path",
+        ) from None
+    return {f"{kind}_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
