@@ -72,7 +72,7 @@ def tokenizer_dir(tmp_path: Path) -> Path:
     return tmp_path / "tokenizer"
 
 
-# ------------------------------------------------------------------------------------------------- building
+# -------------------------------------------------------------------------------------------- building
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
@@ -226,7 +226,7 @@ def test_any_architecture_by_configuration(tmp_path: Path) -> None:
         make(f"config:{tmp_path}/none.json")
 
 
-# -------------------------------------------------------------------------------------------- from directories
+# ------------------------------------------------------------------------------------ from directories
 
 
 @pytest.mark.parametrize("name", ["gpt2-nano", "llama-nano"])
@@ -290,7 +290,7 @@ def test_a_new_head_on_a_saved_body_follows_the_seed(tmp_path: Path, tokenizer_d
 
 def test_damaged_and_foreign_directories_are_named(tmp_path: Path) -> None:
     save_model(make("bert-tiny", "classify"), tmp_path / "bert")
-    with pytest.raises(ModelError, match="cannot be built|cannot be loaded|lacks"):
+    with pytest.raises(ModelError, match=r"lacks \d+ weights of a BertLMHeadModel"):
         make(str(tmp_path / "bert"), "pretrain", vocab_size=50, overrides={"is_decoder": True})
     save_model(make("gpt2-nano"), tmp_path / "torn")
     weights = tmp_path / "torn" / "model.safetensors"
@@ -299,17 +299,17 @@ def test_damaged_and_foreign_directories_are_named(tmp_path: Path) -> None:
         load_model(tmp_path / "torn")
     weights.unlink()
     torch.save({}, tmp_path / "torn" / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="safetensors"):
+    with pytest.raises(ModelError, match=r"torn cannot be loaded.*safetensors"):
         load_model(tmp_path / "torn")
     (tmp_path / "torn" / "config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"config.json: .*JSON object"):
+    with pytest.raises(ModelError, match=r"config\.json: .*JSON object"):
         load_model(tmp_path / "torn")
     (tmp_path / "torn" / "config.json").write_text('{"architectures": ["FutureModel"]}')
     with pytest.raises(ModelError, match="FutureModel"):
         load_model(tmp_path / "torn")
 
 
-# --------------------------------------------------------------------------------------------- any nn.Module
+# --------------------------------------------------------------------------------------- any nn.Module
 
 TWO_TOWERS = """
 import torch
@@ -385,7 +385,7 @@ def test_arguments_that_json_cannot_hold_are_refused(tmp_path: Path, monkeypatch
         save_model(model, tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------ description
+# ----------------------------------------------------------------------------------------- description
 
 
 def test_flops_and_sizes_by_hand() -> None:
@@ -426,7 +426,7 @@ def test_values_need_no_torch() -> None:
     """The launcher and the command line read specs and registries before torch is imported."""
     code = (
         "import sys, manyhands.strategy.optimizers, manyhands.strategy.schedules, manyhands.models.build;"
-        "import manyhands.models.presets, manyhands.tasks.pretrain, manyhands.tasks.classify, manyhands.data.sample;"
+        "import manyhands.tasks.pretrain, manyhands.tasks.classify, manyhands.data.sample;"
         "from manyhands.core.config import from_text; from_text('optimizers', 'muon(1e-3)');"
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )

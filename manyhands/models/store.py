@@ -160,12 +160,14 @@ def _from_transformers(path: Path, config: dict[str, Any]) -> nn.Module:
 
 def from_pretrained(cls: Any, path: Path, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
     """`cls.from_pretrained` of a local directory, quietly, safetensors only; and what did not fit."""
+    from safetensors import SafetensorError
+
     try:
         with quiet():
             model, loading = cls.from_pretrained(
                 path, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first = str(error).strip().split("\n")[0]
         raise ModelError(
             f"{path} cannot be loaded as {cls.__name__}: {first}",
