@@ -29,7 +29,9 @@ def main(arguments: Sequence[str]) -> int:
     options.add_fields(p, Job, only=FIELDS)
     given = options.parse(p, arguments)
     if not Path(given.run).exists():
-        raise UsageError(f"{given.run} does not exist", "a run is an output directory of train", "check the path")
+        raise UsageError(
+            f"{given.run} does not exist", "a run is an output directory of train", "check the path"
+        )
     stack = options.layers(given, FIELDS)
     with tempfile.TemporaryDirectory(prefix="manyhands-") as scratch:
         layers = [*resumed_layer([("", {"resume": given.run})]), *stack]
@@ -38,7 +40,9 @@ def main(arguments: Sequence[str]) -> int:
             layers.append(("evaluate", {"eval_data": given.data, "data": given.data, "eval_fraction": 0.0}))
         job, origins = config.assemble(Job, layers)
         result = Path(scratch) / "scores.json"
-        argument = json.dumps({"job": config.to_data(job), "result": str(result), "given": given.data is not None})
+        argument = json.dumps(
+            {"job": config.to_data(job), "result": str(result), "given": given.data is not None}
+        )
         code = begin("manyhands.train.scoring:main", argument, job)
         if code == 0 and result.exists():
             scores = json.loads(result.read_text())

@@ -10,7 +10,19 @@ from manyhands.core import config, hardware
 from manyhands.core.signals import Interrupts
 from manyhands.train.job import Job
 
-FIELDS = ["task", "data", "eval_data", "format", "encoding", "document", "on_error", "model", "tokenizer", "workers", "cache"]
+FIELDS = [
+    "task",
+    "data",
+    "eval_data",
+    "format",
+    "encoding",
+    "document",
+    "on_error",
+    "model",
+    "tokenizer",
+    "workers",
+    "cache",
+]
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -2,52 +2,129 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def hostname() -> str:
     return socket.gethostname()
 
 
-@functools.lru_cache(maxsize=1)
+class Seat(NamedTuple):
+    """Where one worker of this machine computes.
+
+    Attributes:
+        cpus: logical processors to be pinned to; empty: not pinned.
+        threads: how many threads compute.
+    """
+
+    cpus: tuple[int, ...]
+    threads: int
+
+
 def core_count() -> int:
-    """Cores that this process may use: its affinity, limited by the cgroup's quota."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_quota()
-    return max(1, min(allowed, int(quota + 0.5)) if quota else allowed)
+    """Cores that this process may use: physical ones of its affinity, limited by the cgroup's quota of CPU time."""
+    quota = cpu_quota()
+    cores = len(cores_allowed())
+    return max(1, min(cores, int(quota))) if quota else cores
 
 
-def _cgroup_quota() -> float | None:
+def cores_allowed() -> list[tuple[int, ...]]:
+    """The physical cores of this process's affinity, neighbours beside each other; each as its logical processors."""
+    if not hasattr(os, "sched_getaffinity"):
+        return [(cpu,) for cpu in range(os.cpu_count() or 1)]
+    cores: dict[tuple[int, int], list[int]] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            package = int((topology / "physical_package_id").read_text())
+            siblings = (topology / "thread_siblings_list").read_text()
+            core = int(re.split("[-,]", siblings)[0])
+        except (OSError, ValueError):
+            package, core = 0, cpu
+        cores.setdefault((package, core), []).append(cpu)
+    return [tuple(cpus) for _, cpus in sorted(cores.items())]
+
+
+def seats(workers: int, threads: int | None = None) -> list[Seat]:
+    """The allowed cores divided among the workers of this machine.
+
+    Nobody is pinned where the threads outnumber the cores (they would queue for one core beside an idle one) or where a
+    quota grants less than all of them (other tenants of the machine use the same cores).
+    """
+    cores = cores_allowed()
+    each = threads or max(1, core_count() // workers)
+    if not hasattr(os, "sched_setaffinity") or workers * each > len(cores) or core_count() < len(cores):
+        return [Seat((), each)] * workers
+    own = [cores[rank * each : (rank + 1) * each] for rank in range(workers)]
+    return [Seat(tuple(cpu for core in mine for cpu in core), each) for mine in own]
+
+
+def cpu_quota() -> float | None:
+    """CPUs' worth of time that the cgroup and those around it grant; None: no limit. Either cgroup version."""
+    found = []
+    for directory in _cgroups(""):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = (directory / "cpu.max").read_text().split()
+            found.append(int(quota) / int(period))
+    for directory in _cgroups("cpu"):
+        with contextlib.suppress(OSError, ValueError):
+            granted = int((directory / "cpu.cfs_quota_us").read_text())
+            if granted > 0:
+                found.append(granted / int((directory / "cpu.cfs_period_us").read_text()))
+    return min(found, default=None)
+
+
+def _cgroups(controller: str) -> list[Path]:
+    """This process's directory for a controller ("": version 2) and all around it, where they are mounted."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        pass
-    try:
-        quota_us = int(Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text())
-        period_us = int(Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text())
-        return quota_us / period_us if quota_us > 0 else None
-    except (OSError, ValueError):
-        return None
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    directories = []
+    for line in lines:
+        _, names, path = line.split(":", 2)
+        if controller in names.split(","):
+            for root in (Path("/sys/fs/cgroup") / controller, Path("/sys/fs/cgroup/unified" if not controller else "/nowhere")):
+                inner = root / path.lstrip("/")
+                directories += [d for d in (inner, *inner.parents) if d.is_relative_to(root) and d.is_dir()]
+    return directories
 
 
 def memory_bytes() -> int:
     """Physical memory, limited by the cgroup."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            return min(total, int(Path(path).read_text()))
-        except (OSError, ValueError):
-            continue
-    return total
+    return min([total, *(limit for limit, _ in _memory_limits())])
+
+
+def memory_available_bytes() -> int:
+    """Memory that can still be had: of the machine, and below the cgroup's limit."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    return max(0, min([free, *(limit - used for limit, used in _memory_limits())]))
+
+
+def _memory_limits() -> list[tuple[int, int]]:
+    """(limit, use) in bytes of the cgroup and those around it; a use includes the files that the kernel could drop."""
+    names = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
+    found = []
+    for controller, (limit, used) in names.items():
+        for directory in _cgroups(controller):
+            with contextlib.suppress(OSError, ValueError):
+                found.append((int((directory / limit).read_text()), int((directory / used).read_text())))
+    return found
 
 
 def gpu_count() -> int:
@@ -55,6 +132,10 @@ def gpu_count() -> int:
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return 0
     if not (Path("/proc/driver/nvidia/gpus").exists() or Path("/dev/kfd").exists() or shutil.which("nvidia-smi")):
+        return 0
+    import importlib.metadata
+
+    if importlib.metadata.version("torch").endswith("+cpu"):
         return 0
     import torch
 
@@ -120,48 +201,64 @@ def cache_directory() -> Path:
     return Path(base) / "manyhands"
 
 
+PEAK_RUNS = 3  # a first measurement may have met a busy machine: the best of the first runs' is kept
+PEAK_S = 0.2
+
+
 def peak_flops(device: str, dtype: str, threads: int) -> float:
     """The device's measured matrix-product rate in FLOP/s, kept in the cache directory.
 
-    The best of several square products of 512 to 2,048 (8,192 on a GPU), a product of n×n matrices counting 2n³.
+    The best of several square products of 512 to 2,048 (2,048 to 8,192 on a GPU), a product of n×n matrices counting 2n³.
+
+    Args:
+        dtype: a name of torch's, such as "bfloat16".
     """
     import torch
 
-    name = f"{device_name(device)}|{dtype}|{threads}|{torch.__version__}"
+    name = f"{hostname()}|{device_name(device)}|{dtype}|{threads}|{torch.__version__}"
     path = cache_directory() / "peak_flops.json"
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        known = {}
-    if name not in known:
-        known[name] = _measure_peak(device, getattr(torch, dtype))
+    best, runs = _known_peaks(path).get(name, (0.0, 0))
+    if runs < PEAK_RUNS:
+        best = max(best, _measure_peak(device, getattr(torch, dtype)))
+        known = {**_known_peaks(path), name: (best, runs + 1)}
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(known, indent=1))
             temporary.replace(path)
-        except OSError:
+        except OSError:  # without a cache it is measured each time
             temporary.unlink(missing_ok=True)
-    return float(known[name])
+    return best
+
+
+def _known_peaks(path: Path) -> dict[str, tuple[float, int]]:
+    try:
+        return {name: (float(best), int(runs)) for name, (best, runs) in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def _measure_peak(device: str, dtype: Any) -> float:
     import torch
 
-    best = 0.0
     cuda = device.startswith("cuda")
-    for n in (2048, 4096, 8192) if cuda else (512, 1024, 2048):
-        a = torch.randn(n, n, device=device).to(dtype)
-        b = torch.randn(n, n, device=device).to(dtype)
-        a @ b
-        for _ in range(4):
-            if cuda:
-                torch.cuda.synchronize(device)
+    wait = functools.partial(torch.cuda.synchronize, device) if cuda else (lambda: None)
+    sizes = (2048, 4096, 8192) if cuda else (512, 1024, 2048)
+    best = 0.0
+    for n in sizes:
+        # not torch.randn: to measure must not move the state of the random number generator
+        a = torch.linspace(-1, 1, n * n, device=device).reshape(n, n).to(dtype)
+        a @ a  # picks and warms the kernel
+        wait()
+        begun = time.perf_counter()
+        for _ in range(50):
             start = time.perf_counter()
-            a @ b
-            if cuda:
-                torch.cuda.synchronize(device)
-            best = max(best, 2 * n**3 / (time.perf_counter() - start))
+            a @ a
+            wait()
+            now = time.perf_counter()
+            best = max(best, 2 * n**3 / (now - start))
+            if now - begun > PEAK_S / len(sizes):
+                break
     return best
 
 

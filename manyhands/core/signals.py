@@ -16,6 +16,7 @@ from typing import Any
 from manyhands.core.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PHASE = "manyhands_phase"  # attribute of an exception: the innermost phase that it left
 
 
 class Interrupts:
@@ -35,7 +36,8 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
-                self._before[signum] = signal.signal(signum, self._handle)
+                if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup: whoever started us decided
+                    self._before[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -45,13 +47,23 @@ class Interrupts:
 
     @contextlib.contextmanager
     def phase(self, name: str, *, interruptible: bool = True) -> Iterator[None]:
-        """Name what is being done. Raises `Stopped` in it, or at its begin, when a signal came and it may."""
+        """Name what is being done.
+
+        Raises `Stopped` in it, or at its begin, when a signal came and it may; at its end, too, because a library that
+        catches everything (or a finalizer) may have swallowed the first. Other exceptions are told the phase's name.
+        """
         outer = self.current_phase, self._interruptible
         self.current_phase, self._interruptible = name, interruptible
         try:
             if interruptible and self.requested is not None:
                 raise Stopped(self.requested)
             yield
+            if interruptible and self.requested is not None:
+                raise Stopped(self.requested)
+        except BaseException as error:
+            if not hasattr(error, PHASE):
+                setattr(error, PHASE, name)
+            raise
         finally:
             self.current_phase, self._interruptible = outer
 

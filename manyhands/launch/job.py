@@ -51,7 +51,11 @@ def begin(entry: str, argument: str, job: Job) -> int:
     from manyhands.launch.local import launch
 
     return launch(
-        entry, argument, workers=workers_of(job), output=Path(job.output), threads=1 if job.reproducible else job.threads
+        entry,
+        argument,
+        workers=workers_of(job),
+        output=Path(job.output),
+        threads=1 if job.reproducible else job.threads,
     )
 
 
@@ -98,7 +102,9 @@ def run(job: Job | Mapping[str, Any] | None = None, /, **options: Any) -> dict[s
     code = start(made, origins)
     if code != 0:
         raise WorkerFailed(
-            f"the job ended with exit code {code}", "0 is success", f"see the first failure above and {made.output}/logs"
+            f"the job ended with exit code {code}",
+            "0 is success",
+            f"see the first failure above and {made.output}/logs",
         )
     summary: dict[str, Any] = json.loads((Path(made.output) / "summary.json").read_text())
     return summary

@@ -40,14 +40,17 @@ class NamedOptimizer:
 
     A parameter whose gradient is None is left as it is, its state too (PyTorch's rule).
 
-    Attributes:
-        param_groups: of all sections; each ``lr`` is the rate of the next step.
+    Each of ``param_groups`` has in ``lr`` the rate of the next step.
     """
 
     def __init__(self, sections: Sequence[Section]) -> None:
         self.sections = tuple(sections)
-        self.param_groups: list[dict[str, Any]] = [g for s in self.sections for g in s.optimizer.param_groups]
         self._rates = [float(g["lr"]) for g in self.param_groups]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Asked anew each time: PyTorch replaces its groups when it loads a state."""
+        return [g for s in self.sections for g in s.optimizer.param_groups]
 
     def set_lr(self, factor: float) -> None:
         """Use `factor` times the rate given at the start, for all groups."""

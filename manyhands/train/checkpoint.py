@@ -142,7 +142,11 @@ def _write(taken: Snapshot, directory: Path) -> None:
     taken.write_config(directory)
     if taken.tokenizer_dir is not None:
         for source in sorted(taken.tokenizer_dir.iterdir()):
-            if source.is_file() and "token" in source.name or source.name in ("vocab.json", "vocab.txt", "merges.txt"):
+            if (
+                source.is_file()
+                and "token" in source.name
+                or source.name in ("vocab.json", "vocab.txt", "merges.txt")
+            ):
                 shutil.copyfile(source, directory / source.name)
     training = directory / "training"
     training.mkdir()
@@ -157,8 +161,13 @@ def _seal(directory: Path, step: int) -> int:
     files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         durable.sync_file(path)
-        files[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": durable.sha256_of_file(path)}
-    durable.write_text(directory / MANIFEST, json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1) + "\n")
+        files[path.relative_to(directory).as_posix()] = {
+            "bytes": path.stat().st_size,
+            "sha256": durable.sha256_of_file(path),
+        }
+    durable.write_text(
+        directory / MANIFEST, json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1) + "\n"
+    )
     durable.sync_directory(directory / "training")
     durable.sync_directory(directory)
     return sum(int(f["bytes"]) for f in files.values())
@@ -195,7 +204,9 @@ def checkpoints(output: Path) -> list[Path]:
     """All checkpoint directories of an output, oldest first, verified or not."""
     if not output.is_dir():
         return []
-    found = [(int(m[1]), path) for path in output.iterdir() if (m := _NAME.match(path.name)) and path.is_dir()]
+    found = [
+        (int(m[1]), path) for path in output.iterdir() if (m := _NAME.match(path.name)) and path.is_dir()
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -219,13 +230,19 @@ def verify(path: Path) -> dict[str, Any]:
             raise _refused(path, f"{file} has {size:,} bytes, its manifest says {facts['bytes']:,}")
         found = durable.sha256_of_file(file)
         if found != facts["sha256"]:
-            raise _refused(path, f"{file} was changed (sha256 {found[:12]}…, its manifest says {facts['sha256'][:12]}…)")
+            raise _refused(
+                path, f"{file} was changed (sha256 {found[:12]}…, its manifest says {facts['sha256'][:12]}…)"
+            )
     return manifest
 
 
 def _refused(path: Path, what: str) -> CheckpointError:
     good = next((p for p in reversed(checkpoints(path.parent)) if p != path and _is_good(p)), None)
-    remedy = f"--resume {good} continues from the newest good one" if good else "no other good checkpoint is beside it"
+    remedy = (
+        f"--resume {good} continues from the newest good one"
+        if good
+        else "no other good checkpoint is beside it"
+    )
     return CheckpointError(what, "a checkpoint is used only as it was written", remedy)
 
 
@@ -233,7 +250,8 @@ def _is_good(path: Path) -> bool:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         return all(
-            (path / name).stat().st_size == facts["bytes"] and durable.sha256_of_file(path / name) == facts["sha256"]
+            (path / name).stat().st_size == facts["bytes"]
+            and durable.sha256_of_file(path / name) == facts["sha256"]
             for name, facts in manifest["files"].items()
         )
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -253,7 +271,11 @@ def resolve_resume(value: str, output: Path) -> Path:
     if found:
         return found[-1]
     what = f"{path} holds no checkpoint" if path.is_dir() else f"{path} does not exist"
-    raise CheckpointError(what, "a run's directory holds checkpoint-N", f"give the --output of a run ({output} has none)" if output != path else "")
+    raise CheckpointError(
+        what,
+        "a run's directory holds checkpoint-N",
+        f"give the --output of a run ({output} has none)" if output != path else "",
+    )
 
 
 def load_state(path: Path) -> Loaded:
@@ -265,10 +287,14 @@ def load_state(path: Path) -> Loaded:
         state = json.loads((training / "state.json").read_text())
         exchange = training / "exchange.safetensors"
         return Loaded(
-            state, load_file(training / "optimizer.safetensors"), load_file(exchange) if exchange.exists() else {}
+            state,
+            load_file(training / "optimizer.safetensors"),
+            load_file(exchange) if exchange.exists() else {},
         )
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{training}: {error}", "a checkpoint that can be continued holds training state", "") from None
+        raise CheckpointError(
+            f"{training}: {error}", "a checkpoint that can be continued holds training state", ""
+        ) from None
 
 
 def sha256_of_parameters(tensors: Mapping[str, Tensor]) -> str:

@@ -35,9 +35,15 @@ def failure(path: Path, error: OSError) -> CheckpointError:
     """The error of a write that failed, with its remedy."""
     if error.errno in FULL:
         return CheckpointError(
-            f"{path}: {error.strerror}", "nothing that was saved before is lost", "free some space, or give another --output"
+            f"{path}: {error.strerror}",
+            "nothing that was saved before is lost",
+            "free some space, or give another --output",
         )
-    return CheckpointError(f"{path}: {error.strerror or error}", "it must be possible to write there", "check the directory's rights")
+    return CheckpointError(
+        f"{path}: {error.strerror or error}",
+        "it must be possible to write there",
+        "check the directory's rights",
+    )
 
 
 def sync_file(path: Path) -> None:

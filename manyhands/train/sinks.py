@@ -51,7 +51,9 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UsageError(
-                "report_to = 'tensorboard'", "it needs the tensorboard package", "pip install 'manyhands[tensorboard]'"
+                "report_to = 'tensorboard'",
+                "it needs the tensorboard package",
+                "pip install 'manyhands[tensorboard]'",
             ) from None
         self._writer: Any = SummaryWriter(str(directory))
 

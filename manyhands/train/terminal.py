@@ -51,7 +51,9 @@ class Terminal:
 
     def _preparing(self, event: e.Preparing) -> None:
         total = event.total_bytes
-        self._progress("prepare", event.phase, event.done_bytes, total, f"{event.tokens:,} tokens", bytes_=True)
+        self._progress(
+            "prepare", event.phase, event.done_bytes, total, f"{event.tokens:,} tokens", bytes_=True
+        )
 
     def _prepareddata(self, event: e.PreparedData) -> None:
         self._stop()
@@ -64,7 +66,9 @@ class Terminal:
         self._say(f"warning: {where}{event.message}", style="yellow")
 
     def _resumed(self, event: e.Resumed) -> None:
-        self._say(f"resumed from {event.path} (step {event.step:,}, {event.from_workers} → {event.workers} workers)")
+        self._say(
+            f"resumed from {event.path} (step {event.step:,}, {event.from_workers} → {event.workers} workers)"
+        )
 
     def _stepped(self, event: e.Stepped) -> None:
         figures = (
@@ -72,7 +76,9 @@ class Terminal:
             f"mfu {event.mfu:.1%}  comm {event.communicate_share:.1%}  mem {_bytes(event.memory_bytes)}"
         )
         if self._live:
-            self._progress("train", "train", event.step, event.total_steps, f"{figures}  eta {_clock(event.eta_s)}")
+            self._progress(
+                "train", "train", event.step, event.total_steps, f"{figures}  eta {_clock(event.eta_s)}"
+            )
         else:
             self._say(f"step {event.step}/{event.total_steps}  {figures}  eta {_clock(event.eta_s)}")
         if event.step >= event.total_steps:
@@ -99,11 +105,15 @@ class Terminal:
 
     def _finished(self, event: e.Finished) -> None:
         self._stop(keep=True)
-        self._say(f"{event.reason} after step {event.step:,} in {_clock(event.wall_s)}; figures in {event.summary}")
+        self._say(
+            f"{event.reason} after step {event.step:,} in {_clock(event.wall_s)}; figures in {event.summary}"
+        )
 
     # -- how
 
-    def _progress(self, kind: str, label: str, done: float, total: float | None, text: str, *, bytes_: bool = False) -> None:
+    def _progress(
+        self, kind: str, label: str, done: float, total: float | None, text: str, *, bytes_: bool = False
+    ) -> None:
         if not self._live:
             if time.monotonic() - self._said > PLAIN_S:
                 self._said = time.monotonic()
@@ -141,7 +151,9 @@ class Terminal:
             self._bar, self._kind = None, ""
 
     def _say(self, text: str, style: str | None = None) -> None:
-        self._console.print(_safe(text) if self._live else text, style=style if self._live else None, markup=self._live)
+        self._console.print(
+            _safe(text) if self._live else text, style=style if self._live else None, markup=self._live
+        )
 
 
 def _safe(text: str) -> str:

@@ -1,0 +1,171 @@
+"""Rows to train on, out of memory-mapped shards: any row in O(log shards), nothing read ahead.
+
+Text rows are windows over the concatenation of all shards: row i is tokens [i·L, i·L + L], inputs the first L of them, targets the
+last L. The last row is padded and its missing targets are ignored (−100): every token but the first is a target exactly once,
+and every full row is full (packing at 100%).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from manyhands.core.errors import DataError
+from manyhands.data import shards, tokenize
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from manyhands.data.prepare import Prepared
+
+IGNORED = -100
+EXACT_TOKENS = 50_000_000  # parts up to this size have their bytes counted exactly
+
+
+class TokenRows:
+    """Rows of `seq_len` tokens.
+
+    Args:
+        prepared: from `manyhands.data.prepare`.
+        part: which rows; default: all.
+    """
+
+    def __init__(self, prepared: Prepared, seq_len: int, part: range | None = None) -> None:
+        self._prepared, self._length = prepared, seq_len
+        sizes = [size for _, size in prepared.shards]
+        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self._total = int(self._starts[-1])
+        whole = max(0, -(-(self._total - 1) // seq_len))
+        self._part = part if part is not None else range(whole)
+        self._open: dict[int, NDArray[Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+    def take(self, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Rows `ids`: ``input_ids`` and ``targets``, each [len(ids), seq_len] int64."""
+        length = self._length
+        block = np.full((len(ids), length + 1), IGNORED, dtype=np.int64)
+        for row, i in enumerate(ids):
+            first = self._part[int(i)] * length
+            self._copy(first, min(first + length + 1, self._total), block[row])
+        inputs, targets = block[:, :-1].copy(), block[:, 1:].copy()
+        # past the end, and the very last token, whose target does not exist
+        inputs[inputs == IGNORED] = self._prepared.end_id
+        return {"input_ids": torch.from_numpy(inputs), "targets": torch.from_numpy(targets)}
+
+    @property
+    def bytes_per_target(self) -> float:
+        """UTF-8 bytes of text per target of this part; exact for byte-level and character tokens, else the data's mean."""
+        first, last = (
+            self._part.start * self._length + 1,
+            min(self._part.stop * self._length + 1, self._total),
+        )
+        if 0 < last - first <= EXACT_TOKENS:
+            lengths = tokenize.Encoder(self._prepared.tokenizer).byte_lengths()
+            if lengths is not None:
+                counts = np.zeros(len(lengths), dtype=np.int64)
+                for begin in range(first, last, 1 << 20):
+                    block = np.empty(min(1 << 20, last - begin), dtype=np.int64)
+                    self._copy(begin, begin + len(block), block)
+                    counts += np.bincount(block, minlength=len(lengths))
+                return float(counts @ lengths) / (last - first)
+        return self._prepared.text_bytes / max(1, self._prepared.tokens)
+
+    def _copy(self, first: int, last: int, into: NDArray[np.int64]) -> None:
+        """Tokens [first, last) to the beginning of `into`."""
+        shard = int(np.searchsorted(self._starts, first, side="right")) - 1
+        done = 0
+        while first + done < last:
+            offset = first + done - int(self._starts[shard])
+            tokens = self._shard(shard)
+            n = min(last - first - done, len(tokens) - offset)
+            into[done : done + n] = tokens[offset : offset + n]
+            done += n
+            shard += 1
+
+    def _shard(self, i: int) -> NDArray[Any]:
+        if i not in self._open:
+            self._open[i] = shards.open_tokens(self._prepared.directory / self._prepared.shards[i][0])
+        return self._open[i]
+
+
+class LabelledRows:
+    """Texts with a label each.
+
+    Args:
+        max_len: longer texts are cut.
+        ids: which rows of the data, in this order.
+        labels: class names in order; default: the data's own.
+    """
+
+    def __init__(
+        self, prepared: Prepared, max_len: int, ids: NDArray[np.int64], *, labels: Sequence[str] | None = None
+    ) -> None:
+        names = list(labels if labels is not None else prepared.labels or ())
+        number = {name: i for i, name in enumerate(names)}
+        self._max_len, self._ids = max_len, ids
+        self._prepared = prepared
+        parts = [shards.open_labelled(prepared.directory / name) for name, _ in prepared.shards]
+        self._starts = np.concatenate([[0], np.cumsum([len(p[2]) for p in parts])]).astype(np.int64)
+        self._parts = [(offsets, flat) for offsets, flat, _ in parts]
+        unknown = sorted({name for _, _, each in parts for name in each} - set(number))
+        if unknown:
+            raise DataError(
+                f"labels {unknown[:3]} in {prepared.directory.name}",
+                f"the classes are {', '.join(names[:20])}",
+                "correct the label column",
+            )
+        self._labels = np.array([number[name] for _, _, each in parts for name in each], dtype=np.int64)
+        self.lengths = np.concatenate([np.diff(o) for o, _ in self._parts] or [np.empty(0)]).astype(np.int64)[
+            ids
+        ]
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def take(self, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Rows `ids`: ``input_ids``, ``attention_mask`` [n, longest, to a multiple of 8] and ``label`` [n], int64."""
+        longest = int(min(self._max_len, max(1, self.lengths[ids].max()))) if len(ids) else 1
+        width = min(self._max_len, -(-longest // 8) * 8)
+        inputs = np.full((len(ids), width), self._pad(), dtype=np.int64)
+        mask = np.zeros((len(ids), width), dtype=np.int64)
+        for row, i in enumerate(ids):
+            place = int(self._ids[int(i)])
+            part = int(np.searchsorted(self._starts, place, side="right")) - 1
+            offsets, flat = self._parts[part]
+            begin, end = offsets[place - self._starts[part]], offsets[place - self._starts[part] + 1]
+            n = min(width, int(end - begin))
+            inputs[row, :n] = flat[begin : begin + n]
+            mask[row, :n] = 1
+        return {
+            "input_ids": torch.from_numpy(inputs),
+            "attention_mask": torch.from_numpy(mask),
+            "label": torch.from_numpy(self._labels[self._ids[ids]]),
+        }
+
+    @property
+    def bytes_per_target(self) -> float:
+        """Bytes of text per label: the data's mean."""
+        return self._prepared.text_bytes / max(1, self._prepared.documents)
+
+    def _pad(self) -> int:
+        import json
+
+        if not hasattr(self, "_pad_id"):
+            settings = json.loads((self._prepared.tokenizer / "tokenizer_config.json").read_text())
+            name = settings.get("pad_token")
+            name = name.get("content") if isinstance(name, dict) else name
+            from tokenizers import Tokenizer
+
+            found = (
+                Tokenizer.from_file(str(self._prepared.tokenizer / "tokenizer.json")).token_to_id(name)
+                if name
+                else None
+            )
+            self._pad_id = int(found) if found is not None else self._prepared.end_id
+        return self._pad_id

@@ -1,0 +1,108 @@
+"""Token shards: uncompressed Arrow IPC files, memory-mapped, readable by pyarrow and `datasets.Dataset.from_file`.
+
+A text shard has one column ``tokens``; a labelled one ``input_ids`` (lists) and ``label`` (text). A shard is one record batch; its
+name is the beginning of its content's sha256. It is written under a temporary name, synced and renamed: never half of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from manyhands.core.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SHARD_TOKENS = 16 << 20
+
+
+def write_tokens(directory: Path, tokens: NDArray[Any]) -> str:
+    """Write one text shard; returns its file name."""
+    import pyarrow as pa
+
+    return _write(directory, pa.record_batch([pa.array(tokens)], names=["tokens"]))
+
+
+def write_labelled(directory: Path, rows: Sequence[NDArray[Any]], labels: Sequence[str], dtype: Any) -> str:
+    """Write one labelled shard; returns its file name."""
+    import pyarrow as pa
+
+    offsets = np.zeros(len(rows) + 1, dtype=np.int32)
+    np.cumsum([len(r) for r in rows], out=offsets[1:])
+    flat = np.concatenate(rows) if rows else np.empty(0, dtype=dtype)
+    lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat.astype(dtype, copy=False)))
+    return _write(
+        directory, pa.record_batch([lists, pa.array(list(labels), pa.string())], names=["input_ids", "label"])
+    )
+
+
+def _write(directory: Path, batch: Any) -> str:
+    import pyarrow as pa
+
+    temporary = directory / f".{os.getpid()}.{os.urandom(4).hex()}.tmp"
+    try:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        digest = hashlib.sha256()
+        with temporary.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+            os.fsync(file.fileno())
+        name = f"{digest.hexdigest()[:24]}.arrow"
+        temporary.replace(directory / name)
+        return name
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise failure(directory, error) from error
+
+
+def failure(path: Path, error: OSError) -> DataError:
+    """The error of a cache that cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DataError(
+            f"{path}: {error.strerror}",
+            "what was prepared before is kept and used again",
+            "free some space, or give another --cache",
+        )
+    return DataError(
+        f"{path}: {error.strerror or error}", "it must be possible to write there", "give another --cache"
+    )
+
+
+def open_tokens(path: Path) -> NDArray[Any]:
+    """A text shard's tokens, memory-mapped."""
+    tokens: NDArray[Any] = _open(path).column(0).to_numpy(zero_copy_only=True)
+    return tokens
+
+
+def open_labelled(path: Path) -> tuple[NDArray[np.int32], NDArray[Any], list[str]]:
+    """(offsets, flat tokens, labels) of a labelled shard, memory-mapped."""
+    batch = _open(path)
+    lists = batch.column(0)
+    return (
+        lists.offsets.to_numpy(zero_copy_only=True),
+        lists.values.to_numpy(zero_copy_only=True),
+        batch.column(1).to_pylist(),
+    )
+
+
+def _open(path: Path) -> Any:
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(
+            f"{path}: {str(error).splitlines()[0]}",
+            "a prepared shard is used only whole",
+            "delete that directory; it is made anew",
+        ) from error

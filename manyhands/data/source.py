@@ -1,0 +1,280 @@
+"""What to read: names of data to files, and files to pieces of bounded size.
+
+A *piece* is the unit of preparation: a few small files, or a part of a big one. Pieces follow from the files alone, never from
+the number of processes, so the prepared stream is the same for any number of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from manyhands.core.errors import DataError, UsageError, nearest
+
+PIECE_BYTES = 32 << 20
+SUFFIXES = {
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".rst": "text",
+    ".py": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+FORMATS = ("auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """Which text, read how, as which tokens.
+
+    Attributes:
+        data: each a path, glob, directory, fsspec URL, ``stdlib`` (the Python library's sources) or ``hf:PATH[:SPLIT]``.
+        format: one of `FORMATS`; auto goes by the file's name.
+        encoding: of text files.
+        document: whether one document of a plain text file is the file or a line.
+        text: column of the text; several, joined by a space: "title,body". Numbers (from 0): a CSV without header.
+        label: column of the label; None: causal language modelling.
+        tokenizer: byte, char, word:N, bpe:N or a tokenizer directory.
+        on_error: broken rows are counted and skipped, or fatal.
+    """
+
+    data: tuple[str, ...]
+    format: str = "auto"
+    encoding: str = "utf-8"
+    document: Literal["file", "line"] = "file"
+    text: str = "text"
+    label: str | None = None
+    tokenizer: str = "byte"
+    on_error: Literal["skip", "fail"] = "skip"
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise UsageError(f"format = {self.format!r}", "", nearest(self.format, FORMATS))
+        try:
+            "".encode(self.encoding)
+        except LookupError:
+            raise UsageError(
+                f"encoding = {self.encoding!r}",
+                "Python knows no such encoding",
+                "utf-8 and latin-1 are usual",
+            ) from None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The text columns."""
+        return tuple(name.strip() for name in self.text.split(","))
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file, or one Hugging Face data set (format "hf").
+
+    Attributes:
+        url: a path or fsspec URL; for "hf" PATH:SPLIT.
+        identity: changes when the content does.
+    """
+
+    url: str
+    format: str
+    compression: str | None
+    size_bytes: int
+    identity: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """Part of a file: bytes [begin, end) of a text file, else units (row groups, batches, rows) [begin, end); all if end < 0."""
+
+    file: int
+    begin: int = 0
+    end: int = -1
+
+
+Piece = tuple[Span, ...]
+
+
+def find_files(spec: DataSpec, cache: Path) -> list[SourceFile]:
+    """All files of `spec`, in the order of its names and sorted within each.
+
+    Raises:
+        DataError: a name matches nothing, or a file cannot be read.
+    """
+    index = _Identities(cache / "files.json")
+    found: list[SourceFile] = []
+    for name in spec.data:
+        if name.startswith("hf:"):
+            from manyhands.data.hub import describe
+
+            found.append(describe(name[3:]))
+            continue
+        fs, paths = _expand(name)
+        for path in paths:
+            found.append(_describe(fs, path, spec, index, explicit=len(paths) == 1))
+    index.save()
+    if not found:
+        raise DataError("data names nothing", "training needs text", "give --data")
+    return found
+
+
+def _expand(name: str) -> tuple[Any, list[str]]:
+    import fsspec
+
+    if name == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+        paths = sorted(str(p) for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
+        return fsspec.filesystem("file"), paths
+    try:
+        fs, path = fsspec.core.url_to_fs(os.path.expanduser(name))
+        if any(c in path for c in "*?["):
+            paths = sorted(p for p in fs.glob(path) if not fs.isdir(p))
+        elif fs.isdir(path):
+            paths = sorted(p for p in fs.find(path) if _known(p) and not _hidden(p, path))
+        elif fs.exists(path):
+            paths = [path]
+        else:
+            raise DataError(
+                f"{name} does not exist", "data names files, directories, globs or URLs", "check the path"
+            )
+    except (OSError, ImportError, ValueError) as error:
+        raise DataError(
+            f"{name}: {str(error).splitlines()[0]}", "it must be readable", "check the address"
+        ) from error
+    if not paths:
+        raise DataError(
+            f"{name} matches no file",
+            "training needs text",
+            f"known suffixes: {', '.join(SUFFIXES)}, also with .gz, .zst",
+        )
+    return fs, paths
+
+
+def _known(path: str) -> bool:
+    return _suffixes(path)[0] in SUFFIXES
+
+
+def _hidden(path: str, root: str) -> bool:
+    return any(part.startswith(".") for part in path[len(root) :].split("/"))
+
+
+def _suffixes(path: str) -> tuple[str, str | None]:
+    stem, last = os.path.splitext(path)
+    compression = COMPRESSIONS.get(last.lower())
+    suffix = os.path.splitext(stem)[1] if compression else last
+    return suffix.lower(), compression
+
+
+def _describe(fs: Any, path: str, spec: DataSpec, index: _Identities, *, explicit: bool) -> SourceFile:
+    suffix, compression = _suffixes(path)
+    kind = spec.format if spec.format != "auto" else SUFFIXES.get(suffix, "text")
+    try:
+        info = fs.info(path)
+        local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+        if local:
+            identity = index.of(path)
+            url = path
+        else:
+            identity = hashlib.sha256(str(fs.ukey(path)).encode()).hexdigest()
+            url = fs.unstrip_protocol(path)
+        return SourceFile(url, kind, compression, int(info.get("size") or 0), identity)
+    except OSError as error:
+        raise DataError(
+            f"{path}: {error.strerror or error}", "it must be readable", "check its rights"
+        ) from error
+
+
+class _Identities:
+    """sha256 of local files, remembered by (path, size, mtime) so that a second run reads nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._known: dict[str, list[Any]] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            self._known = {}
+        self._changed = False
+
+    def of(self, path: str) -> str:
+        stat = os.stat(path)
+        facts = [stat.st_size, stat.st_mtime_ns]
+        known = self._known.get(path)
+        if known is None or known[:2] != facts:
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+            known = self._known[path] = [*facts, digest.hexdigest()]
+            self._changed = True
+        return str(known[2])
+
+    def save(self) -> None:
+        if not self._changed:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(self._known))
+        temporary.replace(self._path)
+
+
+def cut(files: Sequence[SourceFile], spec: DataSpec) -> list[Piece]:
+    """Pieces of all files: at least a sixteenth of the whole or 1 MiB, at most `PIECE_BYTES` where a file can be cut."""
+    total = sum(f.size_bytes for f in files)
+    size = min(PIECE_BYTES, max(1 << 20, total // 16))
+    pieces: list[Piece] = []
+    open_spans: list[Span] = []
+    filled = 0
+    for i, file in enumerate(files):
+        spans = _spans(i, file, size)
+        if len(spans) > 1:
+            if open_spans:
+                pieces.append(tuple(open_spans))
+                open_spans, filled = [], 0
+            pieces.extend((span,) for span in spans)
+            continue
+        if open_spans and filled + file.size_bytes > size:
+            pieces.append(tuple(open_spans))
+            open_spans, filled = [], 0
+        open_spans.extend(spans)
+        filled += file.size_bytes
+    if open_spans:
+        pieces.append(tuple(open_spans))
+    return pieces
+
+
+def _spans(i: int, file: SourceFile, size: int) -> list[Span]:
+    if file.format in ("text", "jsonl") and file.compression is None and file.size_bytes > size:
+        count = -(-file.size_bytes // size)
+        edges = [file.size_bytes * k // count for k in range(count + 1)]
+        return [Span(i, a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    if file.format in ("parquet", "arrow", "hf") and file.compression is None and file.size_bytes > size:
+        from manyhands.data.formats import unit_count
+
+        units = unit_count(file)
+        count = max(1, min(units, file.size_bytes // size))
+        edges = [units * k // count for k in range(count + 1)]
+        return [Span(i, a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [Span(i)]
+
+
+def identity_of(spec: DataSpec, files: Sequence[SourceFile], tokenizer: str, version: int) -> str:
+    """A name for the prepared form: the same for the same content, options and tokenizer."""
+    facts = asdict(spec)
+    del facts["data"], facts["tokenizer"]
+    content = [[f.format, f.compression, f.identity] for f in files]
+    return hashlib.sha256(
+        json.dumps([version, facts, content, tokenizer], sort_keys=True).encode()
+    ).hexdigest()

@@ -1,0 +1,268 @@
+"""Text to tokens. Every tokenizer ends as a directory that ``AutoTokenizer.from_pretrained`` loads.
+
+* ``byte``: GPT-2's byte alphabet without merges (256 tokens and the end of text).
+* ``char``: one token per character of the data.
+* ``bpe:N``: byte-level BPE (Sennrich 2016, as in GPT-2) trained on the data, N tokens in all.
+* ``word:N``: lower-cased words and punctuation, the N most frequent; for classifiers.
+* a directory: as it is.
+
+`byte` and `char` are encoded by table look-up, which gives the same tokens as the tokenizer itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from manyhands.core.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+END, UNKNOWN, PAD = "<|endoftext|>", "<|unk|>", "<|pad|>"
+KINDS = ("byte", "char", "bpe:N", "word:N", "a directory")
+
+
+def parse(spec: str) -> tuple[str, int]:
+    """(kind, size) of a tokenizer's name; ("directory", 0) for a path. Raises `UsageError`."""
+    kind, _, number = spec.partition(":")
+    if kind in ("byte", "char") and not number:
+        return kind, 0
+    if kind in ("bpe", "word") and number.isdigit():
+        least = 258 if kind == "bpe" else 3
+        if int(number) < least:
+            raise UsageError(
+                f"tokenizer = {spec!r}", f"{kind} has at least {least} tokens", f"give {kind}:{least} or more"
+            )
+        return kind, int(number)
+    if any((Path(spec) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return "directory", 0
+    raise UsageError(
+        f"tokenizer = {spec!r}", f"it is one of {', '.join(KINDS)}", "a directory holds tokenizer.json"
+    )
+
+
+def directory_identity(path: Path) -> str:
+    """Changes with any file of a tokenizer."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.is_file() and (
+            "token" in file.name
+            or file.suffix == ".model"
+            or file.name in ("vocab.json", "merges.txt", "vocab.txt")
+        ):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def train(spec: str, texts: Iterable[str], directory: Path) -> None:
+    """Make the tokenizer `spec` from `texts` and save it into `directory` (renamed into place when whole)."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    kind, size = parse(spec)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = {"eos_token": END, "bos_token": END, "pad_token": END}
+    if kind == "byte":
+        made = Tokenizer(models.BPE({c: i for i, c in enumerate([*_in_byte_order(alphabet), END])}, []))
+    elif kind == "bpe":
+        made = Tokenizer(models.BPE())
+    else:
+        made = Tokenizer(models.WordLevel({UNKNOWN: 0}, unk_token=UNKNOWN))
+        special["unk_token"] = UNKNOWN
+    if kind in ("byte", "bpe"):
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "bpe")
+        made.decoder = decoders.ByteLevel()
+    if kind == "bpe":
+        trainer = trainers.BpeTrainer(
+            vocab_size=size, initial_alphabet=alphabet, special_tokens=[END], show_progress=False
+        )
+        made.train_from_iterator(texts, trainer)
+    elif kind == "char":
+        characters = sorted(set().union(*map(set, texts)))
+        made = Tokenizer(
+            models.WordLevel({c: i for i, c in enumerate([*characters, UNKNOWN, END])}, unk_token=UNKNOWN)
+        )
+        made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        made.decoder = decoders.Fuse()
+    elif kind == "word":
+        special = {"unk_token": UNKNOWN, "pad_token": PAD, "eos_token": END}
+        made.normalizer = normalizers.Lowercase()
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+        )
+        made.train_from_iterator(
+            texts,
+            trainers.WordLevelTrainer(
+                vocab_size=size, special_tokens=[PAD, UNKNOWN, END], show_progress=False
+            ),
+        )
+    else:
+        raise UsageError(f"tokenizer = {spec!r}", "a directory is used as it is", "")
+    _save(made, special, directory)
+
+
+def _in_byte_order(alphabet: Sequence[str]) -> list[str]:
+    """GPT-2's printable stand-ins for bytes 0 to 255 (its `bytes_to_unicode`)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    of = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    assert sorted(of.values()) == list(alphabet)
+    return [of[b] for b in range(256)]
+
+
+def _save(made: Any, special: dict[str, str], directory: Path) -> None:
+    """tokenizer.json and its configuration, without importing Transformers (preparing needs neither it nor torch)."""
+    from tokenizers import AddedToken
+
+    made.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in dict.fromkeys(special.values())]
+    )
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
+    made.save(str(temporary / "tokenizer.json"))
+    configuration = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": int(1e30),
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
+    (temporary / "tokenizer_config.json").write_text(json.dumps(configuration, indent=2) + "\n")
+    (temporary / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+    temporary.replace(directory)
+
+
+class Encoder:
+    """Encodes batches of texts with a tokenizer directory.
+
+    Attributes:
+        vocab_size: tokens in all.
+        end_id: the token between documents.
+        dtype: the smallest unsigned type that holds every token.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._tokenizer, self.end_id = _load(directory)
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        self.dtype: type[np.unsignedinteger[Any]] = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        self._table = self._lookup()
+
+    def __call__(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        """The tokens of each text, without special tokens."""
+        if self._table is not None:
+            return [self._table(text) for text in texts]
+        # rows of tokenizers' objects become Python lists only one at a time
+        return [
+            np.array(e.ids, dtype=self.dtype)
+            for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
+
+    def byte_lengths(self) -> NDArray[np.int64] | None:
+        """UTF-8 bytes of each token, where every token stands for a fixed piece of text; None otherwise."""
+        state = json.loads(self._tokenizer.to_str())
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        special = {t["content"] for t in state["added_tokens"]}
+        lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+        byte_level = '"ByteLevel"' in json.dumps(state.get("decoder"))
+        if not byte_level and (state.get("decoder") or {}).get("type") != "Fuse":
+            return None
+        for token, number in vocabulary.items():
+            if token not in special:
+                lengths[number] = len(token) if byte_level else len(token.encode())
+        return lengths
+
+    def _lookup(self) -> Callable[[str], NDArray[Any]] | None:
+        state = json.loads(self._tokenizer.to_str())
+        pre = state.get("pre_tokenizer") or {}
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
+        if (
+            state["model"]["type"] == "BPE"
+            and not state["model"]["merges"]
+            and pre.get("type") == "ByteLevel"
+        ):
+            from tokenizers import pre_tokenizers
+
+            order = _in_byte_order(sorted(pre_tokenizers.ByteLevel.alphabet()))
+            table = np.array([vocabulary[c] for c in order], dtype=self.dtype)
+            return lambda text: table[np.frombuffer(text.encode(), dtype=np.uint8)]
+        if (
+            state["model"]["type"] == "WordLevel"
+            and pre.get("type") == "Split"
+            and (state.get("decoder") or {}).get("type") == "Fuse"
+        ):
+            unknown = vocabulary[UNKNOWN]
+            points = {ord(c): i for c, i in vocabulary.items() if len(c) == 1}
+            lookup = np.full(max(points, default=0) + 2, unknown, dtype=self.dtype)
+            for point, number in points.items():
+                lookup[point] = number
+            last = len(lookup) - 1
+            return lambda text: lookup[
+                np.minimum(np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32), last)
+            ]
+        return None
+
+
+def _load(directory: Path) -> tuple[Any, int]:
+    """The fast tokenizer of a directory and its end-of-text token."""
+    from tokenizers import Tokenizer
+
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return _convert(directory)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise DataError(
+            f"{path}: {str(error).splitlines()[0]}", "it must be a tokenizer", "take another copy of it"
+        ) from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    name: Any = None
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            settings = json.loads((directory / file).read_text())
+        except (OSError, ValueError):
+            continue
+        name = name or settings.get("eos_token") or settings.get("sep_token")
+    if isinstance(name, dict):
+        name = name.get("content")
+    end = tokenizer.token_to_id(name) if name else None
+    if end is None:
+        end = next(
+            (i for t in (END, "</s>", "[SEP]", "<eos>") if (i := tokenizer.token_to_id(t)) is not None), None
+        )
+    if end is None:
+        raise DataError(
+            f"{directory}: no end-of-text token",
+            "documents are separated by one",
+            "name eos_token in tokenizer_config.json",
+        )
+    return tokenizer, int(end)
+
+
+def _convert(directory: Path) -> tuple[Any, int]:
+    """A slow tokenizer of Transformers, converted."""
+    from transformers import AutoTokenizer
+
+    try:
+        slow = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        tokenizer, end = (
+            slow.backend_tokenizer,
+            slow.eos_token_id if slow.eos_token_id is not None else slow.sep_token_id,
+        )
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{directory}: {str(error).splitlines()[0]}",
+            "it must hold a fast tokenizer",
+            "save it with tokenizer.json",
+        ) from error
+    if end is None:
+        raise DataError(
+            f"{directory}: no end-of-text token", "documents are separated by one", "name eos_token"
+        )
+    return tokenizer, int(end)
