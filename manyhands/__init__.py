@@ -18,7 +18,7 @@ _LAZY = {
     "presets": "manyhands.strategy.presets",
 }
 
-__all__ = ["__version__", *_LAZY]
+__all__ = ["Hands", "Job", "Strategy", "__version__", "join", "load", "presets", "run"]
 
 if TYPE_CHECKING:
     from manyhands.api import Hands, join, load

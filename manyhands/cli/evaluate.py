@@ -11,7 +11,10 @@ from manyhands.core import config
 from manyhands.core.errors import UsageError
 from manyhands.train.job import Job
 
-FIELDS = "data format encoding document on_error eval_fraction device_batch workers device threads transport precision cache".split()
+FIELDS = (
+    *("data", "format", "encoding", "document", "on_error", "eval_fraction", "device_batch"),
+    *("workers", "device", "threads", "transport", "precision", "cache"),
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         layers.append(("evaluate", {"resume": given.run, "output": scratch, "report_to": ()}))
         if given.data is not None:  # all of the given data is scored
             layers.append(("evaluate", {"eval_data": given.data, "data": given.data, "eval_fraction": 0.0}))
-        job, origins = config.assemble(Job, layers)
+        job, _origins = config.assemble(Job, layers)
         result = Path(scratch) / "scores.json"
         argument = json.dumps(
             {"job": config.to_data(job), "result": str(result), "given": given.data is not None}

@@ -117,7 +117,7 @@ def _unhyphen(name: str) -> Any:
         "nan": float("nan"),
     }
     word = name.replace("__hyphen__", "-")
-    return words[word.lower()] if word.lower() in words else word
+    return words.get(word.lower(), word)
 
 
 def from_text(kind: str, text: str, where: str = "value") -> Any:
@@ -268,9 +268,8 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
         return value
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "")):
-            if type(None) in args:
-                return None
+        if (value is None or (isinstance(value, str) and value.lower() in ("none", ""))) and type(None) in args:
+            return None
         others = [a for a in args if a is not type(None)]
         for i, other in enumerate(others):
             try:

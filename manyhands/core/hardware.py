@@ -19,6 +19,9 @@ def hostname() -> str:
     return socket.gethostname()
 
 
+SYSTEM = Path("/")  # where /proc and /sys are
+
+
 class Seat(NamedTuple):
     """Where one worker of this machine computes.
 
@@ -44,7 +47,7 @@ def cores_allowed() -> list[tuple[int, ...]]:
         return [(cpu,) for cpu in range(os.cpu_count() or 1)]
     cores: dict[tuple[int, int], list[int]] = {}
     for cpu in sorted(os.sched_getaffinity(0)):
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        topology = SYSTEM / f"sys/devices/system/cpu/cpu{cpu}/topology"
         try:
             package = int((topology / "physical_package_id").read_text())
             siblings = (topology / "thread_siblings_list").read_text()
@@ -87,14 +90,16 @@ def cpu_quota() -> float | None:
 def _cgroups(controller: str) -> list[Path]:
     """This process's directory for a controller ("": version 2) and all around it, where they are mounted."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = (SYSTEM / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
+    mounted = SYSTEM / "sys/fs/cgroup"
+    roots = [mounted / controller] if controller else [mounted, mounted / "unified"]
     directories = []
     for line in lines:
         _, names, path = line.split(":", 2)
         if controller in names.split(","):
-            for root in (Path("/sys/fs/cgroup") / controller, Path("/sys/fs/cgroup/unified" if not controller else "/nowhere")):
+            for root in roots:
                 inner = root / path.lstrip("/")
                 directories += [d for d in (inner, *inner.parents) if d.is_relative_to(root) and d.is_dir()]
     return directories
@@ -110,7 +115,7 @@ def memory_available_bytes() -> int:
     """Memory that can still be had: of the machine, and below the cgroup's limit."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in (SYSTEM / "proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
     return max(0, min([free, *(limit - used for limit, used in _memory_limits())]))
@@ -118,7 +123,10 @@ def memory_available_bytes() -> int:
 
 def _memory_limits() -> list[tuple[int, int]]:
     """(limit, use) in bytes of the cgroup and those around it; a use includes the files that the kernel could drop."""
-    names = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
+    names = {
+        "": ("memory.max", "memory.current"),
+        "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    }
     found = []
     for controller, (limit, used) in names.items():
         for directory in _cgroups(controller):
@@ -131,7 +139,9 @@ def gpu_count() -> int:
     """GPUs that torch can use; torch is imported only where there may be one."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return 0
-    if not (Path("/proc/driver/nvidia/gpus").exists() or Path("/dev/kfd").exists() or shutil.which("nvidia-smi")):
+    if not (
+        Path("/proc/driver/nvidia/gpus").exists() or Path("/dev/kfd").exists() or shutil.which("nvidia-smi")
+    ):
         return 0
     import importlib.metadata
 
@@ -242,7 +252,11 @@ def _measure_peak(device: str, dtype: Any) -> float:
     import torch
 
     cuda = device.startswith("cuda")
-    wait = functools.partial(torch.cuda.synchronize, device) if cuda else (lambda: None)
+
+    def wait() -> None:
+        if cuda:
+            torch.cuda.synchronize(device)
+
     sizes = (2048, 4096, 8192) if cuda else (512, 1024, 2048)
     best = 0.0
     for n in sizes:

@@ -43,7 +43,9 @@ def enable_allocator() -> str:
     except (OSError, RuntimeError, subprocess.SubprocessError, ImportError) as error:
         return f"system's ({error}: a slower run)"
     local = read_env().local_world_size
-    library.manyhands_install_allocator(ctypes.c_size_t(int(hardware.memory_bytes() * SHARE_OF_MEMORY / local)))
+    library.manyhands_install_allocator(
+        ctypes.c_size_t(int(hardware.memory_bytes() * SHARE_OF_MEMORY / local))
+    )
     _installed.append(library)
     return "caching"
 
@@ -98,7 +100,16 @@ def _build() -> Path:
 def _compile(compiler: str, torch: Path, target: Path) -> None:
     """Build `target` under a temporary name. Raises RuntimeError with the compiler's first complaint."""
     temporary = target.with_suffix(f".{os.getpid()}.tmp")
-    command = [compiler, "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-isystem", str(torch / "include"), str(SOURCE)]
+    command = [
+        compiler,
+        "-O2",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+        "-isystem",
+        str(torch / "include"),
+        str(SOURCE),
+    ]
     command += ["-o", str(temporary), f"-L{torch / 'lib'}", "-lc10", f"-Wl,-rpath,{torch / 'lib'}"]
     complaint = ""
     try:

@@ -8,7 +8,7 @@ not a mean: Σ wᵢ gᵢ over workers with Σ wᵢ = 1 *is* the mean.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,4 +36,4 @@ class Gather:
     axis: str = REPLICA
 
 
-Request = Union[Sum, Gather]
+Request = Sum | Gather

@@ -36,7 +36,9 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
-                if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup: whoever started us decided
+                if (
+                    signal.getsignal(signum) is not signal.SIG_IGN
+                ):  # as under nohup: whoever started us decided
                     self._before[signum] = signal.signal(signum, self._handle)
         return self
 

@@ -7,7 +7,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple, Union
+from typing import Any, BinaryIO, NamedTuple
 
 from manyhands.core.errors import DataError
 from manyhands.data.source import DataSpec, SourceFile, Span
@@ -32,7 +32,7 @@ class Bad(NamedTuple):
     message: str
 
 
-Rows = Iterator[Union[Row, Bad]]
+Rows = Iterator[Row | Bad]
 
 
 def read(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
@@ -63,7 +63,7 @@ def opened(file: SourceFile) -> Iterator[BinaryIO]:
             import zstandard
 
             with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as plain:
-                yield io.BufferedReader(plain, 1 << 20)  # type: ignore[type-var,assignment]
+                yield io.BufferedReader(plain, 1 << 20)
         else:
             yield raw
 

@@ -7,6 +7,7 @@ the number of processes, so the prepared stream is the same for any number of th
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import sysconfig
@@ -259,14 +260,14 @@ def _spans(i: int, file: SourceFile, size: int) -> list[Span]:
     if file.format in ("text", "jsonl") and file.compression is None and file.size_bytes > size:
         count = -(-file.size_bytes // size)
         edges = [file.size_bytes * k // count for k in range(count + 1)]
-        return [Span(i, a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        return [Span(i, a, b) for a, b in itertools.pairwise(edges)]
     if file.format in ("parquet", "arrow", "hf") and file.compression is None and file.size_bytes > size:
         from manyhands.data.formats import unit_count
 
         units = unit_count(file)
         count = max(1, min(units, file.size_bytes // size))
         edges = [units * k // count for k in range(count + 1)]
-        return [Span(i, a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        return [Span(i, a, b) for a, b in itertools.pairwise(edges)]
     return [Span(i)]
 
 

@@ -1,12 +1,14 @@
-"""A worker process of the local launcher: ``python -m manyhands.launch.child ENTRY ARGUMENT``.
+"""A worker process of the local launcher.
 
-It pins itself before anything imports torch, dies with its parent however that dies, and leaves a record of its failure
-in ``logs/rank-k.error.json`` for the launcher to tell the first one.
+It pins itself before anything imports torch, dies with its launcher, and leaves a record of its end in
+``logs/rank-k.error.json``, from which the launcher tells the first failure.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -17,56 +19,66 @@ import traceback
 from pathlib import Path
 
 from manyhands.core.errors import ManyhandsError, PeerLost, Stopped
+from manyhands.core.signals import PHASE
 
 PR_SET_PDEATHSIG = 1
+LEAVE_S = 30.0  # for exit handlers; a finished worker is not held up for longer
+
+# The launcher's own search path, as multiprocessing's spawn hands it on: what it could import, we can.
+BOOT = f"import sys; sys.path[:] = sys.argv.pop(1).split({os.pathsep!r}); from manyhands.launch.child import main; main()"
 
 
-def main() -> int:
-    entry, argument = sys.argv[1:3]
-    _die_with_parent()
-    _pin()
+def main() -> None:
+    """Run the entry point that the command line names; ends the process."""
+    entry = sys.argv[1]
+    _die_with_parent(int(os.environ.pop("MANYHANDS_PARENT")))
+    error_file = Path(os.environ.pop("MANYHANDS_ERROR_FILE"))
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # an ignored SIGINT is inherited; ours are the launcher's
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _pin(os.environ.pop("MANYHANDS_CORES", ""))
+    faulthandler.enable()
+    if hasattr(faulthandler, "register"):
+        faulthandler.register(signal.SIGUSR1)  # kill -USR1 PID: where is it? The stacks go to the log
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    if "MANYHANDS_CONSOLE" in os.environ:
+        os.set_inheritable(int(os.environ["MANYHANDS_CONSOLE"]), False)
+    _leave(_run(entry, error_file))
+
+
+def _run(entry: str, error_file: Path) -> int:
     from manyhands.core.registry import resolve_target
 
     try:
+        argument = (Path(os.environ["MANYHANDS_STORE"]) / "argument").read_text(encoding="utf-8")
         return int(resolve_target(entry)(argument) or 0)
-    except Stopped as stopped:
-        return stopped.exit_code
+    except KeyboardInterrupt as error:
+        _record(error, error_file)
+        return 128 + signal.SIGINT
+    except Stopped as error:
+        _record(error, error_file)
+        return error.exit_code
     except BaseException as error:
         traceback.print_exc()
-        _record(error)
+        _record(error, error_file)
         return error.exit_code if isinstance(error, ManyhandsError) else 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
 
 
-def _die_with_parent() -> None:
-    """The kernel kills us with the parent (Linux); everywhere, the end of its pipe does."""
+def _die_with_parent(parent: int) -> None:
+    """The kernel kills us with the launcher (Linux; elsewhere and for our own children, `guard` does)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    number = os.environ.pop("MANYHANDS_PARENT", None)
-    if number is None:
-        return
-    pipe = int(number)
-    os.set_inheritable(pipe, False)
-
-    def watch() -> None:
-        os.read(pipe, 1)  # returns only when every writing end is closed
+    if os.getppid() != parent:  # it died before we asked
         os._exit(128 + signal.SIGKILL)
 
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
-
-def _pin() -> None:
-    cores = os.environ.pop("MANYHANDS_CORES", "")
-    if cores and hasattr(os, "sched_setaffinity"):
+def _pin(cores: str) -> None:
+    if cores:
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
 
 
-def _record(error: BaseException) -> None:
-    path = os.environ.get("MANYHANDS_ERROR_FILE")
-    if path is None:
-        return
+def _record(error: BaseException, path: Path) -> None:
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1] if frames else None
     record = {
@@ -74,18 +86,31 @@ def _record(error: BaseException) -> None:
         "type": type(error).__name__,
         "message": str(error),
         "ours": isinstance(error, ManyhandsError),
-        "secondary": isinstance(error, (PeerLost, KeyboardInterrupt)),
+        "kind": "stopped"
+        if isinstance(error, (Stopped, KeyboardInterrupt))
+        else "peer-lost"
+        if isinstance(error, PeerLost)
+        else "failed",
+        "phase": getattr(error, PHASE, None),
         "where": f"{last.filename}:{last.lineno} in {last.name}" if last else "",
-        "traceback": traceback.format_exc(),
+        "traceback": "".join(traceback.format_exception(type(error), error, error.__traceback__)),
     }
-    temporary = Path(path + ".tmp")
-    temporary.write_text(json.dumps(record))
-    temporary.replace(path)
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as problem:  # a full disk must not hide the error itself, which the log has
+        print(f"{path} cannot be written: {problem}", file=sys.stderr)
 
 
-if __name__ == "__main__":
-    code = main()
-    # Libraries' threads and process groups must not hold a finished worker; everything is flushed and closed by now.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def _leave(code: int) -> None:
+    """End now: exit handlers run, but threads and process groups of libraries do not hold a finished worker."""
+    overdue = threading.Timer(LEAVE_S, os._exit, (code,))
+    overdue.daemon = True
+    overdue.start()
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)

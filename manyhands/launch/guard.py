@@ -24,7 +24,9 @@ LINGER_S = 1.0  # for what a worker started: helpers that clear up by themselves
 def end_group(leader: int, *, linger_s: float = LINGER_S) -> None:
     """End whatever is left of a worker's process group: asked first, killed after `linger_s`."""
     deadline = time.monotonic() + linger_s
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left; macOS refuses where only zombies are
+    with contextlib.suppress(
+        ProcessLookupError, PermissionError
+    ):  # nobody is left; macOS refuses where only zombies are
         if linger_s > 0:
             os.killpg(leader, signal.SIGTERM)
         while time.monotonic() < deadline:
@@ -35,8 +37,8 @@ def end_group(leader: int, *, linger_s: float = LINGER_S) -> None:
 
 def clear(pids: Iterable[int]) -> None:
     """Remove segments of shared memory that killed workers had made and not yet unlinked (named by wire/shared.py)."""
-    for directory in {Path("/dev/shm"), Path(tempfile.gettempdir())}:
-        for pid in pids:
+    for pid in pids:
+        for directory in (Path("/dev/shm"), Path(tempfile.gettempdir())):
             for path in directory.glob(f"manyhands-{pid}-*"):
                 with contextlib.suppress(OSError):
                     path.unlink()

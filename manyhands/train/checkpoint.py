@@ -143,8 +143,8 @@ def _write(taken: Snapshot, directory: Path) -> None:
     if taken.tokenizer_dir is not None:
         for source in sorted(taken.tokenizer_dir.iterdir()):
             if (
-                source.is_file()
-                and "token" in source.name
+                (source.is_file()
+                and "token" in source.name)
                 or source.name in ("vocab.json", "vocab.txt", "merges.txt")
             ):
                 shutil.copyfile(source, directory / source.name)
@@ -158,7 +158,7 @@ def _write(taken: Snapshot, directory: Path) -> None:
 
 def _seal(directory: Path, step: int) -> int:
     """Sync every file and write the manifest last; returns the bytes written."""
-    files = {}
+    files: dict[str, dict[str, Any]] = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         durable.sync_file(path)
         files[path.relative_to(directory).as_posix()] = {

@@ -132,7 +132,7 @@ def load_parameters(model: torch.nn.Module, path: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         tensors.update(load_file(path / file))
-    own = dict(model.named_parameters()) | {n: b for n, b in model.state_dict().items()}
+    own = dict(model.named_parameters()) | dict(model.state_dict().items())
     missing = {n for n in model.state_dict() if n not in tensors} - _tied(model)
     unknown = set(tensors) - set(own)
     if missing or unknown:

@@ -238,7 +238,7 @@ class _Run:
             self.job,
             model=self.job.model if self.job.model != "auto" else self.material.default_model,
             tokenizer=self.job.tokenizer if self.job.tokenizer != "auto" else self.material.tokenizer_spec,
-            precision=plan.precision,
+            precision=plan.precision,  # type: ignore[arg-type]
             compile="on" if plan.compile else "off",
             micro_batch=plan.micro_batch,
             device_batch=None if self.job.reproducible else plan.device_batch,

@@ -270,10 +270,7 @@ class _Pending:
 def _add(pieces: list[Tensor]) -> None:
     """Σ in rank order, written into every piece; half precision is added in float32 and rounded once."""
     wide = _wide(pieces[0].dtype)
-    if wide is pieces[0].dtype:
-        total = torch.add(pieces[0], pieces[1])
-    else:
-        total = pieces[0].to(wide) + pieces[1]
+    total = torch.add(pieces[0], pieces[1]) if wide is pieces[0].dtype else pieces[0].to(wide) + pieces[1]
     for piece in pieces[2:]:
         total += piece
     for piece in pieces:

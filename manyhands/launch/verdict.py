@@ -1,0 +1,139 @@
+"""Which worker failed first, and why, in words: pure functions of what the workers left."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TAIL_LINES = 8
+TAIL_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """How one worker ended.
+
+    Attributes:
+        code: of the process; negative: the signal that killed it.
+        time_s: when the launcher noticed it, in seconds since the epoch.
+        record: the contents of its ``rank-k.error.json``, if it could still write one.
+        tail: its log's last lines.
+    """
+
+    rank: int
+    host: str
+    code: int
+    time_s: float
+    record: dict[str, Any] | None
+    log: Path
+    tail: str = ""
+
+    @property
+    def since_s(self) -> float:
+        return float(self.record["time_s"]) if self.record else self.time_s
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The launch's exit code, and the first failure in words (empty: there was none)."""
+
+    exit_code: int
+    words: str = ""
+
+
+def judge(
+    ends: Sequence[End], *, stopped_by: int | None, told_s: float | None, out_of_memory: bool = False
+) -> Verdict:
+    """What to say of a launch.
+
+    Real causes come before their consequences: first whatever failed by itself, by time; then a lost peer. A
+    worker that a signal stopped is no failure, and neither is one that ended after it was told to (`told_s`).
+
+    Args:
+        stopped_by: the signal that this launcher was sent.
+        told_s: when the launcher began to end the workers itself, because one had failed.
+        out_of_memory: whether the kernel killed a process for memory meanwhile.
+    """
+    bad = sorted((end for end in ends if end.code != 0), key=lambda end: end.since_s)
+    kinds = [_kind(end, stopped_by is not None, told_s) for end in bad]
+    failed = [end for end, kind in zip(bad, kinds, strict=True) if kind == "failed"]
+    if failed:
+        return Verdict(2 if failed[0].code == 2 else 1, describe(failed[0], out_of_memory))
+    if stopped_by is not None and bad:
+        return Verdict(128 + stopped_by)
+    stopped = [end for end, kind in zip(bad, kinds, strict=True) if kind == "stopped"]
+    if stopped:
+        code = stopped[0].code
+        return Verdict(code if code > 128 else 128 - code)
+    lost = [end for end, kind in zip(bad, kinds, strict=True) if kind == "peer-lost"]
+    if lost or bad:
+        return Verdict(1, describe((lost or bad)[0], out_of_memory))
+    return Verdict(0)
+
+
+def _kind(end: End, stopping: bool, told_s: float | None) -> str:
+    """ "failed", "peer-lost", "stopped" by a signal from outside, or "told" by the launcher."""
+    if end.record is not None and end.record["kind"] != "stopped":
+        return str(end.record["kind"])
+    orderly = end.code in (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
+    ours = stopping or (told_s is not None and end.since_s >= told_s)
+    if ours and (orderly or end.code == -signal.SIGKILL):
+        return "told"
+    return "stopped" if orderly else "failed"
+
+
+def describe(end: End, out_of_memory: bool = False) -> str:
+    """One failure: worker, host, cause, log."""
+    record = end.record
+    if record is not None:
+        during = f" during {record['phase']}" if record.get("phase") else ""
+        cause = (
+            str(record["message"])
+            if record["ours"]
+            else f"{record['type']}: {record['message']} ({record['where']})"
+        )
+        how = f"failed{during}: {cause}"
+    elif end.code < 0:
+        name = _signal_name(-end.code)
+        reason = {
+            "SIGKILL": " (the kernel ran out of memory: give a smaller --device-batch or fewer --workers)"
+            if out_of_memory
+            else " (by hand, by a scheduler, or because a container's memory ran out)",
+        }.get(name, "")
+        how = f"was killed by {name}{reason}"
+    else:
+        how = f"ended with exit code {end.code}"
+    tail = f"\n  its last words:\n{end.tail}" if end.tail and record is None else ""
+    return f"manyhands: worker {end.rank} on {end.host} {how}{tail}\n  log: {end.log}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A worker's record of its end; None where it left none."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record
+
+
+def read_tail(log: Path, begin: int) -> str:
+    """The last lines of what was written to a log from byte `begin` on, indented."""
+    try:
+        with log.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(begin, size - TAIL_BYTES))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    return "\n".join(f"    {line}" for line in text.strip().splitlines()[-TAIL_LINES:])

@@ -1,0 +1,94 @@
+"""Which failure is told: a table over every way that workers end."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from manyhands.launch.verdict import End, judge, read_record, read_tail
+
+
+def end(rank: int, code: int, time_s: float = 10.0, kind: str | None = None) -> End:
+    record: dict[str, Any] | None = None
+    if kind is not None:
+        record = {
+            "time_s": time_s,
+            "type": "E",
+            "message": f"m{rank}",
+            "ours": True,
+            "kind": kind,
+            "where": "",
+        }
+    return End(rank=rank, host="h", code=code, time_s=time_s, record=record, log=Path(f"rank-{rank}.log"))
+
+
+FAILED, LOST, STOPPED = "failed", "peer-lost", "stopped"
+
+
+@pytest.mark.parametrize(
+    ("ends", "stopped_by", "told_s", "code", "rank"),
+    [
+        ([end(0, 0), end(1, 0)], None, None, 0, None),
+        ([end(0, 0), end(1, 0)], signal.SIGTERM, None, 0, None),  # the signal came when all was done
+        ([end(0, 1, 5, FAILED), end(1, 1, 4, FAILED)], None, 4.1, 1, 1),  # the earliest
+        ([end(0, 1, 4, FAILED), end(1, 2, 5, FAILED)], None, 4.1, 1, 0),
+        ([end(0, 1, 5, FAILED), end(1, 2, 4, FAILED)], None, 4.1, 2, 1),  # usage
+        ([end(0, 1, 4, LOST), end(1, 1, 5, FAILED)], None, 4.1, 1, 1),  # the cause, not its consequence
+        (
+            [end(0, 1, 4, LOST), end(1, -9, 5)],
+            None,
+            4.9,
+            1,
+            0,
+        ),  # killed by us after it ignored SIGTERM: the cause is unknown
+        ([end(0, 1, 4, LOST), end(1, -11, 5)], None, 4.1, 1, 1),
+        ([end(0, -9, 4), end(1, 1, 5, LOST)], None, 4.1, 1, 0),
+        ([end(0, 143, 6, STOPPED), end(1, 1, 5, FAILED)], None, 5.1, 1, 1),  # ended because it was told to
+        ([end(0, -15, 6), end(1, 7, 5)], None, 5.1, 1, 1),
+        ([end(0, 143, 5, STOPPED), end(1, 143, 5, STOPPED)], signal.SIGTERM, None, 143, None),
+        ([end(0, 130, 5, STOPPED), end(1, 1, 6, LOST)], signal.SIGINT, None, 130, None),
+        ([end(0, -9, 5), end(1, -9, 5)], signal.SIGINT, None, 130, None),  # a second Ctrl-C
+        ([end(0, 0, 5), end(1, -2, 5)], signal.SIGINT, None, 130, None),
+        ([end(0, 143, 5, STOPPED), end(1, 1, 6, FAILED)], signal.SIGTERM, None, 1, 1),  # it could not save
+        ([end(0, 143, 5, STOPPED), end(1, 1, 6, LOST)], None, 5.5, 143, None),  # one was stopped from outside
+        ([end(0, -15, 5), end(1, 143, 6, STOPPED)], None, 5.5, 143, None),
+        ([end(0, 9, 5)], None, None, 1, 0),
+    ],
+)
+def test_verdict(
+    ends: list[End], stopped_by: int | None, told_s: float | None, code: int, rank: int | None
+) -> None:
+    for order in (ends, ends[::-1]):
+        verdict = judge(order, stopped_by=stopped_by, told_s=told_s)
+        assert verdict.exit_code == code
+        assert (
+            verdict.words.startswith(f"manyhands: worker {rank} on h ")
+            if rank is not None
+            else verdict.words == ""
+        )
+
+
+def test_memory_is_named() -> None:
+    assert "ran out of memory" in judge([end(0, -9)], stopped_by=None, told_s=None, out_of_memory=True).words
+    assert "SIGKILL (by hand" in judge([end(0, -9)], stopped_by=None, told_s=None).words
+
+
+def test_a_signal_without_a_name() -> None:
+    assert "signal 40" in judge([end(0, -40)], stopped_by=None, told_s=None).words
+
+
+def test_what_cannot_be_read_is_none(tmp_path: Path) -> None:
+    (tmp_path / "half").write_text('{"time_s"')
+    assert read_record(tmp_path / "half") is None
+    assert read_record(tmp_path / "absent") is None
+    assert read_tail(tmp_path / "absent", 0) == ""
+
+
+def test_the_tail_is_this_runs_alone(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("before\n" + "".join(f"line {i}\n" for i in range(20)))
+    assert read_tail(log, len("before\n")).splitlines() == [f"    line {i}" for i in range(12, 20)]
+    assert "before" not in read_tail(log, len("before\n"))

@@ -1,0 +1,324 @@
+"""The main job as a user runs it: real processes, real files, real signals."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runs import TINY, command, environment, events, losses, manyhands, summary
+
+STEPS = 8
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small text with some structure."""
+    rng = random.Random(1)
+    words = ["hand", "many", "light", "work", "makes", "slow", "fast", "exact"]
+    directory = tmp_path_factory.mktemp("corpus")
+    for i in range(4):
+        lines = (" ".join(rng.choice(words) for _ in range(9)) for _ in range(120))
+        (directory / f"{i}.txt").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two workers."""
+    output = tmp_path_factory.mktemp("trained") / "run"
+    manyhands("train", "--data", corpus, *TINY, "--steps", STEPS, "--workers", 2, "--save-every", 4, "--output", output)
+    return output
+
+
+def test_the_output_contract(trained: Path) -> None:
+    found = summary(trained)
+    needed = "steps samples target_tokens wall_s tokens_per_s mfu train_loss eval strategy world_sizes parameters_sha256 workers"
+    assert set(needed.split()) <= set(found)
+    assert {"loss", "perplexity", "bits_per_byte"} <= set(found["eval"])
+    keys = "rank host device samples tokens compute_s communicate_s idle_s sent_bytes received_bytes"
+    assert [set(keys.split()) <= set(w) for w in found["workers"]] == [True, True]
+    assert found["steps"] == STEPS
+    assert found["samples"] == STEPS * 12 == sum(w["samples"] for w in found["workers"])
+    assert found["target_tokens"] == STEPS * 12 * 32 == sum(w["tokens"] for w in found["workers"])
+    assert found["world_sizes"] == [2]
+    assert len(found["parameters_sha256"]) == 64
+    assert found["tokens_per_s"] > 0
+    assert 0 < found["mfu"] < 1
+    assert found["wall_s"] > 0
+    assert {e["event"] for e in events(trained)} >= {"planned", "prepareddata", "stepped", "evaluated", "saved", "finished"}
+    assert sorted(losses(trained)) == list(range(1, STEPS + 1))
+    assert {p.name for p in trained.iterdir()} >= {"config.toml", "metrics.jsonl", "summary.json", "logs"}
+    assert sorted(p.name for p in (trained / "logs").glob("*.log")) == ["rank-0.log", "rank-1.log"]
+    assert [p.name for p in sorted(trained.glob("checkpoint-*"))] == ["checkpoint-4", "checkpoint-8"]
+
+
+def test_the_effective_configuration_is_the_same_job(trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "again"
+    manyhands("train", trained / "config.toml", "--output", output)
+    assert summary(output)["parameters_sha256"] == summary(trained)["parameters_sha256"]
+
+
+def test_transformers_alone_loads_it_and_scores_the_same_loss(trained: Path, corpus: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = trained / f"checkpoint-{STEPS}"
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    ids: list[int] = []
+    for file in sorted(corpus.glob("*.txt")):
+        ids += [*tokenizer(file.read_text(), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    rows = -(-(len(ids) - 1) // 32)
+    first = (rows - max(1, round(rows * 0.05))) * 32
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for begin in range(first, len(ids) - 1, 32):
+            window = torch.tensor([ids[begin : begin + 33]])
+            loss = model(window[:, :-1]).logits.log_softmax(-1).gather(2, window[:, 1:, None])
+            total -= float(loss.double().sum())
+            count += window.shape[1] - 1
+    scores = summary(trained)["eval"]
+    assert total / count == pytest.approx(scores["loss"], rel=1e-6)
+    size = sum(len(t.encode()) for t in [tokenizer.decode(ids[first + 1 :], skip_special_tokens=True)])
+    assert scores["bits_per_byte"] == pytest.approx(total / 0.6931471805599453 / size, rel=1e-3)
+
+
+def test_evaluate_and_generate(trained: Path, corpus: Path) -> None:
+    scored = manyhands("evaluate", trained).stdout
+    assert float(scored.split("loss")[1].split()[0]) == pytest.approx(summary(trained)["eval"]["loss"], rel=1e-5)
+    fresh = manyhands("evaluate", trained, "--data", corpus / "0.txt", "--workers", 1).stdout
+    assert "perplexity" in fresh
+    text = manyhands("generate", trained, "--prompt", "many ", "--max-new-tokens", 20).stdout
+    assert text.startswith("many ")
+    assert len(text) > 10
+
+
+def test_reproducible_is_the_same_bits_for_any_workers_and_over_a_resume(corpus: Path, tmp_path: Path) -> None:
+    """Also with dropout, with bf16, with uneven shares."""
+    job = ["--data", corpus, *TINY, "--precision", "bf16", "--model", "gpt2-nano(resid_pdrop=0.1)", "--reproducible"]
+    job += ["--steps", STEPS]
+    digests = {}
+    for name, more in {
+        "1": ["--workers", 1],
+        "2": ["--workers", 2],
+        "3": ["--workers", 3],
+        "4": ["--workers", 4],
+        "uneven": ["--workers", 3, "--shares", "5,1,2"],
+        "group": ["--workers", 2, "--transport", "group"],
+    }.items():
+        manyhands("train", *job, *more, "--output", tmp_path / name)
+        digests[name] = summary(tmp_path / name)["parameters_sha256"]
+    manyhands("train", *job, "--workers", 2, "--save-every", 3, "--keep", 9, "--output", tmp_path / "resumed")
+    for later in ("checkpoint-6", "checkpoint-8"):
+        subprocess.run(["rm", "-r", str(tmp_path / "resumed" / later)], check=True)
+    manyhands("train", "--resume", tmp_path / "resumed", "--workers", 3)
+    digests["resumed"] = summary(tmp_path / "resumed")["parameters_sha256"]
+    assert len(set(digests.values())) == 1, digests
+    assert summary(tmp_path / "resumed")["world_sizes"] == [2, 3]
+
+
+def test_any_workers_and_transports_give_the_same_curve(trained: Path, corpus: Path, tmp_path: Path) -> None:
+    expected = losses(trained)
+    job = ["--data", corpus, *TINY, "--steps", STEPS]
+    manyhands("train", *job, "--workers", 1, "--output", tmp_path / "one")
+    manyhands("train", *job, "--workers", 3, "--shares", "1,0,3", "--output", tmp_path / "uneven")
+    manyhands("train", *job, "--workers", 2, "--transport", "group", "--output", tmp_path / "group")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "manyhands"]
+    done = subprocess.run(
+        [*torchrun, "train", *map(str, job), "--output", str(tmp_path / "torchrun")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**environment(), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("one", "uneven", "group", "torchrun"):
+        assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-5), name
+
+
+def _started(output: Path, *arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command("train", *arguments, "--output", output),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+
+
+def _until(process: subprocess.Popen[str], words: str) -> str:
+    assert process.stdout is not None
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if words in line:
+            return seen
+    raise AssertionError(f"{words!r} never came:\n{seen}\n{process.stderr.read() if process.stderr else ''}")
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_goes_on_later(corpus: Path, tmp_path: Path, signum: int, code: int) -> None:
+    output = tmp_path / "run"
+    process = _started(output, "--data", corpus, *TINY, "--steps", 100_000, "--workers", 2)
+    _until(process, "step 5/")
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, out + err
+    saved = sorted(output.glob("checkpoint-*"))
+    assert len(saved) == 1
+    step = int(saved[0].name.split("-")[1])
+    assert step >= 5
+    assert summary(output)["steps"] == step
+    manyhands("train", "--resume", output, "--steps", step + 2, "--workers", 1)
+    assert summary(output)["steps"] == step + 2
+    assert sorted(losses(output))[-2:] == [step + 1, step + 2]
+
+
+def test_a_signal_while_evaluating_saves(corpus: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    big = tmp_path / "big.txt"
+    big.write_text((corpus / "0.txt").read_text() * 400)
+    process = _started(output, "--data", corpus, "--eval-data", big, *TINY, "--steps", 3, "--workers", 2)
+    _until(process, "evaluate:")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143, out + err
+    assert [p.name for p in output.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_signal_while_preparing_leaves_no_half_shard(tmp_path: Path) -> None:
+    big = tmp_path / "big.txt"
+    rng = random.Random(2)
+    with big.open("w") as file:
+        for _ in range(300_000):
+            file.write(f"{rng.random()} many hands {rng.random()}\n")
+    job = ["--data", big, *TINY, "--tokenizer", "bpe:500", "--steps", 1, "--cache", tmp_path / "cache", "--workers", 2]
+    process = _started(tmp_path / "run", *job)
+    _until(process, "tokeniz")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143, out + err
+    manyhands("train", *job, "--output", tmp_path / "run")
+    assert summary(tmp_path / "run")["steps"] == 1
+
+
+def test_classification_learns_and_does_not_depend_on_the_workers(tmp_path: Path) -> None:
+    rng = random.Random(3)
+    good, bad = ["fine", "great", "lovely", "superb"], ["awful", "dull", "poor", "weak"]
+    lines = ["review,stars"]
+    for i in range(400):
+        words = [rng.choice(good if i % 2 else bad), *rng.choices(["the", "film", "was", "a", "plot"], k=5)]
+        rng.shuffle(words)
+        lines.append(f"{' '.join(words)},{'five' if i % 2 else 'one'}")
+    (tmp_path / "reviews.csv").write_text("\n".join(lines) + "\nragged,row,here\n")
+    job = ["--task", "classify(text=review, label=stars)", "--data", tmp_path / "reviews.csv", "--epochs", 6]
+    job += ["--log-every", 1, "--precision", "fp32", "--strategy", "ddp(lr=3e-3)", "--eval-fraction", "0.1"]
+    for workers in (1, 2, 3):
+        manyhands("train", *job, "--workers", workers, "--output", tmp_path / str(workers))
+    found = summary(tmp_path / "1")
+    assert found["eval"]["accuracy"] > 0.95
+    assert found["eval"]["macro_f1"] > 0.95
+    assert found["data"]["skipped"] == 1
+    for workers in ("2", "3"):
+        assert losses(tmp_path / workers) == pytest.approx(losses(tmp_path / "1"), rel=1e-4, abs=1e-6)
+        assert summary(tmp_path / workers)["eval"]["accuracy"] == found["eval"]["accuracy"]
+    scored = manyhands("evaluate", tmp_path / "2", "--data", tmp_path / "reviews.csv").stdout
+    assert "macro_f1" in scored
+
+
+def test_an_encoder_of_transformers_classifies(tmp_path: Path) -> None:
+    rows = ["text\tlabel", *(f"{'yes indeed' if i % 2 else 'not at all'}\t{i % 2}" for i in range(64))]
+    (tmp_path / "a.tsv").write_text("\n".join(rows) + "\n")
+    manyhands(
+        *("train", "--task", "classify", "--data", tmp_path / "a.tsv", "--model", "bert-tiny", "--tokenizer", "word:50"),
+        *("--steps", 12, "--strategy", "ddp(lr=3e-3)", "--workers", 2, "--output", tmp_path / "run"),
+    )
+    assert summary(tmp_path / "run")["eval"]["accuracy"] == 1.0
+
+
+BAD: list[tuple[list[Any], str, int]] = [
+    (["--global-bach", "4"], "did you mean '--global-batch'", 2),
+    (["--global-batch", "0"], "at least 1", 2),
+    (["--strategy", "dpp"], "did you mean 'ddp'", 2),
+    (["--set", "strategy.outer.lr"], "KEY=VALUE", 2),
+    (["absent.toml"], "does not exist", 2),
+    (["--resume", "/nonexistent/run"], "is not a run", 1),
+    (["--gradient-accumulation-steps", "4"], "give --global-batch alone", 2),
+    (["--micro-batch", "99"], "part of the global batch", 2),
+    (["--reproducible", "--compile", "on"], "leave out --compile on", 2),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words", "code"), BAD, ids=lambda v: str(v)[:40])
+def test_mistakes_are_one_line_and_the_right_code(arguments: list[Any], words: str, code: int, tmp_path: Path) -> None:
+    done = manyhands("train", *arguments, "--output", tmp_path / "run", code=code)
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2
+    assert not (tmp_path / "run" / "checkpoint-1").exists()
+
+
+BAD_DATA: list[tuple[list[Any], str, int]] = [
+    (["--data", "/nonexistent/*.txt"], "matches no file|does not exist", 1),
+    (["--data", "EMPTY"], "holds no text", 1),
+    (["--tokenizer", "bqe:300"], "it is one of", 2),
+    (["--model", "gpt3-nano"], "gpt2-nano", 2),
+    (["--resume", "EMPTY"], "", 1),
+    (["--shares", "1,2,3", "--workers", "2"], "one share", 2),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words", "code"), BAD_DATA, ids=lambda v: str(v)[:40])
+def test_mistakes_met_by_workers_are_printed_last(
+    arguments: list[Any], words: str, code: int, corpus: Path, tmp_path: Path
+) -> None:
+    import re
+
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    given = [str(empty) if a == "EMPTY" else a for a in arguments]
+    base = [] if "--data" in given or "--resume" in given else ["--data", corpus]
+    done = manyhands("train", *base, *TINY, "--steps", 1, *given, "--output", tmp_path / "run", code=code)
+    assert re.search(words, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_an_output_of_another_run_is_not_overwritten(trained: Path, corpus: Path) -> None:
+    before = summary(trained)
+    done = manyhands("train", "--data", corpus, *TINY, "--steps", 1, "--output", trained, code=2)
+    assert "--resume" in done.stderr
+    assert summary(trained) == before
+
+
+def test_a_resumed_run_keeps_its_batches(trained: Path) -> None:
+    done = manyhands("train", "--resume", trained, "--global-batch", 8, "--steps", 20, code=2)
+    assert "global_batch = 8" in done.stderr
+
+
+def test_an_edited_checkpoint_is_refused_and_the_previous_one_offered(trained: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(trained), str(copy)], check=True)
+    victim = copy / f"checkpoint-{STEPS}" / "model.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    done = manyhands("train", "--resume", copy, "--steps", 20, code=1)
+    assert "model.safetensors was changed" in done.stderr
+    assert "checkpoint-4" in done.stderr
+
+
+def test_listing() -> None:
+    for kind in ("strategies", "exchanges", "cadences", "optimizers", "tasks", "models", "launchers"):
+        names = manyhands("list", kind, "--names").stdout.split()
+        full = manyhands("list", kind).stdout.splitlines()
+        assert names == [line.split()[0] for line in full]
+        assert all(len(line.split()) > 2 for line in full)
