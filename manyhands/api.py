@@ -190,9 +190,13 @@ class _MapRows:
         return default_collate([self._dataset[int(i)] for i in ids])
 
 
-def load(path: str | Path) -> nn.Module:
-    """The model of a checkpoint or output directory, of any kind that manyhands writes."""
+def load(path: str | Path, *, trust: bool = False) -> nn.Module:
+    """The model of a checkpoint or output directory, of any kind that manyhands writes, in evaluation mode.
+
+    Args:
+        trust: call the ``module:function`` that the checkpoint names as its model's maker.
+    """
     from manyhands.models.build import load_model
     from manyhands.train.checkpoint import resolve_resume
 
-    return load_model(resolve_resume(str(path), Path(path)))
+    return load_model(resolve_resume(str(path), Path(path)), trust=trust)

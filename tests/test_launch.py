@@ -173,9 +173,11 @@ def test_a_killed_worker_is_named_with_the_signal(
 
 
 def test_a_lost_peer_gives_way_to_the_cause(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch("launch_entries:lose_then_fail", "", workers=2, output=tmp_path) == 1
-    assert "worker 1" in (errors := capfd.readouterr().err)
-    assert "the disk is full" in errors
+    os.mkfifo(tmp_path / "fifo")
+    assert launch("launch_entries:lose_then_fail", str(tmp_path / "fifo"), workers=2, output=tmp_path) == 1
+    errors = capfd.readouterr().err
+    assert "worker 1 on" in errors
+    assert "OSError: the disk is full" in errors
     assert json.loads((tmp_path / "logs" / "rank-0.error.json").read_text())["kind"] == "peer-lost"
 
 

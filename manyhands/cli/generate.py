@@ -30,6 +30,9 @@ def main(arguments: Sequence[str]) -> int:
     p.add_argument("--top-p", "--top_p", type=float, default=0.95, metavar="X", help="nucleus (default 0.95)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
     p.add_argument("--count", type=int, default=1, metavar="N", help="continuations to write (default 1)")
+    p.add_argument(
+        "--trust", action="store_true", help="call the module:function that the checkpoint names as its model's maker"
+    )
     given = options.parse(p, arguments)
     for name, value, least in (("max-new-tokens", given.max_new_tokens, 1), ("count", given.count, 1)):
         if value < least:
@@ -46,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
 
     path = checkpoint.resolve_resume(given.run, Path(given.run))
     checkpoint.verify(path)
-    model = load_model(path)
+    model = load_model(path, trust=given.trust)
     if not hasattr(model, "generate"):
         raise UsageError(
             f"{path} holds a {type(model).__name__}", "it does not continue text", "give a language model"

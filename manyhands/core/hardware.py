@@ -237,7 +237,8 @@ def peak_flops(device: str, dtype: str, threads: int) -> float:
             temporary.write_text(json.dumps(known, indent=1))
             temporary.replace(path)
         except OSError:  # without a cache it is measured each time
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
     return best
 
 

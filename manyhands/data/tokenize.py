@@ -102,7 +102,7 @@ def train(spec: str, texts: Iterable[str], directory: Path) -> None:
                 vocab_size=size, special_tokens=[PAD, UNKNOWN, END], show_progress=False
             ),
         )
-    else:
+    elif kind == "directory":
         raise UsageError(f"tokenizer = {spec!r}", "a directory is used as it is", "")
     _save(made, special, directory)
 

@@ -52,7 +52,11 @@ def save_model(model: nn.Module, directory: str | Path) -> None:
 def write_config(model: nn.Module, directory: Path) -> None:
     """The ``config.json`` alone, of either kind."""
     if is_transformers(model):
-        model.config.save_pretrained(directory)  # type: ignore[union-attr,operator]
+        config: Any = model.config
+        config.architectures = [type(model).__name__]  # the model's own save_pretrained says it, too
+        config.save_pretrained(directory)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(directory)  # type: ignore[union-attr,operator]
         return
     recipe = custom.recipe_of(model) or {"model": None}
     try:

@@ -112,13 +112,19 @@ def prepare_job(job: Job, *, processes: int, emit: Emit = ignore) -> tuple[Prepa
     return train, held_out
 
 
-def gather_material(job: Job, world: World, emit: Emit) -> Material:
-    """Prepare together (every worker takes part; see `manyhands.data.prepare`) and cut rows."""
+def gather_material(
+    job: Job, world: World, emit: Emit, *, labels: Sequence[str] | None = None
+) -> Material:
+    """Prepare together (every worker takes part; see `manyhands.data.prepare`) and cut rows.
+
+    Args:
+        labels: class names in order, where a model knows them already; default: those of the data.
+    """
     train, held_out = prepare_job(job, processes=1, emit=emit if world.rank == 0 else ignore)
     if job.task_name == "pretrain":
         rows, evaluation = _text_rows(job, train, held_out)
     else:
-        rows, evaluation = _labelled_rows(job, train, held_out)
+        rows, evaluation = _labelled_rows(job, train, held_out, labels)
     if len(rows) == 0:
         raise DataError(
             f"{', '.join(job.data)} holds {train.tokens} tokens, which leaves no row to train on",
@@ -135,7 +141,7 @@ def gather_material(job: Job, world: World, emit: Emit) -> Material:
         tokenizer=train.tokenizer,
         tokenizer_spec=tokenizer_for(job),
         vocab_size=train.vocab_size,
-        labels=train.labels,
+        labels=labels if labels is not None else train.labels,
         identity=identity,
         default_model="gpt2-micro" if pretrain else "tutorial",
         default_prompt="def " if job.data == ("stdlib",) else "\n",
@@ -162,30 +168,29 @@ def _text_rows(job: Job, train: Prepared, held_out: Prepared | None) -> tuple[Ro
     return TokenRows(train, job.seq_len, range(cut)), TokenRows(train, job.seq_len, range(cut, len(whole)))
 
 
-def _labelled_rows(job: Job, train: Prepared, held_out: Prepared | None) -> tuple[Rows, Rows | None]:
+def _labelled_rows(
+    job: Job, train: Prepared, held_out: Prepared | None, labels: Sequence[str] | None
+) -> tuple[Rows, Rows | None]:
     from manyhands.data.permute import Permutation
     from manyhands.data.rows import LabelledRows
 
+    names = labels if labels is not None else train.labels
     every = np.arange(train.rows, dtype=np.int64)
     if held_out is not None:
-        known = list(train.labels or ())
-        unknown = [name for name in held_out.labels or () if name not in known]
-        if unknown:
-            raise DataError(
-                f"{', '.join(job.eval_data)} has labels {unknown[:3]} that {', '.join(job.data)} has not",
-                "a class that was never shown cannot be predicted",
-                "correct the label column, or add examples",
-            )
+        theirs = np.arange(held_out.rows, dtype=np.int64)
         return (
-            LabelledRows(train, job.seq_len, every),
-            LabelledRows(held_out, job.seq_len, np.arange(held_out.rows, dtype=np.int64), labels=known),
+            LabelledRows(train, job.seq_len, every, labels=names),
+            LabelledRows(held_out, job.seq_len, theirs, labels=names),
         )
     held = round(len(every) * job.eval_fraction)
     if job.eval_fraction > 0 and len(every) > 1:
         held = max(1, held)
     shuffled = Permutation(len(every), rng.key(job.seed, HOLD_OUT), 0).take(every)
     first, rest = np.sort(shuffled[:held]), np.sort(shuffled[held:])
-    return LabelledRows(train, job.seq_len, rest), LabelledRows(train, job.seq_len, first) if held else None
+    return (
+        LabelledRows(train, job.seq_len, rest, labels=names),
+        LabelledRows(train, job.seq_len, first, labels=names) if held else None,
+    )
 
 
 def as_data(material: Material) -> dict[str, Any]:

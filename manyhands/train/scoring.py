@@ -19,13 +19,13 @@ def main(argument: str) -> int:
     job = config.from_data(Job, order["job"])
     with Interrupts() as interrupts, interrupts.phase("evaluate", interruptible=True):
         enable_allocator()
-        scores = score(job, held_out=not order["given"])
+        scores = score(job, held_out=not order["given"], trust=order["trust"])
     if scores is not None:
         Path(order["result"]).write_text(json.dumps(scores))
     return 0
 
 
-def score(job: Job, *, held_out: bool) -> dict[str, float | int | str] | None:
+def score(job: Job, *, held_out: bool, trust: bool) -> dict[str, float | int | str] | None:
     """The scores on rank 0, None on the others. Raises as loading and preparing do."""
     import dataclasses
 
@@ -44,11 +44,13 @@ def score(job: Job, *, held_out: bool) -> dict[str, float | int | str] | None:
     checkpoint.verify(path)
     world, device = session.connect_from_environment(device=job.device, transport=job.transport)
     try:
-        material = gather_material(dataclasses.replace(job, tokenizer=str(path)), world, ignore)
+        labels = checkpoint.load_state(path).state.get("labels")
+        own = dataclasses.replace(job, tokenizer=str(path))
+        material = gather_material(own, world, ignore, labels=labels)
         rows = material.evaluation if held_out else material.train
         if rows is None:
             raise UsageError(f"{job.resume} held nothing out", "there is nothing to score", "give --data")
-        model = load_model(path).to(device)
+        model = load_model(path, trust=trust).to(device)
         has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else hardware.cpu_has_bf16()
         precision, _ = choose_precision(job, device.type, has_bf16)
         if precision == "fp64":
