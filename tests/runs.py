@@ -20,11 +20,15 @@ def command(*arguments: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+    env = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
+    }
     return {**env, "PYTHONWARNINGS": "default", "HF_HUB_OFFLINE": "1"}
 
 
-def manyhands(*arguments: object, code: int = 0, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
+def manyhands(
+    *arguments: object, code: int = 0, timeout_s: float = 300.0
+) -> subprocess.CompletedProcess[str]:
     """Run `manyhands ARGUMENTS` and check its exit code."""
     done = subprocess.run(
         command(*arguments), capture_output=True, text=True, timeout=timeout_s, check=False, env=environment()

@@ -81,8 +81,14 @@ def test_imports_go_down_only() -> None:
             assert theirs is not None
             assert theirs <= mine, f"{module} (floor {mine}) imports {target} (floor {theirs})"
             if module.startswith("manyhands.exchange"):
-                assert target.split(".")[1] in ("core", "exchange"), f"{module} imports {target}: exchanges know only core"
-            if {module.split(".")[1], target.split(".")[1]} in ({"wire", "data"}, {"tasks", "models"}, {"cadence", "exchange"}):
+                assert target.split(".")[1] in ("core", "exchange"), (
+                    f"{module} imports {target}: exchanges know only core"
+                )
+            if {module.split(".")[1], target.split(".")[1]} in (
+                {"wire", "data"},
+                {"tasks", "models"},
+                {"cadence", "exchange"},
+            ):
                 raise AssertionError(f"{module} imports its neighbour {target}")
 
 
@@ -105,7 +111,9 @@ def test_no_import_is_circular() -> None:
 
 def test_core_knows_no_process_group() -> None:
     for path in (PACKAGE / "core").glob("*.py"):
-        assert "torch.distributed" not in path.read_text().replace("``torch.distributed``", "").replace("`torch.distributed.Store`", ""), path
+        assert "torch.distributed" not in path.read_text().replace("``torch.distributed``", "").replace(
+            "`torch.distributed.Store`", ""
+        ), path
 
 
 def test_the_command_line_starts_without_torch() -> None:

@@ -25,19 +25,28 @@ from manyhands.train.job import Job
 
 rates = st.floats(1e-6, 10.0)
 optimizers = st.one_of(
-    st.builds(AdamW, rates, weight_decay=st.floats(0, 1), schedule=st.builds(Cosine, warmup=st.sampled_from([0.0, 0.1, 20.0]))),
+    st.builds(
+        AdamW,
+        rates,
+        weight_decay=st.floats(0, 1),
+        schedule=st.builds(Cosine, warmup=st.sampled_from([0.0, 0.1, 20.0])),
+    ),
     st.builds(SGD, rates, momentum=st.floats(0, 0.99)),
     st.builds(Muon, rates, schedule=st.just(WSD())),
 )
 exchanges = st.one_of(
-    st.builds(AllReduce, bucket_mb=st.floats(0.1, 100), precision=st.sampled_from(["as-is", "bf16", "fp16", "fp32"])),
+    st.builds(
+        AllReduce, bucket_mb=st.floats(0.1, 100), precision=st.sampled_from(["as-is", "bf16", "fp16", "fp32"])
+    ),
     st.builds(Ordered),
 )
 strategies = st.builds(Strategy, exchange=exchanges, outer=optimizers, cadence=st.just(EveryStep()))
 
 
 @given(strategy=strategies)
-def test_a_strategy_survives_every_spelling(strategy: Strategy, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_strategy_survives_every_spelling(
+    strategy: Strategy, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     assert config.from_text("strategies", repr(strategy)) == strategy
     data = json.loads(json.dumps(config.to_data(strategy, "strategies")))
     assert config.from_choice("strategies", data, "strategy") == strategy

@@ -17,7 +17,9 @@ WORLDS = [1, 2, 3, 5]
 SHAPES: list[tuple[int, ...]] = [(), (0,), (1,), (7,), (33, 3), (129,), (4, 0, 2)]
 
 
-def _deltas(exchange: Any, world: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Any], torch.Tensor]:
+def _deltas(
+    exchange: Any, world: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[list[Any], torch.Tensor]:
     """Everybody's contribution as this exchange takes it, and the exact sum."""
     values = [torch.randn(shape, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(world)]
     total = torch.stack([v.double() for v in values]).sum(0)

@@ -32,7 +32,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two workers."""
     output = tmp_path_factory.mktemp("trained") / "run"
-    manyhands("train", "--data", corpus, *TINY, "--steps", STEPS, "--workers", 2, "--save-every", 4, "--output", output)
+    manyhands(
+        "train",
+        "--data",
+        corpus,
+        *TINY,
+        "--steps",
+        STEPS,
+        "--workers",
+        2,
+        "--save-every",
+        4,
+        "--output",
+        output,
+    )
     return output
 
 
@@ -51,7 +64,14 @@ def test_the_output_contract(trained: Path) -> None:
     assert found["tokens_per_s"] > 0
     assert 0 < found["mfu"] < 1
     assert found["wall_s"] > 0
-    assert {e["event"] for e in events(trained)} >= {"planned", "prepareddata", "stepped", "evaluated", "saved", "finished"}
+    assert {e["event"] for e in events(trained)} >= {
+        "planned",
+        "prepareddata",
+        "stepped",
+        "evaluated",
+        "saved",
+        "finished",
+    }
     assert sorted(losses(trained)) == list(range(1, STEPS + 1))
     assert {p.name for p in trained.iterdir()} >= {"config.toml", "metrics.jsonl", "summary.json", "logs"}
     assert sorted(p.name for p in (trained / "logs").glob("*.log")) == ["rank-0.log", "rank-1.log"]
@@ -91,7 +111,9 @@ def test_transformers_alone_loads_it_and_scores_the_same_loss(trained: Path, cor
 
 def test_evaluate_and_generate(trained: Path, corpus: Path) -> None:
     scored = manyhands("evaluate", trained).stdout
-    assert float(scored.split("loss")[1].split()[0]) == pytest.approx(summary(trained)["eval"]["loss"], rel=1e-5)
+    assert float(scored.split("loss")[1].split()[0]) == pytest.approx(
+        summary(trained)["eval"]["loss"], rel=1e-5
+    )
     fresh = manyhands("evaluate", trained, "--data", corpus / "0.txt", "--workers", 1).stdout
     assert "perplexity" in fresh
     text = manyhands("generate", trained, "--prompt", "many ", "--max-new-tokens", 20).stdout
@@ -99,9 +121,20 @@ def test_evaluate_and_generate(trained: Path, corpus: Path) -> None:
     assert len(text) > 10
 
 
-def test_reproducible_is_the_same_bits_for_any_workers_and_over_a_resume(corpus: Path, tmp_path: Path) -> None:
+def test_reproducible_is_the_same_bits_for_any_workers_and_over_a_resume(
+    corpus: Path, tmp_path: Path
+) -> None:
     """Also with dropout, with bf16, with uneven shares."""
-    job = ["--data", corpus, *TINY, "--precision", "bf16", "--model", "gpt2-nano(resid_pdrop=0.1)", "--reproducible"]
+    job = [
+        "--data",
+        corpus,
+        *TINY,
+        "--precision",
+        "bf16",
+        "--model",
+        "gpt2-nano(resid_pdrop=0.1)",
+        "--reproducible",
+    ]
     job += ["--steps", STEPS]
     digests = {}
     for name, more in {
@@ -129,7 +162,16 @@ def test_any_workers_and_transports_give_the_same_curve(trained: Path, corpus: P
     manyhands("train", *job, "--workers", 1, "--output", tmp_path / "one")
     manyhands("train", *job, "--workers", 3, "--shares", "1,0,3", "--output", tmp_path / "uneven")
     manyhands("train", *job, "--workers", 2, "--transport", "group", "--output", tmp_path / "group")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "manyhands"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "manyhands",
+    ]
     done = subprocess.run(
         [*torchrun, "train", *map(str, job), "--output", str(tmp_path / "torchrun")],
         capture_output=True,
@@ -165,7 +207,9 @@ def _until(process: subprocess.Popen[str], words: str) -> str:
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_run_goes_on_later(corpus: Path, tmp_path: Path, signum: int, code: int) -> None:
+def test_a_signal_saves_and_the_run_goes_on_later(
+    corpus: Path, tmp_path: Path, signum: int, code: int
+) -> None:
     output = tmp_path / "run"
     process = _started(output, "--data", corpus, *TINY, "--steps", 100_000, "--workers", 2)
     _until(process, "step 5/")
@@ -200,7 +244,19 @@ def test_a_signal_while_preparing_leaves_no_half_shard(tmp_path: Path) -> None:
     with big.open("w") as file:
         for _ in range(300_000):
             file.write(f"{rng.random()} many hands {rng.random()}\n")
-    job = ["--data", big, *TINY, "--tokenizer", "bpe:500", "--steps", 1, "--cache", tmp_path / "cache", "--workers", 2]
+    job = [
+        "--data",
+        big,
+        *TINY,
+        "--tokenizer",
+        "bpe:500",
+        "--steps",
+        1,
+        "--cache",
+        tmp_path / "cache",
+        "--workers",
+        2,
+    ]
     process = _started(tmp_path / "run", *job)
     _until(process, "tokeniz")
     process.send_signal(signal.SIGTERM)
@@ -238,7 +294,17 @@ def test_an_encoder_of_transformers_classifies(tmp_path: Path) -> None:
     rows = ["text\tlabel", *(f"{'yes indeed' if i % 2 else 'not at all'}\t{i % 2}" for i in range(64))]
     (tmp_path / "a.tsv").write_text("\n".join(rows) + "\n")
     manyhands(
-        *("train", "--task", "classify", "--data", tmp_path / "a.tsv", "--model", "bert-tiny", "--tokenizer", "word:50"),
+        *(
+            "train",
+            "--task",
+            "classify",
+            "--data",
+            tmp_path / "a.tsv",
+            "--model",
+            "bert-tiny",
+            "--tokenizer",
+            "word:50",
+        ),
         *("--steps", 12, "--strategy", "ddp(lr=3e-3)", "--workers", 2, "--output", tmp_path / "run"),
     )
     assert summary(tmp_path / "run")["eval"]["accuracy"] == 1.0
@@ -258,7 +324,9 @@ BAD: list[tuple[list[Any], str, int]] = [
 
 
 @pytest.mark.parametrize(("arguments", "words", "code"), BAD, ids=lambda v: str(v)[:40])
-def test_mistakes_are_one_line_and_the_right_code(arguments: list[Any], words: str, code: int, tmp_path: Path) -> None:
+def test_mistakes_are_one_line_and_the_right_code(
+    arguments: list[Any], words: str, code: int, tmp_path: Path
+) -> None:
     done = manyhands("train", *arguments, "--output", tmp_path / "run", code=code)
     assert words in done.stderr
     assert "Traceback" not in done.stderr

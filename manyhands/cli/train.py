@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def assemble(given: argparse.Namespace) -> tuple[Job, config.Origins]:
     """The job and where each value came from: defaults, a resumed run's, the file's, the command line's."""
-    from manyhands.launch.job import resumed_layer, workers_of
+    from manyhands.launch.job import lowest_layers, workers_of
 
     names = [f.name for f in dataclasses.fields(Job)]
     lines = options.layers(given, names)
@@ -57,7 +57,7 @@ def assemble(given: argparse.Namespace) -> tuple[Job, config.Origins]:
     if given.file is not None:
         stack.append((given.file, config.read_toml(given.file)))
     stack += lines
-    stack = [*resumed_layer(stack), *stack]
+    stack = [*lowest_layers(stack), *stack]
     job, origins = config.assemble(Job, stack)
     if given.accumulate is not None:
         if given.global_batch is not None or job.device_batch is None:

@@ -59,6 +59,25 @@ def begin(entry: str, argument: str, job: Job) -> int:
     )
 
 
+BUILT_IN: Mapping[str, Any] = {"steps": 600, "strategy": "ddp(lr=3e-3)"}  # about two minutes on two cores
+
+
+def lowest_layers(layers: Sequence[Layer]) -> list[Layer]:
+    """What lies below the given layers: a resumed run's configuration, or the built-in job's where no data is named."""
+    resumed = resumed_layer(layers)
+    if resumed:
+        return resumed
+    given = {key.split(".")[0] for _, data in layers for key in data}
+    if "data" in given or "task" in given:
+        return []
+    unset = {
+        key: value
+        for key, value in BUILT_IN.items()
+        if key not in given and not (key == "steps" and "epochs" in given)
+    }
+    return [("the built-in job", unset)]
+
+
 def resumed_layer(layers: Sequence[Layer]) -> list[Layer]:
     """The configuration of the run that `resume` names, as the lowest layer: a resumed job needs no other option."""
     resume = next((data["resume"] for _, data in reversed(layers) if data.get("resume")), None)
@@ -98,7 +117,7 @@ def run(job: Job | Mapping[str, Any] | None = None, /, **options: Any) -> dict[s
     if job is not None:
         layers.append(("job", config.to_data(job) if isinstance(job, Job) else job))
     layers += [(name, {name: value}) for name, value in options.items()]
-    made, origins = config.assemble(Job, [*resumed_layer(layers), *layers])
+    made, origins = config.assemble(Job, [*lowest_layers(layers), *layers])
     code = start(made, origins)
     if code != 0:
         raise WorkerFailed(

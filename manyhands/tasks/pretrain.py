@@ -22,7 +22,12 @@ class Pretrain:
 
     A batch holds ``input_ids`` [rows, seq] and ``targets`` [rows, seq], already shifted (targets[t] is the
     token after input_ids[t]); −100 is not counted.
+
+    Attributes:
+        text: column of the text in data with columns; several, joined by a space: "title,body".
     """
+
+    text: str = "text"
 
     def loss(self, model: nn.Module, batch: Batch) -> Summed:
         """Σ of the cross entropy in nats over valid targets, and their number (an int on the CPU).

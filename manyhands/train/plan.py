@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 COMPILE_COST_S = 45.0  # compiling forward and backward once on one core, measured 27 to 37 s cold
 COMPILE_GAIN = 0.10  # of the remaining time, measured 3 to 15 % with the caching allocator
-STDLIB_STEPS = 600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +75,6 @@ def choose_steps(job: Job, steps_per_epoch: int) -> tuple[int, str]:
         return max(
             1, math.ceil(job.epochs * steps_per_epoch - 1e-9)
         ), f"{job.epochs:g} epochs of {steps_per_epoch} steps"
-    if job.data == ("stdlib",):
-        return STDLIB_STEPS, "the built-in job takes about two minutes on two cores"
     return steps_per_epoch, "one epoch"
 
 

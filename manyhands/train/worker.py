@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manyhands.core import config, rng
-from manyhands.core.errors import CheckpointError, Stopped, UsageError
+from manyhands.core.errors import Stopped, UsageError
 from manyhands.core.events import Emit, Finished, Planned, Resumed, Sampled, Warned
 from manyhands.train.job import Job
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from manyhands.core.signals import Interrupts
     from manyhands.train.loop import Loop
-    from manyhands.train.material import Material
     from manyhands.train.plan import Facts, Plan
     from manyhands.wire.world import World
 
@@ -189,7 +188,9 @@ class _Run:
             tokenizer_dir=self.material.tokenizer,
         )
         if self.job.gradient_checkpointing:
-            _checkpoint_activations(model, self.job.model)
+            from manyhands.train.forward import checkpoint_activations
+
+            checkpoint_activations(model, self.job.model)
         if self.job.precision == "fp64":
             model.double()
         model.train()
@@ -258,6 +259,7 @@ class _Run:
         from manyhands.train import session
         from manyhands.train.checkpoint import AsyncSaver
         from manyhands.train.feed import Feed
+        from manyhands.train.forward import compiled
         from manyhands.train.loop import Loop, Schedule
         from manyhands.train.replica import Replica
 
@@ -277,7 +279,7 @@ class _Run:
             if in_tokens
             else plan.steps,
             autocast=autocast,
-            forward=_compiled(model) if plan.compile else None,
+            forward=compiled(model) if plan.compile else None,
         )
         feed = Feed(
             rows=self.material.train,
@@ -325,9 +327,10 @@ class _Run:
 
     def _restore(self, loop: Loop, path: Path) -> None:
         from manyhands.train import checkpoint, session
+        from manyhands.train.resume import same_order
 
         before = checkpoint.load_state(path).state
-        _same_order(path, before, self.job, self.material)
+        same_order(path, before, self.job, self.material)
         session.restore_replica(loop.replica, path)
         earlier = list(before.get("world_sizes", []))
         self.world_sizes = [*earlier, self.world.size]
@@ -381,48 +384,3 @@ class _Run:
                 Finished(step=loop.replica.steps, reason=reason, wall_s=summary["wall_s"], summary=str(path))
             )
         return summary
-
-
-def _same_order(path: Path, before: Mapping[str, Any], job: Job, material: Material) -> None:
-    """Refuse to continue with other batches than the checkpoint's (promise 1)."""
-    old = before.get("job", {})
-    for key in ("seed", "global_batch", "micro_batch", "seq_len"):
-        new = getattr(job, key)
-        if new is not None and old.get(key) is not None and old[key] != new:
-            raise UsageError(
-                f"{key} = {new}, but {path} was written with {old[key]}",
-                "a resumed run continues with the same batches",
-                f"leave out --{key.replace('_', '-')}, or start a new run",
-            )
-    if before.get("data") not in (None, material.identity):
-        raise CheckpointError(
-            f"{path} was trained on other data than {', '.join(job.data)} holds now",
-            "a resumed run continues with the same rows",
-            "restore the data, or start a new run",
-        )
-
-
-def _checkpoint_activations(model: torch.nn.Module, name: str) -> None:
-    if not hasattr(model, "gradient_checkpointing_enable"):
-        raise UsageError(
-            f"gradient_checkpointing with model {name!r}",
-            "only Transformers' models know where to cut",
-            "leave it out, or use torch.utils.checkpoint in the model",
-        )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-
-
-def _compiled(model: torch.nn.Module) -> Any:
-    """The compiled model for the shape it meets first; other shapes (a last, smaller batch) run eagerly."""
-    import torch
-
-    compiled = torch.compile(model, dynamic=False)
-    first: list[Any] = []
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
-        if not first:
-            first.append(shapes)
-        return compiled(*args, **kwargs) if shapes == first[0] else model(*args, **kwargs)
-
-    return forward
