@@ -130,7 +130,9 @@ class Hands:
         order = Order(len(rows), global_batch, seed, drop_last)
         if weights is not None and len(weights) != self.size:
             raise UsageError(
-                f"weights = {list(weights)} for {self.size} workers", "each worker has one share", "give as many"
+                f"weights = {list(weights)} for {self.size} workers",
+                "each worker has one share",
+                "give as many",
             )
         feed = Feed(
             rows=rows,

@@ -111,15 +111,15 @@ def test_no_import_is_circular() -> None:
 
 def test_core_knows_no_process_group() -> None:
     for path in (PACKAGE / "core").glob("*.py"):
-        assert "torch.distributed" not in path.read_text().replace("``torch.distributed``", "").replace(
-            "`torch.distributed.Store`", ""
-        ), path
+        assert "import torch.distributed" not in path.read_text(), path
+        assert "from torch.distributed" not in path.read_text(), path
 
 
 def test_the_command_line_starts_without_torch() -> None:
     code = (
         "import sys; from manyhands.cli.main import main; from manyhands.cli.train import parser; parser().format_help();"
-        "heavy = {'torch', 'transformers', 'pyarrow', 'datasets', 'rich', 'numpy'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+        "heavy = {'torch', 'transformers', 'pyarrow', 'datasets', 'rich', 'numpy'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

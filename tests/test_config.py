@@ -121,7 +121,7 @@ def test_mistakes_are_one_clear_message(layer: dict[str, Any], words: str) -> No
 def test_toml_mistakes_name_the_file(tmp_path: Path) -> None:
     bad = tmp_path / "bad.toml"
     bad.write_text("steps = = 3\n")
-    with pytest.raises(UsageError, match="bad.toml"):
+    with pytest.raises(UsageError, match=r"bad\.toml"):
         config.read_toml(str(bad))
     with pytest.raises(UsageError, match="does not exist"):
         config.read_toml(str(tmp_path / "absent.toml"))

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import environment
 
 import manyhands
-from runs import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "docs/architecture.md", "CONTRIBUTING.md", "benchmarks/README.md"]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from runs import TINY, command, environment, events, losses, manyhands, summary
 
 STEPS = 8

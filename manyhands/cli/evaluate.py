@@ -30,7 +30,9 @@ def main(arguments: Sequence[str]) -> int:
     p.add_argument("run", help="an output directory or one of its checkpoints")
     p.add_argument("--json", dest="json_file", metavar="FILE", help="write the scores there as JSON, too")
     p.add_argument(
-        "--trust", action="store_true", help="call the module:function that the checkpoint names as its model's maker"
+        "--trust",
+        action="store_true",
+        help="call the module:function that the checkpoint names as its model's maker",
     )
     options.add_fields(p, Job, only=FIELDS)
     given = options.parse(p, arguments)
@@ -47,7 +49,12 @@ def main(arguments: Sequence[str]) -> int:
         job, _origins = config.assemble(Job, layers)
         result = Path(scratch) / "scores.json"
         argument = json.dumps(
-            {"job": config.to_data(job), "result": str(result), "given": given.data is not None, "trust": given.trust}
+            {
+                "job": config.to_data(job),
+                "result": str(result),
+                "given": given.data is not None,
+                "trust": given.trust,
+            }
         )
         code = begin("manyhands.train.scoring:main", argument, job)
         if code == 0 and result.exists():

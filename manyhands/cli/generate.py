@@ -31,7 +31,9 @@ def main(arguments: Sequence[str]) -> int:
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
     p.add_argument("--count", type=int, default=1, metavar="N", help="continuations to write (default 1)")
     p.add_argument(
-        "--trust", action="store_true", help="call the module:function that the checkpoint names as its model's maker"
+        "--trust",
+        action="store_true",
+        help="call the module:function that the checkpoint names as its model's maker",
     )
     given = options.parse(p, arguments)
     for name, value, least in (("max-new-tokens", given.max_new_tokens, 1), ("count", given.count, 1)):

@@ -268,7 +268,9 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
         return value
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        if (value is None or (isinstance(value, str) and value.lower() in ("none", ""))) and type(None) in args:
+        if (value is None or (isinstance(value, str) and value.lower() in ("none", ""))) and type(
+            None
+        ) in args:
             return None
         others = [a for a in args if a is not type(None)]
         for i, other in enumerate(others):

@@ -57,7 +57,9 @@ def read_env(variables: Mapping[str, str] | None = None) -> Env:
     for launcher, names in _NAMES.items():
         if names[0] not in env:
             continue
-        if launcher == "slurm" and (env.get("SLURM_STEP_ID", "") in ("", "4294967290") or names[1] not in env):
+        if launcher == "slurm" and (
+            env.get("SLURM_STEP_ID", "") in ("", "4294967290") or names[1] not in env
+        ):
             continue  # inside an allocation, but not started by srun
         return _read(env, launcher, names)
     return Env()
@@ -71,7 +73,9 @@ def _read(env: Mapping[str, str], launcher: str, names: tuple[str, str, str, str
     local_rank = _number(env, local_name, default=rank % max(1, local_size))
     if size < 1 or not 0 <= rank < size:
         raise UsageError(
-            f"{rank_name}={rank} with {size_name}={size}", "ranks go from 0 to the world size less one", "correct the launcher"
+            f"{rank_name}={rank} with {size_name}={size}",
+            "ranks go from 0 to the world size less one",
+            "correct the launcher",
         )
     if not 0 <= local_rank < max(1, local_size) or local_size > size:
         raise UsageError(
@@ -123,4 +127,11 @@ def console() -> TextIO:
     number = os.environ.get("MANYHANDS_CONSOLE")
     if number is None:
         return sys.stdout
-    return os.fdopen(int(number), "w", buffering=1, encoding=sys.stdout.encoding or "utf-8", errors="replace", closefd=False)
+    return os.fdopen(
+        int(number),
+        "w",
+        buffering=1,
+        encoding=sys.stdout.encoding or "utf-8",
+        errors="replace",
+        closefd=False,
+    )

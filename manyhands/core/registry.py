@@ -82,20 +82,43 @@ REGISTRY: dict[str, dict[str, Entry]] = {
         "classify": Entry("manyhands.tasks.classify:Classify", "one label for each text"),
     },
     "models": {
-        "gpt2-nano": Entry("manyhands.models.presets:GPT2_NANO", "GPT-2, 2 layers × 64: 0.1M parameters without embeddings"),
-        "gpt2-micro": Entry("manyhands.models.presets:GPT2_MICRO", "GPT-2, 4 layers × 128: 0.8M without embeddings"),
-        "gpt2-mini": Entry("manyhands.models.presets:GPT2_MINI", "GPT-2, 6 layers × 384: 10.6M without embeddings"),
+        "gpt2-nano": Entry(
+            "manyhands.models.presets:GPT2_NANO", "GPT-2, 2 layers × 64: 0.1M parameters without embeddings"
+        ),
+        "gpt2-micro": Entry(
+            "manyhands.models.presets:GPT2_MICRO", "GPT-2, 4 layers × 128: 0.8M without embeddings"
+        ),
+        "gpt2-mini": Entry(
+            "manyhands.models.presets:GPT2_MINI", "GPT-2, 6 layers × 384: 10.6M without embeddings"
+        ),
         "gpt2-small": Entry("manyhands.models.presets:GPT2_SMALL", "GPT-2, 12 layers × 768: the 124M model"),
-        "gpt2-medium": Entry("manyhands.models.presets:GPT2_MEDIUM", "GPT-2, 24 layers × 1,024: the 355M model"),
-        "llama-nano": Entry("manyhands.models.presets:LLAMA_NANO", "Llama, 2 layers × 64: 0.1M without embeddings"),
-        "llama-micro": Entry("manyhands.models.presets:LLAMA_MICRO", "Llama, 4 layers × 128: 0.8M without embeddings"),
-        "llama-mini": Entry("manyhands.models.presets:LLAMA_MINI", "Llama, 6 layers × 384: 9.4M without embeddings"),
-        "llama-small": Entry("manyhands.models.presets:LLAMA_SMALL", "Llama, 12 layers × 768: 75M without embeddings"),
-        "llama-1b": Entry("manyhands.models.presets:LLAMA_1B", "Llama, 16 layers × 2,048: the shape of Llama 3.2 1B"),
-        "bert-tiny": Entry("manyhands.models.presets:BERT_TINY", "BERT encoder, 2 layers × 128, for classification"),
-        "bert-mini": Entry("manyhands.models.presets:BERT_MINI", "BERT encoder, 4 layers × 256, for classification"),
+        "gpt2-medium": Entry(
+            "manyhands.models.presets:GPT2_MEDIUM", "GPT-2, 24 layers × 1,024: the 355M model"
+        ),
+        "llama-nano": Entry(
+            "manyhands.models.presets:LLAMA_NANO", "Llama, 2 layers × 64: 0.1M without embeddings"
+        ),
+        "llama-micro": Entry(
+            "manyhands.models.presets:LLAMA_MICRO", "Llama, 4 layers × 128: 0.8M without embeddings"
+        ),
+        "llama-mini": Entry(
+            "manyhands.models.presets:LLAMA_MINI", "Llama, 6 layers × 384: 9.4M without embeddings"
+        ),
+        "llama-small": Entry(
+            "manyhands.models.presets:LLAMA_SMALL", "Llama, 12 layers × 768: 75M without embeddings"
+        ),
+        "llama-1b": Entry(
+            "manyhands.models.presets:LLAMA_1B", "Llama, 16 layers × 2,048: the shape of Llama 3.2 1B"
+        ),
+        "bert-tiny": Entry(
+            "manyhands.models.presets:BERT_TINY", "BERT encoder, 2 layers × 128, for classification"
+        ),
+        "bert-mini": Entry(
+            "manyhands.models.presets:BERT_MINI", "BERT encoder, 4 layers × 256, for classification"
+        ),
         "tutorial": Entry(
-            "manyhands.models.tutorial:TutorialClassifier", "text classifier: embedding 300, mean, 256 ReLU units, classes"
+            "manyhands.models.tutorial:TutorialClassifier",
+            "text classifier: embedding 300, mean, 256 ReLU units, classes",
         ),
     },
     "launchers": {

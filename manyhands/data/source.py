@@ -137,7 +137,16 @@ def _expand(name: str) -> tuple[Any, list[str]]:
     if name == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         # tables of characters and tests are hardly text
-        skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
+        skip = {
+            "site-packages",
+            "dist-packages",
+            "test",
+            "tests",
+            "idle_test",
+            "__pycache__",
+            "encodings",
+            "pydoc_data",
+        }
         paths = sorted(str(p) for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
         return fsspec.filesystem("file"), paths
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,17 @@ def workers_of(job: Job) -> int:
 
 def start(job: Job, origins: Mapping[str, str]) -> int:
     """Run the job; returns the exit code."""
+    job = placed(job, origins)
     return begin(ENTRY, Order(job, dict(origins), time.time()).to_json(), job)
+
+
+def placed(job: Job, origins: Mapping[str, str]) -> Job:
+    """Where no output was given: the default one, or the first of output-2, output-3, … that holds no run yet."""
+    path, number = Path(job.output), 1
+    while "output" not in origins and any(path.glob("checkpoint-*")):
+        number += 1
+        path = Path(f"{job.output}-{number}")
+    return dataclasses.replace(job, output=str(path))
 
 
 def begin(entry: str, argument: str, job: Job) -> int:
@@ -118,7 +129,8 @@ def run(job: Job | Mapping[str, Any] | None = None, /, **options: Any) -> dict[s
         layers.append(("job", config.to_data(job) if isinstance(job, Job) else job))
     layers += [(name, {name: value}) for name, value in options.items()]
     made, origins = config.assemble(Job, [*lowest_layers(layers), *layers])
-    code = start(made, origins)
+    made = placed(made, origins)
+    code = start(made, {"output": "chosen", **origins})
     if code != 0:
         raise WorkerFailed(
             f"the job ended with exit code {code}",

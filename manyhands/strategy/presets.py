@@ -36,5 +36,6 @@ def ddp(
     """All-reduce of gradients at every step, in buckets overlapped with backward (arXiv:2006.15704)."""
     more = {} if weight_decay is None else {"weight_decay": weight_decay}
     return Strategy(
-        exchange=AllReduce(bucket_mb=bucket_mb, precision=precision), outer=_optimizer(optimizer, lr, schedule, more)
+        exchange=AllReduce(bucket_mb=bucket_mb, precision=precision),
+        outer=_optimizer(optimizer, lr, schedule, more),
     )

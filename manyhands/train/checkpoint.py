@@ -142,10 +142,10 @@ def _write(taken: Snapshot, directory: Path) -> None:
     taken.write_config(directory)
     if taken.tokenizer_dir is not None:
         for source in sorted(taken.tokenizer_dir.iterdir()):
-            if (
-                (source.is_file()
-                and "token" in source.name)
-                or source.name in ("vocab.json", "vocab.txt", "merges.txt")
+            if (source.is_file() and "token" in source.name) or source.name in (
+                "vocab.json",
+                "vocab.txt",
+                "merges.txt",
             ):
                 shutil.copyfile(source, directory / source.name)
     training = directory / "training"

@@ -1,17 +1,20 @@
-"""Files that are whole or absent: written under a temporary name, synced, renamed."""
+"""Files and directories that are whole or absent: written under a temporary name, synced, renamed."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
 import secrets
+import shutil
 from pathlib import Path
 
 from manyhands.core.errors import CheckpointError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def write_text(path: Path, text: str) -> None:
@@ -26,9 +29,10 @@ def write_text(path: Path, text: str) -> None:
         temporary.replace(path)
         sync_directory(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise failure(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):  # absent when all went well
+            temporary.unlink()
 
 
 def failure(path: Path, error: OSError) -> CheckpointError:
@@ -39,11 +43,42 @@ def failure(path: Path, error: OSError) -> CheckpointError:
             "nothing that was saved before is lost",
             "free some space, or give another --output",
         )
+    met = f"{error.filename}: " if error.filename and str(error.filename) != str(path) else ""
     return CheckpointError(
-        f"{path}: {error.strerror or error}",
+        f"{path}: {met}{error.strerror or error}",
         "it must be possible to write there",
         "check the directory's rights",
     )
+
+
+def install(temporary: Path, target: Path) -> None:
+    """Rename a finished directory to `target`; one that is there already is replaced, without a moment with neither.
+
+    Where the system cannot exchange two names (others than Linux, some network file systems), the moment is that
+    between two renames. Raises `OSError`; then the old `target` is where it was.
+    """
+    if not target.exists():
+        temporary.rename(target)
+    elif not _exchange(temporary, target):
+        aside = temporary.with_name(f"{temporary.name}.old")
+        target.rename(aside)
+        try:
+            temporary.rename(target)
+        except OSError:
+            aside.rename(target)
+            raise
+        aside.rename(temporary)
+    sync_directory(target.parent)
+    shutil.rmtree(temporary, ignore_errors=True)  # what was there before, if anything
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names at once; False where that is not to be had."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if rename is None:
+        return False
+    paths = os.fsencode(one), os.fsencode(other)
+    return bool(rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0)
 
 
 def sync_file(path: Path) -> None:
@@ -62,8 +97,9 @@ def sync_directory(path: Path) -> None:
 
 
 def sha256_of_file(path: Path) -> str:
+    """The hexadecimal digest of a file's bytes. Raises `OSError`."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()

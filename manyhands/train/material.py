@@ -112,9 +112,7 @@ def prepare_job(job: Job, *, processes: int, emit: Emit = ignore) -> tuple[Prepa
     return train, held_out
 
 
-def gather_material(
-    job: Job, world: World, emit: Emit, *, labels: Sequence[str] | None = None
-) -> Material:
+def gather_material(job: Job, world: World, emit: Emit, *, labels: Sequence[str] | None = None) -> Material:
     """Prepare together (every worker takes part; see `manyhands.data.prepare`) and cut rows.
 
     Args:
