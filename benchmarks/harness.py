@@ -1,218 +1,271 @@
-"""What every contender shares: the model, the rows, the recipe and the record. Nothing here trains anything.
+"""Measuring programs against each other fairly: whole processes, alternating rounds, medians and spread, raw figures kept.
 
-The setting: GPT-2 of Transformers, 6 layers × 384, 6 heads, vocabulary 8,192, rows of 256 tokens, dropout 0; AdamW at a
-constant 3e-4, betas 0.9 and 0.95, weight decay 0.1 on matrices only; global gradient norm clipped at 1. The initial
-weights are one checkpoint, the rows one array; global batch t is rows [16t, 16t + 16).
+A `Contender` is a command whose steps can be read afterwards. `alternate` runs all contenders once a round, in an order
+that rotates, so that what changes over a sitting (clock, neighbours, temperature) meets everybody; ratios are formed within
+a round. Each run records the machine's load and how much of its processors others used meanwhile.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import random
-import sysconfig
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from torch import nn
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-SEED = 0
-VOCABULARY, LENGTH, GLOBAL_BATCH = 8192, 256, 16
-LR, BETAS, WEIGHT_DECAY, MAX_NORM = 3e-4, (0.9, 0.95), 0.1, 1.0
-ROWS = GLOBAL_BATCH * 64
-SHAPE = {"n_layer": 6, "n_embd": 384, "n_head": 6, "vocab_size": VOCABULARY, "n_positions": LENGTH}
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-TOKENIZER_BYTES = 8 << 20
-
-
-# -- material: made once, the same bits every time
-
-
-def make_material(directory: Path) -> Path:
-    """Tokenizer, rows and initial weights in `directory`, unless they are there."""
-    directory.mkdir(parents=True, exist_ok=True)
-    if not (directory / "rows.npy").exists():
-        _make_rows(directory)
-    if not (directory / "model" / "config.json").exists():
-        import torch
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        torch.manual_seed(SEED)
-        config = GPT2Config(**SHAPE, **NO_DROPOUT, bos_token_id=None, eos_token_id=None, use_cache=False)
-        GPT2LMHeadModel(config).save_pretrained(directory / "model")
-    return directory
-
-
-def library_files() -> list[Path]:
-    """The Python standard library's sources, shuffled by the seed."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(f for f in root.rglob("*.py") if "site-packages" not in f.parts and "test" not in f.parts)
-    random.Random(SEED).shuffle(files)
-    return files
-
-
-def texts(size: int) -> Iterator[str]:
-    """Whole sources, about `size` bytes together."""
-    for file in library_files():
-        if size <= 0:
-            return
-        text = file.read_text(encoding="utf-8", errors="replace")
-        size -= len(text)
-        yield text
-
-
-def _make_rows(directory: Path) -> None:
-    import numpy as np
-    from tokenizers import Tokenizer
-
-    from manyhands.data import tokenize
-
-    if not (directory / "tokenizer").exists():
-        tokenize.train(f"bpe:{VOCABULARY}", texts(TOKENIZER_BYTES), directory / "tokenizer")
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer" / "tokenizer.json"))
-    wanted, tokens = ROWS * (LENGTH + 1), []
-    for text in texts(TOKENIZER_BYTES):
-        tokens += tokenizer.encode(text).ids
-        if len(tokens) >= wanted:
-            break
-    rows = np.array(tokens[:wanted], dtype=np.int32).reshape(ROWS, LENGTH + 1)  # [rows, 257]
-    temporary = directory / "rows.tmp.npy"
-    np.save(temporary, rows)
-    temporary.replace(directory / "rows.npy")
-
-
-# -- for the contenders
+TIMEOUT_S = 900
+# a contender's environment is ours without what would tune it behind its back, and without a network
+REMOVED = (
+    "OMP_",
+    "GOMP_",
+    "KMP_",
+    "MKL_",
+    "MALLOC_",
+    "LD_PRELOAD",
+    "TORCH",
+    "MANYHANDS_ALLOCATOR",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+)
+ADDED = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 
 
 @dataclass(frozen=True)
-class Given:
-    """The command line of a contender.
+class Steps:
+    """What a run says of its steps.
 
     Attributes:
-        report: file for one JSON line a step: {"step", "loss", "seconds"}.
-        batch: rows of a step over all processes.
-        tuned: bf16 autocast, torch.compile, fused AdamW, pinned; else as the library comes.
+        seconds, losses: of each step, the losses over the whole global batch.
+        facts: whatever else it printed of itself.
     """
 
-    material: Path
-    report: Path
-    steps: int
-    batch: int
-    tuned: bool
-    options: argparse.Namespace
-
-    @property
-    def model_path(self) -> str:
-        return str(self.material / "model")
+    seconds: Sequence[float]
+    losses: Sequence[float]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def arguments(parser: argparse.ArgumentParser | None = None, *, pin: bool = True) -> Given:
-    """Read the command line; a tuned contender is pinned here, before torch is imported."""
-    parser = parser or argparse.ArgumentParser()
-    parser.add_argument("--material", type=Path, required=True)
-    parser.add_argument("--report", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=GLOBAL_BATCH)
-    parser.add_argument("--tuned", action="store_true")
-    options = parser.parse_args()
-    if pin and "BENCHMARK_CORES" in os.environ:  # "0,1" for one process, "0:1" for two of one core each
-        cores = os.environ["BENCHMARK_CORES"].split(":")[int(os.environ.get("LOCAL_RANK", "0"))]
-        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
-    return Given(options.material, options.report, options.steps, options.batch, options.tuned, options)
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One way to train.
+
+    Attributes:
+        name: unique.
+        group: "defaults", "tuned", "one core" or "allocator"; manyhands' own take part in each.
+        ours: whether it is manyhands.
+        command: for a scratch directory (for outputs), the arguments after the interpreter.
+        read: the steps of a finished run, from its standard output and its scratch directory.
+        environment: variables that are set for it.
+        processes, threads: how many of each.
+        rows: the global batch.
+        precision: "fp32" or "bf16"; decides the tolerance of the loss curve.
+    """
+
+    name: str
+    group: str
+    command: Callable[[Path], Sequence[str]]
+    read: Callable[[str, Path], Steps]
+    processes: int
+    threads: int
+    rows: int
+    precision: str
+    ours: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def load_model(given: Given) -> nn.Module:
-    from transformers import GPT2LMHeadModel
+@dataclass(frozen=True)
+class Sample:
+    """One run of one contender."""
 
-    return GPT2LMHeadModel.from_pretrained(given.model_path, local_files_only=True).train()
-
-
-def load_rows(given: Given) -> np.ndarray:
-    """[rows, 257] int32, the rows of all steps in order."""
-    import numpy as np
-
-    return np.load(given.material / "rows.npy")[: given.steps * given.batch]
-
-
-class Dataset:
-    """Map-style: one row as the model's arguments. `shift_labels` says that targets are shifted already."""
-
-    def __init__(self, given: Given) -> None:
-        self._rows = load_rows(given)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        import torch
-
-        row = torch.from_numpy(self._rows[i].astype("int64"))
-        return {"input_ids": row[:-1], "labels": row[1:], "shift_labels": row[1:]}
+    round: int
+    seconds: Sequence[float]
+    losses: Sequence[float]
+    wall_s: float
+    load_before: float
+    others_share: float
+    facts: Mapping[str, Any]
 
 
-def adamw(model: nn.Module, *, tuned: bool) -> torch.optim.Optimizer:
-    import torch
-
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=LR, betas=BETAS, fused=True if tuned else None)
+class RunFailed(Exception):
+    """A contender that did not finish, with the end of what it said."""
 
 
-@dataclass
-class Recorder:
-    """Loss and seconds of each step; a step's seconds go from the end of the one before, so data counts."""
-
-    path: Path
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    _mark: float = 0.0
-
-    def start(self) -> None:
-        self._mark = time.perf_counter()
-
-    def step(self, loss: float) -> None:
-        now = time.perf_counter()
-        self.lines.append({"step": len(self.lines), "loss": loss, "seconds": now - self._mark})
-        self._mark = now
-
-    def finish(self, losses: list[float] | None = None) -> None:
-        """Write the lines; `losses` replaces one process's by the mean over processes."""
-        for line, loss in zip(self.lines, losses or [], strict=False):
-            line["loss"] = loss
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+def run(contender: Contender, *, round: int, common: Mapping[str, str]) -> Sample:
+    """Run it once, alone, to its end. Raises `RunFailed`."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(REMOVED)}
+    environment.update({**ADDED, **common, **contender.environment})
+    with tempfile.TemporaryDirectory(prefix="manyhands-benchmark-") as scratch:
+        command = [sys.executable, *contender.command(Path(scratch))]
+        load = os.getloadavg()[0]
+        busy, own, start = busy_seconds(), _children_seconds(), time.perf_counter()
+        code, out, err = _communicate(command, environment)
+        wall = time.perf_counter() - start
+        others = (busy_seconds() - busy) - (_children_seconds() - own)
+        if code != 0:
+            raise RunFailed(f"{contender.name}: exit code {code}\n{out[-1500:]}\n{err[-3000:]}")
+        steps = contender.read(out, Path(scratch))
+    share = max(0.0, others / wall / (os.cpu_count() or 1))
+    return Sample(round, steps.seconds, steps.losses, wall, load, share, steps.facts)
 
 
-# -- for the scripts that compare
-
-
-def write_json(name: str, value: dict[str, Any]) -> Path:
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / name
-    path.write_text(json.dumps(value, indent=1) + "\n")
-    return path
-
-
-def quartiles(values: list[float]) -> dict[str, float]:
-    """Median and quartiles, minimum and maximum."""
-    import statistics
-
-    low, middle, high = (
-        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+def _communicate(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str, str]:
+    """Run in a session of its own; whatever it started is ended with it."""
+    process = subprocess.Popen(
+        command,
+        env=dict(environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    return {"median": middle, "q1": low, "q3": high, "min": min(values), "max": max(values)}
+    try:
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    return process.returncode, out, err
 
 
-def default_work() -> Path:
-    """Where material and compiled kernels are kept between runs."""
-    from manyhands.core.hardware import cache_directory
+def alternate(
+    contenders: Sequence[Contender], *, rounds: int, common: Mapping[str, str], say: Callable[[str], None]
+) -> Iterator[tuple[Contender, Sample]]:
+    """All contenders once a round; each round begins elsewhere in the list."""
+    for round in range(rounds):
+        for contender in rotated(contenders, round, rounds):
+            sample = run(contender, round=round, common=common)
+            say(
+                f"round {round + 1}/{rounds}  {contender.name:<36} "
+                f"median step {statistics.median(sample.seconds):.3f} s  wall {sample.wall_s:.0f} s  "
+                f"others used {sample.others_share:.0%}"
+            )
+            yield contender, sample
 
-    return cache_directory() / "benchmarks"
+
+def rotated(items: Sequence[Any], round: int, rounds: int) -> list[Any]:
+    """The list for a round: begun further on each time, and every second time backwards.
+
+    >>> rotated("abcd", 0, 2), rotated("abcd", 1, 2)
+    (['a', 'b', 'c', 'd'], ['b', 'a', 'd', 'c'])
+    """
+    first = round * len(items) // rounds
+    turned = [*items[first:], *items[:first]]
+    return turned[::-1] if round % 2 else turned
+
+
+def read_json_lines(out: str, _scratch: Path) -> Steps:
+    """The steps of a script that prints them with `peers/common.py`."""
+    seconds, losses, facts = [], [], {}
+    for line in out.splitlines():
+        if line.startswith('{"step"'):
+            record = json.loads(line)
+            seconds.append(record["seconds"])
+            losses.append(record["loss"])
+        elif line.startswith('{"done"'):
+            facts = json.loads(line)["done"]
+    if not facts:
+        raise RunFailed(f"it printed no result:\n{out[-2000:]}")
+    return Steps(seconds, losses, facts)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of one figure over rounds."""
+
+    min: float
+    median: float
+    max: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        return Spread(min(values), statistics.median(values), max(values))
+
+
+def tokens_per_s(sample: Sample, *, rows: int, seq_len: int, warmup: int) -> float:
+    """From the median step after the first `warmup`."""
+    return rows * seq_len / statistics.median(sample.seconds[warmup:])
+
+
+def ratios(mine: Mapping[int, float], theirs: Mapping[int, float]) -> Spread:
+    """mine / theirs within each round (both by round)."""
+    return Spread.of([mine[round] / theirs[round] for round in sorted(mine.keys() & theirs.keys())])
+
+
+def largest_difference(curve: Sequence[float], reference: Sequence[float]) -> float:
+    """Largest relative difference of two loss curves over their common steps.
+
+    >>> largest_difference([2.0, 1.0], [2.0, 1.25])
+    0.2
+    """
+    return max(abs(a - b) / abs(b) for a, b in zip(curve, reference, strict=False))
+
+
+def busy_seconds() -> float:
+    """Seconds that all processors of the machine have worked (or were taken by the hypervisor); 0 off Linux."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return 0.0
+    user, nice, system, _idle, _iowait, irq, softirq, steal = (int(f) for f in fields[:8])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def matrix_peak(processes: int, threads: int) -> float:
+    """FLOP/s of bf16 matrix products over `processes` pinned processes at once, measured now (best product of each)."""
+    code = (
+        "import os, sys\n"
+        "rank, threads = map(int, sys.argv[1:])\n"
+        "os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[rank * threads:][:threads])\n"
+        "import torch\n"
+        "torch.set_num_threads(threads)\n"
+        "from manyhands.core.hardware import peak_flops\n"
+        "print(peak_flops('cpu', 'bfloat16', threads))\n"
+    )
+    with tempfile.TemporaryDirectory() as cache:  # peak_flops keeps what it measures; here it is to measure
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, str(rank), str(threads)],
+                env={**os.environ, "MANYHANDS_CACHE": f"{cache}/{rank}", "OMP_NUM_THREADS": str(threads)},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(processes)
+        ]
+        return sum(float(process.communicate()[0]) for process in running)
+
+
+def facts_of_machine() -> dict[str, Any]:
+    """Machine and versions, those of the peers too."""
+    import importlib.metadata
+
+    from manyhands.core.hardware import machine_facts
+
+    facts = machine_facts()
+    for package in ("accelerate", "lightning", "manyhands"):
+        try:
+            facts["versions"][package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return facts
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    temporary.replace(path)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from manyhands.cadence.every import EveryStep
 from manyhands.core import config
+from manyhands.core.callform import parse
 from manyhands.core.errors import UsageError
 from manyhands.exchange.allreduce import AllReduce
 from manyhands.exchange.ordered import Ordered
@@ -130,4 +131,4 @@ def test_toml_mistakes_name_the_file(tmp_path: Path) -> None:
 @given(st.text(max_size=40))
 def test_no_text_can_do_harm(text: str) -> None:
     with contextlib.suppress(UsageError):
-        config.parse(text)
+        parse(text)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from manyhands.core.config import Call, parse
+from manyhands.core.callform import Call, parse
 from manyhands.core.errors import ModelError, UsageError
 from manyhands.core.registry import REGISTRY, resolve
 from manyhands.models.build import (

@@ -1,44 +1,42 @@
-"""Hugging Face Accelerate: one process, or several under torchrun."""
+"""Hugging Face Accelerate: its `prepare`, in one process or under torchrun.
+
+(`accelerate launch --cpu --num_processes 2` silently starts one process; torchrun starts two.)
+
+python benchmarks/peers/accelerate_loop.py --setting DIR --steps 12 [--bf16 --compile --fused]
+torchrun --standalone --nproc-per-node 2 benchmarks/peers/accelerate_loop.py …
+"""
 
 from __future__ import annotations
 
-import harness
+from common import MAX_NORM, Rows, Stopwatch, adamw, arguments, load_model
 
 
 def main() -> None:
-    given = harness.arguments()
-    import torch
+    given = arguments()
     from accelerate import Accelerator
-    from accelerate.utils import TorchDynamoPlugin
+    from torch.utils.data import DataLoader
 
-    tuned = {
-        "mixed_precision": "bf16",
-        "dynamo_plugin": TorchDynamoPlugin(backend="inductor", dynamic=False),
-    }
-    accelerator = Accelerator(cpu=True, **(tuned if given.tuned else {}))
-    model = harness.load_model(given)
-    optimizer = harness.adamw(model, tuned=given.tuned)
-    # whole batches go to the processes in turn: together they are the global batch
-    loader = torch.utils.data.DataLoader(
-        harness.Dataset(given), batch_size=given.batch // accelerator.num_processes
+    accelerator = Accelerator(
+        cpu=True,
+        mixed_precision="bf16" if given.bf16 else None,
+        dynamo_backend="inductor" if given.compile else None,
     )
+    model = load_model(given)
+    optimizer = adamw(model, given)
+    loader = DataLoader(Rows(given), batch_size=given.rows // given.world)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    recorder = harness.Recorder(given.report)
-    recorder.start()
+    watch = Stopwatch()
+    watch.start()
     for batch in loader:
         loss = model(**batch).loss
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), harness.MAX_NORM)
+        accelerator.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        recorder.step(loss.item())
-    losses = torch.tensor([line["loss"] for line in recorder.lines], dtype=torch.float64)
-    mean = accelerator.reduce(losses, "mean")
-    if accelerator.is_main_process:
-        recorder.finish(mean.tolist())
+        watch.step(loss.detach())
+    assert accelerator.num_processes == given.world
+    watch.report()
     accelerator.end_training()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

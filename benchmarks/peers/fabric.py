@@ -1,47 +1,42 @@
-"""Lightning Fabric: one process, or several under torchrun."""
+"""Lightning Fabric: its `setup`, in one process or under torchrun (whose processes it joins).
+
+python benchmarks/peers/fabric.py --setting DIR --steps 12 [--bf16 --compile --fused]
+torchrun --standalone --nproc-per-node 2 benchmarks/peers/fabric.py …
+"""
 
 from __future__ import annotations
 
-import os
-
-import harness
+from common import MAX_NORM, Rows, Stopwatch, adamw, arguments, load_model
 
 
 def main() -> None:
-    given = harness.arguments()
+    given = arguments()
     import torch
     from lightning.fabric import Fabric
+    from torch.utils.data import DataLoader
 
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     fabric = Fabric(
         accelerator="cpu",
-        devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
-        precision="bf16-mixed" if given.tuned else "32-true",
+        devices=given.world,
+        strategy="ddp" if given.world > 1 else "auto",
+        precision="bf16-mixed" if given.bf16 else "32-true",
     )
     fabric.launch()
-    model = harness.load_model(given)
-    optimizer = harness.adamw(model, tuned=given.tuned)
-    if given.tuned:
-        model = torch.compile(model, dynamic=False)  # Fabric compiles again around its own wrappers
-    model, optimizer = fabric.setup(model, optimizer)
-    loader = torch.utils.data.DataLoader(harness.Dataset(given), batch_size=given.batch // processes)
-    loader = fabric.setup_dataloaders(loader)
-    recorder = harness.Recorder(given.report)
-    recorder.start()
+    model = load_model(given)
+    optimizer = adamw(model, given)
+    model, optimizer = fabric.setup(torch.compile(model) if given.compile else model, optimizer)
+    loader = fabric.setup_dataloaders(DataLoader(Rows(given), batch_size=given.rows // given.world))
+    watch = Stopwatch()
+    watch.start()
     for batch in loader:
         loss = model(**batch).loss
         fabric.backward(loss)
-        fabric.clip_gradients(model, optimizer, max_norm=harness.MAX_NORM)
+        fabric.clip_gradients(model, optimizer, max_norm=MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        recorder.step(loss.item())
-    losses = torch.tensor([line["loss"] for line in recorder.lines], dtype=torch.float64)
-    mean = fabric.all_reduce(losses, reduce_op="mean")
-    if fabric.global_rank == 0:
-        recorder.finish(mean.tolist())
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        watch.step(loss.detach())
+    assert fabric.world_size == given.world
+    watch.report()
 
 
 if __name__ == "__main__":

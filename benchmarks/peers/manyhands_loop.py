@@ -1,79 +1,66 @@
-"""manyhands as a library, its workers started by its launcher: pinned, bf16, fused AdamW, caching allocator."""
+"""manyhands as a library, for people with their own loop: in one process or under torchrun.
+
+python benchmarks/peers/manyhands_loop.py --setting DIR --steps 12 [--bf16 --compile]
+torchrun --standalone --nproc-per-node 2 benchmarks/peers/manyhands_loop.py …
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-import tempfile
-from pathlib import Path
+from typing import Any
 
-import harness
+from common import LR, MAX_NORM, WEIGHT_DECAY, Stopwatch, arguments, load_model
 
 
-def worker(argument: str) -> int:
-    """One worker: `argument` is what `main` says, in JSON."""
-    from manyhands.core.native import enable_allocator
+class PreparedRows:
+    """The shared rows under their numbers in the prepared data: the order of `share` then is that of rows.npy."""
 
-    enable_allocator()
+    bytes_per_target = 1.0
+
+    def __init__(self, given: Any) -> None:
+        import numpy as np
+
+        self._rows = np.load(given.setting / "rows.npy", mmap_mode="r")
+        self._place = {int(number): place for place, number in enumerate(np.load(given.setting / "ids.npy"))}
+        self._len = json.loads((given.setting / "setting.json").read_text())["data_rows"]
+
+    def __len__(self) -> int:
+        return int(self._len)
+
+    def take(self, ids: Any) -> dict[str, Any]:
+        import torch
+
+        block = torch.from_numpy(self._rows[[self._place[int(i)] for i in ids]].astype("int64"))  # [n, 257]
+        return {"input_ids": block[:, :-1].contiguous(), "targets": block[:, 1:].contiguous()}
+
+
+def main() -> None:
+    given = arguments()
     import torch
 
     import manyhands
     from manyhands.tasks.pretrain import Pretrain
 
-    said = json.loads(argument)
-    given = harness.Given(
-        Path(said["material"]), Path(said["report"]), said["steps"], said["batch"], True, argparse.Namespace()
-    )
+    seed = json.loads((given.setting / "setting.json").read_text())["seed"]
     hands = manyhands.join(device="cpu")
-    model = harness.load_model(given)
-    strategy = manyhands.presets.ddp(lr=harness.LR, schedule="constant", weight_decay=harness.WEIGHT_DECAY)
+    model = load_model(given)
     replica = hands.replicate(
-        model, strategy, max_grad_norm=harness.MAX_NORM, targets_per_row=harness.LENGTH, precision="bf16"
+        torch.compile(model) if given.compile else model,
+        manyhands.presets.ddp(lr=LR, weight_decay=WEIGHT_DECAY, schedule="constant"),
+        max_grad_norm=MAX_NORM,
+        targets_per_row=256,
+        precision="bf16" if given.bf16 else "fp32",
     )
-    task = Pretrain()
-    forward = torch.compile(model, dynamic=False) if said["compile"] else model
-    rows = torch.from_numpy(harness.load_rows(given))
-    mine = given.batch // hands.size
-    recorder = harness.Recorder(given.report)
-    recorder.start()
-    for step in range(given.steps):
-        begin = step * given.batch + hands.rank * mine
-        ids = rows[begin : begin + mine].long()  # [my rows, 257]
-        batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
-        part = manyhands.Part(step, [(hands.rank, batch)], hands.size, given.batch, harness.SEED)
-        result = replica.step(part, lambda _, batch: task.loss(forward, batch))
-        recorder.step(result.loss)
-    if hands.rank == 0:
-        recorder.finish()
+    watch = Stopwatch()
+    watch.start()
+    for part in hands.share(PreparedRows(given), global_batch=given.rows, seed=seed):
+        result = replica.step(part, loss=Pretrain().loss)
+        watch.step(result.loss)
+        if replica.steps == given.steps:
+            break
+    watch.report(averaged=True)
     hands.close()
-    return 0
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--compile", action="store_true")
-    given = harness.arguments(parser, pin=False)
-    from manyhands.launch.local import launch
-
-    said = {
-        "material": str(given.material.absolute()),
-        "report": str(given.report.absolute()),
-        "steps": given.steps,
-        "batch": given.batch,
-        "compile": given.options.compile,
-    }
-    with tempfile.TemporaryDirectory() as output:
-        # one thread each, pinned to a core, as `manyhands train` has it where there is a worker for each core
-        return launch(
-            "peers.manyhands_loop:worker",
-            json.dumps(said),
-            workers=given.options.workers,
-            threads=1,
-            output=Path(output),
-        )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,31 +1,32 @@
-"""Plain PyTorch, one process: the loop of the tutorials."""
+"""A plain PyTorch loop in one process.
+
+python benchmarks/peers/plain.py --setting DIR --steps 12 [--bf16 --compile --fused]
+"""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-import harness
+from common import MAX_NORM, Rows, Stopwatch, adamw, arguments, load_model
 
 
 def main() -> None:
-    given = harness.arguments()
+    given = arguments()
     import torch
 
-    model = harness.load_model(given)
-    optimizer = harness.adamw(model, tuned=given.tuned)
-    forward = torch.compile(model, dynamic=False) if given.tuned else model
-    loader = torch.utils.data.DataLoader(harness.Dataset(given), batch_size=given.batch)
-    recorder = harness.Recorder(given.report)
-    recorder.start()
+    model = load_model(given)
+    optimizer = adamw(model, given)
+    loader = torch.utils.data.DataLoader(Rows(given), batch_size=given.rows)
+    forward = torch.compile(model) if given.compile else model
+    watch = Stopwatch()
+    watch.start()
     for batch in loader:
-        with torch.autocast("cpu", torch.bfloat16) if given.tuned else nullcontext():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=given.bf16):
             loss = forward(**batch).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), harness.MAX_NORM)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        recorder.step(loss.item())
-    recorder.finish()
+        watch.step(loss.detach())
+    watch.report()
 
 
 if __name__ == "__main__":

@@ -1,54 +1,65 @@
-"""Transformers' Trainer, one process."""
+"""Transformers' Trainer, in one process or under torchrun. Its fused AdamW is its own default.
+
+python benchmarks/peers/trainer.py --setting DIR --steps 12 [--bf16 --compile]
+torchrun --standalone --nproc-per-node 2 benchmarks/peers/trainer.py …
+"""
 
 from __future__ import annotations
 
 import tempfile
 
-import harness
+from common import BETAS, LR, MAX_NORM, WEIGHT_DECAY, Rows, Stopwatch, arguments, load_model
 
 
 def main() -> None:
-    given = harness.arguments()
+    given = arguments()
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    recorder = harness.Recorder(given.report)
-    losses: list[float] = []
+    watch = Stopwatch()
 
-    class Record(TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            recorder.start()
+    class Watching(TrainerCallback):
+        def on_train_begin(self, *_: object, **__: object) -> None:
+            watch.start()
 
-        def on_step_end(self, *_, **__):
-            recorder.step(float("nan"))
+        def on_step_end(self, *_: object, **__: object) -> None:
+            watch.mark()
 
-        def on_log(self, *_, logs, **__):
-            if "loss" in logs:
-                losses.append(float(logs["loss"]))
+        def on_log(self, *_: object, logs: dict[str, float], **__: object) -> None:
+            if "loss" in logs:  # once a step; the last log is a summary of the run
+                watch.loss(float(logs["loss"]))
 
-    tuned = {"bf16": True, "torch_compile": True, "optim": "adamw_torch_fused"}
-    with tempfile.TemporaryDirectory() as scratch:
-        options = TrainingArguments(
-            output_dir=scratch,
-            per_device_train_batch_size=given.batch,
-            max_steps=given.steps,
-            learning_rate=harness.LR,
-            lr_scheduler_type="constant",
-            adam_beta1=harness.BETAS[0],
-            adam_beta2=harness.BETAS[1],
-            weight_decay=harness.WEIGHT_DECAY,
-            max_grad_norm=harness.MAX_NORM,
-            train_sampling_strategy="sequential",
-            remove_unused_columns=False,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            **(tuned if given.tuned else {}),
+    with tempfile.TemporaryDirectory() as output:
+        trainer = Trainer(
+            model=load_model(given),
+            args=TrainingArguments(
+                output_dir=output,
+                use_cpu=True,
+                # the task
+                max_steps=given.steps,
+                per_device_train_batch_size=given.rows // given.world,
+                learning_rate=LR,
+                lr_scheduler_type="constant",
+                adam_beta1=BETAS[0],
+                adam_beta2=BETAS[1],
+                weight_decay=WEIGHT_DECAY,
+                max_grad_norm=MAX_NORM,
+                train_sampling_strategy="sequential",
+                remove_unused_columns=False,  # shift_labels is no named argument of the model
+                # the setting
+                bf16=given.bf16,
+                torch_compile=given.compile,
+                # nothing but training
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=Rows(given),
+            callbacks=[Watching()],
         )
-        model = harness.load_model(given)
-        Trainer(model, options, train_dataset=harness.Dataset(given), callbacks=[Record()]).train()
-    recorder.finish(losses)
+        trainer.train()
+        assert trainer.args.world_size == given.world
+    watch.report(averaged=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manyhands.core import registry, rng
-from manyhands.core.config import Call, parse
+from manyhands.core.callform import Call, parse
 from manyhands.core.errors import ModelError, UsageError, nearest
 from manyhands.models import custom, store
 from manyhands.models.describe import Description, describe, draws_random

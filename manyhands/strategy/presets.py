@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from manyhands.core.config import from_choice, parse
+from manyhands.core.callform import parse
+from manyhands.core.config import from_choice
 from manyhands.core.registry import resolve
 from manyhands.exchange.allreduce import AllReduce, Precision
 from manyhands.strategy.base import OptimizerSpec, Strategy

@@ -14,7 +14,9 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from manyhands.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +54,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
     Raises:
         OSError: it cannot be written.
-        TypeError: a tensor's type has no name in the format.
+        CheckpointError: a tensor's type has no name in the format.
     """
     # wide types first: every tensor then starts at a multiple of its element's size
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
@@ -73,7 +75,11 @@ def _header(tensors: Mapping[str, Tensor], names: list[str], metadata: Mapping[s
         tensor = tensors[name]
         kind = str(tensor.dtype).removeprefix("torch.")
         if kind not in TYPES:
-            raise TypeError(f"{name} is {tensor.dtype}; a safetensors file holds {', '.join(sorted(TYPES))}")
+            raise CheckpointError(
+                f"{name} is of type {kind}",
+                f"a safetensors file holds {', '.join(sorted(TYPES))}",
+                "keep it in one of these types",
+            )
         end = begin + tensor.numel() * tensor.element_size()
         entries[name] = {"dtype": TYPES[kind], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         begin = end
@@ -99,7 +105,8 @@ def little_endian(tensor: Tensor) -> memoryview:
         return memoryview(b"")
     if sys.byteorder == "big":  # reverse each element's bytes: [elements, width]
         flat = flat.view(torch.uint8).reshape(flat.numel(), -1).flip(1).reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    bytes_: Any = flat.view(torch.uint8).numpy()
+    return memoryview(bytes_)
 
 
 def sha256_of_parameters(tensors: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,150 @@
+"""What is on disk: the checkpoints of an output, the newest, whether each is whole; refused by name where it is not.
+
+The *newest* checkpoint is the one saved last, which need not have the highest step: a run that was resumed from an
+earlier one has left the later ones behind.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from manyhands.core.errors import CheckpointError
+from manyhands.train import durable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)$")
+
+
+class Loaded(NamedTuple):
+    """The training state of a checkpoint."""
+
+    state: dict[str, Any]
+    optimizer: dict[str, Tensor]
+    exchange: dict[str, Tensor]
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """All checkpoint directories of an output, the newest last, verified or not."""
+    if not output.is_dir():
+        return []
+    found = [
+        (saved_s(path), int(m[1]), path)
+        for path in output.iterdir()
+        if (m := _NAME.match(path.name)) and path.is_dir()
+    ]
+    return [path for _, _, path in sorted(found)]
+
+
+def saved_s(path: Path) -> float:
+    """When a checkpoint was saved; where its manifest cannot say, the directory's own time (it may be the newest)."""
+    try:
+        return float(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["saved_s"])
+    except (OSError, ValueError, KeyError, TypeError):
+        try:
+            return path.stat().st_mtime
+        except OSError:
+            return 0.0
+
+
+def latest(output: Path) -> Path | None:
+    """The newest checkpoint of an output that is whole, or None."""
+    return next((path for path in reversed(checkpoints(output)) if fault(path) is None), None)
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint all of whose files match it.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or edited; names it and the previous good checkpoint.
+    """
+    wrong = fault(path)
+    if wrong is not None:
+        raise _refused(path, wrong)
+    manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    return manifest
+
+
+def fault(path: Path, *, hashes: bool = True) -> str | None:
+    """What is wrong with a checkpoint, naming the file, what was expected and what was found; None: it is whole."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version = manifest["format"]
+        files = {
+            name: (int(facts["bytes"]), str(facts["sha256"])) for name, facts in manifest["files"].items()
+        }
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return f"{path / MANIFEST} is missing or not a manifest"
+    if version != FORMAT:
+        return f"{path / MANIFEST} has format {version}, this version reads {FORMAT}"
+    for name, (size, digest) in files.items():
+        file = path / name
+        try:
+            found_size = file.stat().st_size
+            if found_size != size:
+                return f"{file} has {found_size:,} bytes, its manifest says {size:,}"
+            found = durable.sha256_of_file(file) if hashes else digest
+        except FileNotFoundError:
+            return f"{file} is missing"
+        except OSError as error:
+            return f"{file} cannot be read ({error.strerror})"
+        if found != digest:
+            return f"{file} was changed (sha256 {found[:12]}…, its manifest says {digest[:12]}…)"
+    return None
+
+
+def _refused(path: Path, what: str) -> CheckpointError:
+    parent = path.parent if path.name else path.absolute().parent
+    good = next(
+        (p for p in reversed(checkpoints(parent)) if p.name != path.absolute().name and fault(p) is None),
+        None,
+    )
+    remedy = (
+        f"--resume {good} continues from the newest good one"
+        if good
+        else "no other good checkpoint is beside it"
+    )
+    return CheckpointError(what, "a checkpoint is used only as it was written", remedy)
+
+
+def resolve_resume(value: str, output: Path) -> Path:
+    """The checkpoint that `value` names: a checkpoint itself, or the newest of an output directory. Verify it next.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(value)
+    if path.is_dir() and (_NAME.match(path.name) or (path / MANIFEST).is_file()):
+        return path
+    found = checkpoints(path)
+    if found:
+        return found[-1]
+    what = f"{path} holds no checkpoint" if path.is_dir() else f"{path} does not exist"
+    beside = next((p for p in (output, path.parent) if checkpoints(p)), None)
+    remedy = f"give {checkpoints(beside)[-1]}" if beside else "give the --output of a run that has saved"
+    raise CheckpointError(what, "a run's directory holds checkpoint-N", remedy)
+
+
+def load_state(path: Path) -> Loaded:
+    """The training state of a checkpoint (verify it first). Raises `CheckpointError`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    training = path / "training"
+    try:
+        state = json.loads((training / "state.json").read_text(encoding="utf-8"))
+        exchange = training / "exchange.safetensors"
+        return Loaded(
+            state,
+            load_file(training / "optimizer.safetensors"),
+            load_file(exchange) if exchange.exists() else {},
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        what = f"{training}: {error}"
+        raise CheckpointError(what, "a checkpoint that can be continued holds training state", "") from None
