@@ -11,11 +11,16 @@ import harness
 import setting
 from harness import Contender, Sample, Spread
 
-RIVALS = {"defaults": "manyhands", "tuned": "manyhands, tuned"}  # like is compared with like
+RIVALS = {
+    "defaults": "manyhands",
+    "tuned": "manyhands, tuned",
+    "allocator": "manyhands, tuned",
+}  # like is compared with like
 SINGLE = {"manyhands": "manyhands, one core", "manyhands, tuned": "manyhands, one core, tuned"}
 TITLES = {
     "defaults": "As it comes",
     "tuned": "Tuned: bf16, compiled, fused AdamW, pinned",
+    "allocator": "Tuned, and tcmalloc preloaded",
     "one core": "One pinned core, 8 rows",
 }
 
@@ -84,7 +89,8 @@ def markdown(data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
         f"MFU = tokens/s × {about['flops_per_token'] / 1e6:.1f} MFLOP (6N + 12·L·d·s) / {peak / 1e12:.2f} TFLOP/s, the measured",
         "bf16 matrix peak of the whole machine.",
         "*manyhands is ahead* is its ratio to manyhands of the same group within a round: minimum, **median**, maximum.",
-        "*loss* is the largest relative difference from plain PyTorch's fp32 curve at any step (tolerance 0.001 in fp32, 0.02 in bf16).",
+        "*loss* is the largest relative difference from plain PyTorch's fp32 curve at any step (tolerance 0.001 in fp32,",
+        "0.02 in bf16).",
         "*others' CPU* is how much of the machine other programs used meanwhile, at most in any round.",
         "",
         "| | processes × threads | precision | tokens/s | MFU | manyhands is ahead | loss | others' CPU |",

@@ -10,6 +10,7 @@ README.md beside it.
 from __future__ import annotations
 
 import argparse
+import ctypes.util
 import json
 import sys
 import time
@@ -48,23 +49,30 @@ def peer(
     processes: int,
     threads: int,
     rows: int = 16,
+    allocator: str | None = None,
 ) -> Contender:
-    """A peer's script, as it comes or tuned: bf16, compiled, fused AdamW, pinned, threads set."""
+    """A peer's script, as it comes or tuned: bf16, compiled, fused AdamW, pinned, threads set.
+
+    Args:
+        allocator: a library to preload besides.
+    """
     # the Trainer's AdamW is fused by its own default, ours always
     flags = [f for f in FASTEST if f != "--fused" or script not in ("trainer.py", "manyhands_loop.py")]
-    options = [*flags, "--pin"] if tuned else []
+    one_core = processes * threads == 1
+    options = [*(flags if tuned else []), *(["--pin"] if tuned or one_core else [])]
     options += ["--setting", str(place), "--steps", str(steps), "--rows", str(rows)]
     start = TORCHRUN if processes > 1 else ()
-    environment: Mapping[str, str] = {}
-    if threads == 1:
-        environment = ONE_THREAD if tuned or processes == 1 else {}  # torchrun sets it by itself
-    elif tuned:
-        environment = ONE_PROCESS
-    if threads == 1 and processes == 1 and not tuned:
-        options.append("--pin")
+    environment: dict[
+        str, str
+    ] = {}  # as it comes: torch takes all cores, torchrun gives its processes one thread each
+    if tuned or one_core:
+        environment = dict(ONE_THREAD if threads == 1 else ONE_PROCESS)
+    if allocator:
+        environment["LD_PRELOAD"] = allocator
+    group = "allocator" if allocator else "one core" if one_core else "tuned" if tuned else "defaults"
     return Contender(
         name=name,
-        group="one core" if processes * threads == 1 else "tuned" if tuned else "defaults",
+        group=group,
         command=lambda _: [*start, str(PEERS / script), *options],
         read=harness.read_json_lines,
         processes=processes,
@@ -133,52 +141,52 @@ def read_run(_out: str, scratch: Path) -> Steps:
     return Steps(seconds, [e["loss"] for e in stepped], facts)
 
 
+LOOPS = (  # name, script, (processes, threads) of each shape
+    ("plain", "plain.py", ((1, 2),)),
+    ("Trainer", "trainer.py", ((1, 2), (2, 1))),
+    ("Accelerate", "accelerate_loop.py", ((1, 2), (2, 1))),
+    ("Fabric", "fabric.py", ((1, 2), (2, 1))),
+    ("DDP", "ddp.py", ((2, 1),)),
+)
+
+
 def contenders(place: Path, steps: int) -> list[Contender]:
     """Everybody, in the order of the table."""
     found = []
     for tuned in (False, True):
-        suffix = ", tuned" if tuned else ""
-        for name, script, shapes in (
-            ("plain", "plain.py", ((1, 2),)),
-            ("Trainer", "trainer.py", ((1, 2), (2, 1))),
-            ("Accelerate", "accelerate_loop.py", ((1, 2), (2, 1))),
-            ("Fabric", "fabric.py", ((1, 2), (2, 1))),
-            ("DDP", "ddp.py", ((2, 1),)),
-        ):
+        for name, script, shapes in LOOPS:
             for processes, threads in shapes:
                 shape = f" {processes}×{threads}" if len(shapes) > 1 else ""
+                full = f"{name}{shape}{', tuned' if tuned else ''}"
                 found.append(
-                    peer(
-                        f"{name}{shape}{suffix}",
-                        script,
-                        place,
-                        steps,
-                        tuned=tuned,
-                        processes=processes,
-                        threads=threads,
-                    )
+                    peer(full, script, place, steps, tuned=tuned, processes=processes, threads=threads)
                 )
-    found += [
+    for allocator in filter(None, [ctypes.util.find_library("tcmalloc_minimal")]):
+        for name, script, (processes, threads) in (("plain", "plain.py", (1, 2)), ("DDP", "ddp.py", (2, 1))):
+            full = f"{name}, tuned, tcmalloc"
+            found.append(
+                peer(
+                    full,
+                    script,
+                    place,
+                    steps,
+                    tuned=True,
+                    processes=processes,
+                    threads=threads,
+                    allocator=allocator,
+                )
+            )
+    one, compiled = ("--threads", "1"), ("--compile", "on")
+    return [
+        *found,
         ours("manyhands", "defaults", place, steps, workers=2, rows=16),
-        ours("manyhands, tuned", "tuned", place, steps, "--compile", "on", workers=2, rows=16),
+        ours("manyhands, tuned", "tuned", place, steps, *compiled, workers=2, rows=16),
         peer("manyhands loop, tuned", "manyhands_loop.py", place, steps, tuned=True, processes=2, threads=1),
-        ours("manyhands, one core", "one core", place, steps, "--threads", "1", workers=1, rows=8),
-        ours(
-            "manyhands, one core, tuned",
-            "one core",
-            place,
-            steps,
-            "--threads",
-            "1",
-            "--compile",
-            "on",
-            workers=1,
-            rows=8,
-        ),
+        ours("manyhands, one core", "one core", place, steps, *one, workers=1, rows=8),
+        ours("manyhands, one core, tuned", "one core", place, steps, *one, *compiled, workers=1, rows=8),
         peer("plain, one core", "plain.py", place, steps, tuned=False, processes=1, threads=1, rows=8),
         peer("plain, one core, tuned", "plain.py", place, steps, tuned=True, processes=1, threads=1, rows=8),
     ]
-    return found
 
 
 def check_curves(

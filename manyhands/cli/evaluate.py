@@ -41,9 +41,10 @@ def main(arguments: Sequence[str]) -> int:
             f"{given.run} does not exist", "a run is an output directory of train", "check the path"
         )
     stack = options.layers(given, FIELDS)
+    run = Path(given.run).parent if Path(given.run).name.startswith("checkpoint-") else Path(given.run)
     with tempfile.TemporaryDirectory(prefix="manyhands-") as scratch:
         layers = [*resumed_layer([("", {"resume": given.run})]), *stack]
-        layers.append(("evaluate", {"resume": given.run, "output": scratch, "report_to": ()}))
+        layers.append(("evaluate", {"resume": given.run, "output": str(run / "evaluate"), "report_to": ()}))
         if given.data is not None:  # all of the given data is scored
             layers.append(("evaluate", {"eval_data": given.data, "data": given.data, "eval_fraction": 0.0}))
         job, _origins = config.assemble(Job, layers)

@@ -38,7 +38,8 @@ class ManyhandsError(Exception):
 
     def __init__(self, value: str, rule: str = "", remedy: str = "") -> None:
         self.value, self.rule, self.remedy = value, rule, remedy
-        super().__init__(". ".join(part.rstrip(".") for part in (value, rule, remedy) if part) + ".")
+        text = ". ".join(part.rstrip(".") for part in (value, rule, remedy) if part)
+        super().__init__(text if text.endswith("?") else text + ".")
 
 
 class UsageError(ManyhandsError, ValueError):

@@ -138,7 +138,7 @@ def _remake(path: Path, recipe: dict[str, Any], trust: bool) -> nn.Module:
             raise ModelError(
                 f"{path} names the function {name!r} of its model",
                 "code is called only where it is trusted",
-                f"if you trust it, give --model {name} (in Python: trust=True)",
+                "if you trust it, give --trust (in Python: trust=True)",
             )
         function = custom.import_function(name)
     else:

@@ -201,14 +201,15 @@ def _sweep(output: Path) -> None:
     """Remove temporary directories whose writer has ended."""
     for path in output.iterdir():
         match = _TEMPORARY.match(path.name)
-        if match and match[2] != _PROCESS and not _alive(int(match[1])):
+        mine = match and match[2] == _PROCESS and match[1] == str(os.getpid())
+        if match and not mine and not _alive(int(match[1])):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

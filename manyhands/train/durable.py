@@ -92,8 +92,11 @@ def sync_file(path: Path) -> None:
 
 def sync_directory(path: Path) -> None:
     """Force a directory's entries (renames) to disk, where the system can."""
-    with contextlib.suppress(OSError):
+    try:
         sync_file(path)
+    except OSError as error:
+        if error.errno in (errno.EIO, *FULL):  # a disk that fails, not a system that cannot sync directories
+            raise
 
 
 def sha256_of_file(path: Path) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"checkpoint-(\d+)$")
+_NAME = re.compile(r"checkpoint-([0-9]+)")
 
 
 class Loaded(NamedTuple):
@@ -37,7 +37,7 @@ def checkpoints(output: Path) -> list[Path]:
     found = [
         (saved_s(path), int(m[1]), path)
         for path in output.iterdir()
-        if (m := _NAME.match(path.name)) and path.is_dir()
+        if (m := _NAME.fullmatch(path.name)) and path.is_dir()
     ]
     return [path for _, _, path in sorted(found)]
 
@@ -62,7 +62,7 @@ def verify(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint all of whose files match it.
 
     Raises:
-        CheckpointError: a file is missing, truncated or edited; names it and the previous good checkpoint.
+        CheckpointError: a file is missing, truncated, edited or added; names it and the previous good checkpoint.
     """
     wrong = fault(path)
     if wrong is not None:
@@ -75,7 +75,7 @@ def fault(path: Path, *, hashes: bool = True) -> str | None:
     """What is wrong with a checkpoint, naming the file, what was expected and what was found; None: it is whole."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version = manifest["format"]
+        version, step = manifest["format"], int(manifest["step"])
         files = {
             name: (int(facts["bytes"]), str(facts["sha256"])) for name, facts in manifest["files"].items()
         }
@@ -83,6 +83,9 @@ def fault(path: Path, *, hashes: bool = True) -> str | None:
         return f"{path / MANIFEST} is missing or not a manifest"
     if version != FORMAT:
         return f"{path / MANIFEST} has format {version}, this version reads {FORMAT}"
+    named = _NAME.fullmatch(path.absolute().name)
+    if named and int(named[1]) != step:
+        return f"{path / MANIFEST} says step {step}, the directory's name says {named[1]}"
     for name, (size, digest) in files.items():
         file = path / name
         try:
@@ -96,7 +99,19 @@ def fault(path: Path, *, hashes: bool = True) -> str | None:
             return f"{file} cannot be read ({error.strerror})"
         if found != digest:
             return f"{file} was changed (sha256 {found[:12]}…, its manifest says {digest[:12]}…)"
-    return None
+    return next(
+        (f"{path / name} is not in its manifest" for name in _present(path) if name not in files), None
+    )
+
+
+def _present(path: Path) -> list[str]:
+    """What a loader might read: an added index or adapter would change what `from_pretrained` returns."""
+    return sorted(
+        name
+        for file in path.rglob("*")
+        if file.is_file() and not file.name.startswith(".")
+        if (name := file.relative_to(path).as_posix()) != MANIFEST
+    )
 
 
 def _refused(path: Path, what: str) -> CheckpointError:
@@ -120,7 +135,7 @@ def resolve_resume(value: str, output: Path) -> Path:
         CheckpointError: there is none.
     """
     path = Path(value)
-    if path.is_dir() and (_NAME.match(path.name) or (path / MANIFEST).is_file()):
+    if path.is_dir() and (_NAME.fullmatch(path.absolute().name) or (path / MANIFEST).is_file()):
         return path
     found = checkpoints(path)
     if found:
@@ -147,4 +162,5 @@ def load_state(path: Path) -> Loaded:
         )
     except (OSError, ValueError, SafetensorError) as error:
         what = f"{training}: {error}"
-        raise CheckpointError(what, "a checkpoint that can be continued holds training state", "") from None
+        rule = "a checkpoint that can be continued holds training state"
+        raise CheckpointError(what, rule, "give a checkpoint-N that manyhands wrote") from None

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from manyhands.core.environment import Env, read_env
-from manyhands.core.errors import CheckpointError, UsageError
+from manyhands.core.errors import CheckpointError, ManyhandsError, UsageError
 from manyhands.train import checkpoint
 from manyhands.wire.world import World, connect
 
@@ -81,90 +81,137 @@ def snapshot_of(replica: Replica, state: dict[str, Any], tokenizer: Path | None)
 
 
 def save_replica(world: World, replica: Replica, directory: Path, *, tokenizer: Any = None) -> Path:
-    """Rank 0 writes ``directory/checkpoint-N``; returns when it is durable, on every rank. Raises `CheckpointError`."""
+    """Rank 0 writes ``directory/checkpoint-N``; returns when it is durable, on every rank.
+
+    Raises:
+        CheckpointError: it could not be written, on every rank.
+    """
     replica.check_agreement()
-    path = directory / f"checkpoint-{replica.steps}"
-    error = ""
+    error: ManyhandsError | None = None
     if world.rank == 0:
         try:
-            if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
-                import tempfile
-
-                with tempfile.TemporaryDirectory() as temporary:
-                    tokenizer.save_pretrained(temporary)
-                    checkpoint.save(snapshot_of(replica, {}, Path(temporary)), directory, keep=1 << 30)
-            else:
-                checkpoint.save(
-                    snapshot_of(replica, {}, Path(tokenizer) if tokenizer else None), directory, keep=1 << 30
-                )
-        except CheckpointError as failure:
-            error = str(failure)
-    error = world.gather(error)[0]
-    if error:
-        raise CheckpointError(error)
-    return path
+            with _tokenizer_dir(tokenizer) as found:
+                checkpoint.save(snapshot_of(replica, {}, found), directory, keep=1 << 30)
+        except ManyhandsError as failure:
+            error = failure
+    said = world.gather(str(error) if error else "")[0]
+    if error is not None:
+        raise error
+    if said:
+        raise CheckpointError(said)
+    return directory / f"checkpoint-{replica.steps}"
 
 
-def restore_replica(replica: Replica, path: Path) -> int:
-    """Parameters, optimizer, counters; checked before anything is touched. Returns the step to continue with."""
+@contextlib.contextmanager
+def _tokenizer_dir(tokenizer: Any) -> Iterator[Path | None]:
+    """A directory with the tokenizer's files: the one given, or what its `save_pretrained` writes."""
+    if tokenizer is None or isinstance(tokenizer, (str, Path)):
+        yield Path(tokenizer) if tokenizer else None
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer.save_pretrained(temporary)
+        yield Path(temporary)
+
+
+def restore_replica(replica: Replica, path: Path, *, verified: bool = False) -> int:
+    """Parameters, optimizer, counters; checked before anything is touched. Returns the step to continue with.
+
+    Args:
+        path: a checkpoint, or an output directory (its newest one).
+        verified: its files were compared with their hashes before.
+
+    Raises:
+        CheckpointError: it is not as it was written, or of another model, optimizer or exchange.
+    """
     found = checkpoint.resolve_resume(str(path), path)
+    if not verified:
+        checkpoint.verify(found)
     loaded = checkpoint.load_state(found)
-    load_parameters(replica.model, found)
-    replica.optimizer.load_state_by_name(loaded.optimizer)
-    replica.steps = int(loaded.state["step"])
-    replica.tokens = int(loaded.state["tokens"])
+    try:
+        steps, tokens = int(loaded.state["step"]), int(loaded.state["tokens"])
+    except KeyError as key:
+        raise CheckpointError(
+            f"{found}/training/state.json has no {key}",
+            "a checkpoint that can be continued says how far it is",
+            "give a checkpoint-N that manyhands wrote",
+        ) from None
+    weights = _read_parameters(replica.model, found)
+    states = _read_exchange(replica, loaded.exchange, found)
+    replica.optimizer.load_state_by_name(loaded.optimizer)  # refuses what does not fit, too
+    _copy_parameters(replica.model, weights)
+    replica.states[:] = states
+    replica.steps, replica.tokens = steps, tokens
     replica.skipped = int(loaded.state.get("skipped", 0))
-    _load_exchange(replica, loaded.exchange)
     replica.check_agreement()
     return replica.steps
 
 
 def load_parameters(model: torch.nn.Module, path: Path) -> None:
-    """The parameters of a verified checkpoint into `model`, in place. Raises `CheckpointError` on other names or shapes."""
-    from safetensors.torch import load_file
+    """The parameters of a verified checkpoint into `model`, in place.
 
-    index = path / "model.safetensors.index.json"
-    files = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if index.exists()
-        else ["model.safetensors"]
-    )
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        tensors.update(load_file(path / file))
-    own = dict(model.named_parameters()) | dict(model.state_dict().items())
-    missing = {n for n in model.state_dict() if n not in tensors} - _tied(model)
-    unknown = set(tensors) - set(own)
-    if missing or unknown:
-        raise CheckpointError(
-            f"{path}: parameters {sorted(missing or unknown)[:3]} {'are missing' if missing else 'are unknown'}",
-            "a checkpoint continues with the model it was written for",
-            "give the same --model",
-        )
+    Raises:
+        CheckpointError: other names or shapes; then `model` is as it was.
+    """
+    _copy_parameters(model, _read_parameters(model, path))
+
+
+def _copy_parameters(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    own = model.state_dict()
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if own[name].shape != tensor.shape:
-                raise CheckpointError(
-                    f"{path}: {name} has shape {list(tensor.shape)}, the model's has {list(own[name].shape)}",
-                    "they must be equal",
-                    "",
-                )
             own[name].copy_(tensor)
 
 
-def _tied(model: torch.nn.Module) -> set[str]:
-    """Names of the state dict whose storage also has an earlier name."""
-    seen: dict[int, str] = {}
-    tied: set[str] = set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen and tensor.numel():
-            tied |= {name, seen[tensor.data_ptr()]}
-        seen.setdefault(tensor.data_ptr(), name)
-    return tied
+def _read_parameters(model: torch.nn.Module, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, which fit `model`. Raises `CheckpointError` where they do not."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        what = f"{path / 'model.safetensors'}: {error}"
+        raise CheckpointError(what, "a checkpoint holds the model's tensors", "give another one") from None
+    own = model.state_dict()
+    missing = {names[0] for names in _same_memory(own) if not any(name in tensors for name in names)}
+    wrong = sorted(missing) or sorted(set(tensors) - set(own))
+    if wrong:
+        raise CheckpointError(
+            f"{path}: parameters {', '.join(wrong[:3])} {'are missing' if missing else 'are unknown'}",
+            "a checkpoint continues with the model it was written for",
+            "give the same --model",
+        )
+    for name, tensor in tensors.items():
+        if own[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(tensor.shape)}, the model's has {list(own[name].shape)}",
+                "a checkpoint continues with the model it was written for",
+                "give the same --model",
+            )
+    return tensors
 
 
-def _load_exchange(replica: Replica, flat: dict[str, torch.Tensor]) -> None:
+def _same_memory(own: dict[str, torch.Tensor]) -> list[list[str]]:
+    """The names of a state dict, those of tied parameters together: one of them is in the file."""
+    groups: dict[Any, list[str]] = {}
+    for name, tensor in own.items():
+        groups.setdefault(tensor.data_ptr() if tensor.numel() else name, []).append(name)
+    return list(groups.values())
+
+
+def _read_exchange(replica: Replica, flat: dict[str, torch.Tensor], path: Path) -> list[Any]:
+    """The state of each bucket as the checkpoint has it. Raises `CheckpointError` where it is another exchange's."""
+    own = exchange_state(replica)
+    unlike = sorted(set(own) ^ set(flat)) or [n for n, t in own.items() if t.shape != flat[n].shape]
+    if unlike:
+        raise CheckpointError(
+            f"{path}: the exchange's state {', '.join(unlike[:3])} does not fit",
+            "a checkpoint continues with the exchange it was written with",
+            "give the same --strategy",
+        )
+    states = []
     for bucket, state in enumerate(replica.states):
         leaves, spec = torch.utils._pytree.tree_flatten(state)
         loaded = [flat[f"{bucket}.{i}"].to(leaf.device) for i, leaf in enumerate(leaves)]
-        replica.states[bucket] = torch.utils._pytree.tree_unflatten(loaded, spec)
+        states.append(torch.utils._pytree.tree_unflatten(loaded, spec))
+    return states

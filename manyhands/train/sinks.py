@@ -3,44 +3,93 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from manyhands.core.errors import UsageError
-from manyhands.core.events import Emit, Evaluated, Evaluating, Event, Preparing, Stepped, to_record
+from manyhands.core.events import Emit, Evaluated, Evaluating, Event, Preparing, Stepped, Warned, to_record
 from manyhands.train.terminal import Terminal
 
 __all__ = ["JsonLines", "TensorBoard", "Terminal", "fan_out"]
 
 
 def fan_out(sinks: Sequence[Any]) -> Emit:
-    """An `Emit` that hands each event to every sink, one event at a time (the checkpoint thread emits, too)."""
+    """An `Emit` that hands each event to every sink, one event at a time (the checkpoint thread emits, too).
+
+    A sink that cannot write (a full disk, a closed terminal) does not end the training that it reports on: the
+    others are told once, and again when it failed anew after having worked.
+    """
     lock = threading.RLock()
+    failed: set[int] = set()
+
+    def hand(event: Event, to: Sequence[int]) -> list[tuple[int, OSError]]:
+        errors = []
+        for i in to:
+            try:
+                sinks[i](event)
+                failed.discard(i)
+            except OSError as error:
+                if i not in failed:
+                    errors.append((i, error))
+                failed.add(i)
+        return errors
 
     def emit(event: Event) -> None:
         with lock:
-            for sink in sinks:
-                sink(event)
+            for i, error in hand(event, range(len(sinks))):
+                name = type(sinks[i]).__name__
+                warning = Warned(
+                    message=f"{name} lost events: {error.strerror or error}; the training goes on",
+                    where=str(getattr(sinks[i], "path", "")),
+                )
+                hand(warning, [j for j in range(len(sinks)) if j not in failed])
 
     return emit
 
 
 class JsonLines:
-    """``metrics.jsonl``: one event a line. A resumed run appends; `resumed` events separate the attempts."""
+    """``metrics.jsonl``: one event a line. A resumed run appends; `resumed` events separate the attempts.
+
+    A line is whole or absent: what a killed writer or a full disk left of one is cut off.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self.path = path
+        self._file = path.open("a+b", buffering=0)
+        self._end = _end_of_last_line(self._file)
+        self._file.truncate(self._end)
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, (Preparing, Evaluating)):  # progress for eyes, not for records
             return
-        self._file.write(json.dumps(to_record(event)) + "\n")
-        self._file.flush()
+        line = (json.dumps(to_record(event), allow_nan=False) + "\n").encode()
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            self._file.truncate(self._end)
+            raise
+        self._end += len(line)
 
     def close(self) -> None:
         self._file.close()
+
+
+def _end_of_last_line(file: Any) -> int:
+    """The offset after the last newline; 0 where there is none."""
+    end: int = file.seek(0, os.SEEK_END)
+    while end:
+        begin = max(0, end - (1 << 16))
+        file.seek(begin)
+        at = file.read(end - begin).rfind(b"\n")
+        if at >= 0:
+            return begin + int(at) + 1
+        end = begin
+    return 0
 
 
 class TensorBoard:
@@ -55,6 +104,7 @@ class TensorBoard:
                 "it needs the tensorboard package",
                 "pip install 'manyhands[tensorboard]'",
             ) from None
+        self.path = directory
         self._writer: Any = SummaryWriter(str(directory))
 
     def __call__(self, event: Event) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
+import unicodedata
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from manyhands.core import events as e
 
 PLAIN_S = 5.0  # between progress lines of preparing and evaluating where there is no bar
+NARROW = 60  # columns below which figures need the place of the bar
+_PLAINER = str.maketrans(
+    {"→": "->", "…": "...", "·": "*", "×": "x", "–": "-", "—": "-", "’": "'", "“": '"', "”": '"'}
+)
 
 
 class Terminal:
@@ -16,8 +23,11 @@ class Terminal:
     def __init__(self, console: TextIO) -> None:
         from rich.console import Console
 
-        self._console = Console(file=console, highlight=False, soft_wrap=not console.isatty())
-        self._live = self._console.is_terminal
+        # asked of the file: FORCE_COLOR and the like must not draw a bar into a log
+        self._live = console.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+        self._console = Console(
+            file=console, highlight=False, emoji=False, markup=False, soft_wrap=not self._live
+        )
         self._bar: Any = None
         self._task: Any = None
         self._kind = ""
@@ -39,20 +49,20 @@ class Terminal:
         self._stop()
         if not self._live:
             for what, value, origin in event.rows:
-                self._say(f"{what + ':':<19} {value}  [{origin}]")
+                self._say(f"{what + ':':<19} {value}" + (f"  [{origin}]" if origin else ""))
             return
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold", ratio=3)
         table.add_column(style="dim", overflow="fold", ratio=2)
         for what, value, origin in event.rows:
-            table.add_row(_safe(what), _safe(value), _safe(origin))
+            table.add_row(*(self._clean(text) for text in (what, value, origin)))
         self._console.print(table)
 
     def _preparing(self, event: e.Preparing) -> None:
         total = event.total_bytes
         self._progress(
-            "prepare", event.phase, event.done_bytes, total, f"{event.tokens:,} tokens", bytes_=True
+            "prepare", event.phase, event.done_bytes, total, [(0, f"{event.tokens:,} tokens")], bytes_=True
         )
 
     def _prepareddata(self, event: e.PreparedData) -> None:
@@ -71,21 +81,27 @@ class Terminal:
         )
 
     def _stepped(self, event: e.Stepped) -> None:
-        figures = (
-            f"loss {event.loss:.4f}  lr {event.lr:.2e}  norm {event.grad_norm:.2f}  {event.tokens_per_s:,.0f} tok/s  "
-            f"mfu {event.mfu:.1%}  comm {event.communicate_share:.1%}  mem {_bytes(event.memory_bytes)}"
-        )
+        step = f"step {event.step}/{event.total_steps}"
+        figures = [  # as shown; the number says which are left out first where there is no room
+            (1, step),
+            (0, f"loss {event.loss:.4f}"),
+            (6, f"lr {event.lr:.2e}"),
+            (5, f"norm {event.grad_norm:.2f}"),
+            (3, f"{event.tokens_per_s:,.0f} tok/s"),
+            (7, f"mfu {event.mfu:.1%}"),
+            (4, f"comm {event.communicate_share:.1%}"),
+            (8, f"mem {_bytes(event.memory_bytes)}"),
+            (2, f"eta {_clock(event.eta_s)}"),
+        ]
         if self._live:
-            self._progress(
-                "train", "train", event.step, event.total_steps, f"{figures}  eta {_clock(event.eta_s)}"
-            )
+            self._progress("train", "train", event.step, event.total_steps, figures)
         else:
-            self._say(f"step {event.step}/{event.total_steps}  {figures}  eta {_clock(event.eta_s)}")
+            self._say("  ".join(text for _, text in figures))
         if event.step >= event.total_steps:
             self._stop(keep=True)
 
     def _evaluating(self, event: e.Evaluating) -> None:
-        self._progress("evaluate", "evaluate", event.done, event.total, "")
+        self._progress("evaluate", "evaluate", event.done, event.total, [])
 
     def _evaluated(self, event: e.Evaluated) -> None:
         self._stop(keep=self._kind == "train")
@@ -100,7 +116,7 @@ class Terminal:
     def _sampled(self, event: e.Sampled) -> None:
         self._stop(keep=True)
         self._say("the model continues:", style="bold")
-        for line in (event.prompt + event.text).strip("\n").splitlines():
+        for line in (event.prompt + event.text).strip("\n").split("\n"):
             self._say(f"  {line}")
 
     def _finished(self, event: e.Finished) -> None:
@@ -112,33 +128,50 @@ class Terminal:
     # -- how
 
     def _progress(
-        self, kind: str, label: str, done: float, total: float | None, text: str, *, bytes_: bool = False
+        self,
+        kind: str,
+        label: str,
+        done: float,
+        total: float | None,
+        figures: Sequence[tuple[int, str]],
+        *,
+        bytes_: bool = False,
     ) -> None:
         if not self._live:
             if time.monotonic() - self._said > PLAIN_S:
                 self._said = time.monotonic()
                 amount = f"{_bytes(int(done))}" if bytes_ else f"{done:,.0f}"
                 of = "" if total is None else f" of {_bytes(int(total)) if bytes_ else f'{total:,.0f}'}"
-                self._say(f"{label}: {amount}{of}  {text}".rstrip())
+                self._say("  ".join([f"{label}: {amount}{of}", *(text for _, text in figures)]))
             return
         if self._bar is None or self._kind != kind:
             self._stop()
             self._start(kind)
-        self._bar.update(self._task, completed=done, total=total, description=label, text=text)
+        bar = self._bar_width()
+        room = self._console.width - len(label) - len(" 100% ") - (bar + 1 if bar else 0) - 1
+        self._bar.update(
+            self._task, completed=done, total=total, description=label, text=_fitting(figures, room)
+        )
+
+    def _bar_width(self) -> int:
+        width = self._console.width
+        return 0 if width < NARROW else 10 if width < 100 else 24
 
     def _start(self, kind: str) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+        from rich.table import Column
 
-        narrow = self._console.width < 100
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=12 if narrow else 24),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[text]}"),
-            console=self._console,
-            transient=False,
-            refresh_per_second=4,
-        )
+        columns: list[ProgressColumn] = [
+            TextColumn("{task.description}", style="bold", markup=False, table_column=Column(no_wrap=True)),
+            TextColumn("{task.percentage:>3.0f}%", markup=False, table_column=Column(no_wrap=True)),
+            # the last resort of a window made smaller: cut, not wrapped
+            TextColumn(
+                "{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="crop")
+            ),
+        ]
+        if self._bar_width():
+            columns.insert(1, BarColumn(bar_width=self._bar_width()))
+        self._bar = Progress(*columns, console=self._console, transient=False, refresh_per_second=4)
         self._task = self._bar.add_task(kind, total=None, text="")
         self._kind = kind
         self._bar.start()
@@ -151,15 +184,39 @@ class Terminal:
             self._bar, self._kind = None, ""
 
     def _say(self, text: str, style: str | None = None) -> None:
-        self._console.print(
-            _safe(text) if self._live else text, style=style if self._live else None, markup=self._live
-        )
+        from rich.text import Text
+
+        self._console.print(Text(self._clean(text), style=style or "" if self._live else ""))
+
+    def _clean(self, text: str) -> str:
+        """What this console can show: a model's or file's text steers no terminal and needs no other encoding."""
+        shown = "".join(_visible(c) for c in text)
+        encoding = self._console.encoding
+        try:
+            shown.encode(encoding)
+        except UnicodeEncodeError:
+            return shown.translate(_PLAINER).encode(encoding, "replace").decode(encoding)
+        return shown
 
 
-def _safe(text: str) -> str:
-    from rich.markup import escape
+def _visible(c: str) -> str:
+    # Cc: control characters; Cf: invisible ones, of which some turn the direction of writing; Cs: lone surrogates.
+    # The two joiners (Cf) are part of writing in Persian, Hindi and others.
+    if c in "\n\t\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"):
+        return c
+    return f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}"
 
-    return escape(text)
+
+def _fitting(figures: Sequence[tuple[int, str]], room: int) -> str:
+    """As many as fit into `room` columns, in their order; those with the highest numbers are left out first.
+
+    >>> _fitting([(1, "a"), (0, "bb"), (2, "ccc")], 5)
+    'a  bb'
+    """
+    kept = list(figures)
+    while kept and sum(len(text) + 2 for _, text in kept) - 2 > room:
+        kept.remove(max(kept))
+    return "  ".join(text for _, text in kept)
 
 
 def _bytes(n: int) -> str:
