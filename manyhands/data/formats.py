@@ -63,7 +63,13 @@ def opened(file: SourceFile) -> Iterator[BinaryIO]:
             import zstandard
 
             with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as plain:
-                yield io.BufferedReader(plain, 1 << 20)
+                if file.format in (
+                    "parquet",
+                    "arrow",
+                ):  # they are read by position, which a zstd stream cannot
+                    yield io.BytesIO(plain.read())
+                else:
+                    yield io.BufferedReader(plain, 1 << 20)
         else:
             yield raw
 

@@ -1,4 +1,4 @@
-"""Token shards: uncompressed Arrow IPC files, memory-mapped, readable by pyarrow and `datasets.Dataset.from_file`.
+"""Token shards: uncompressed Arrow IPC streams, memory-mapped, readable by pyarrow and `datasets.Dataset.from_file`.
 
 A text shard has one column ``tokens``; a labelled one ``input_ids`` (lists) and ``label`` (text). A shard is one record batch; its
 name is the beginning of its content's sha256. It is written under a temporary name, synced and renamed: never half of it.
@@ -49,7 +49,7 @@ def _write(directory: Path, batch: Any) -> str:
 
     temporary = directory / f".{os.getpid()}.{os.urandom(4).hex()}.tmp"
     try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
             writer.write_batch(batch)
         digest = hashlib.sha256()
         with temporary.open("rb") as file:
@@ -99,10 +99,10 @@ def _open(path: Path) -> Any:
     import pyarrow as pa
 
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-    except (OSError, pa.ArrowInvalid) as error:
+        return pa.ipc.open_stream(pa.memory_map(str(path))).read_next_batch()
+    except (OSError, StopIteration, pa.ArrowInvalid) as error:
         raise DataError(
-            f"{path}: {str(error).splitlines()[0]}",
+            f"{path}: {str(error) or 'it is empty'}".splitlines()[0],
             "a prepared shard is used only whole",
             "delete that directory; it is made anew",
         ) from error

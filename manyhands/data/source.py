@@ -152,7 +152,9 @@ def _expand(name: str) -> tuple[Any, list[str]]:
     try:
         fs, path = fsspec.core.url_to_fs(os.path.expanduser(name))
         if any(c in path for c in "*?["):
-            paths = sorted(p for p in fs.glob(path) if not fs.isdir(p))
+            fixed = path[: min(i for i in map(path.find, "*?[") if i >= 0)].rpartition("/")[0]
+            show = "/." in path[len(fixed) :]
+            paths = sorted(p for p in fs.glob(path) if not fs.isdir(p) and (show or not _hidden(p, fixed)))
         elif fs.isdir(path):
             paths = sorted(p for p in fs.find(path) if _known(p) and not _hidden(p, path))
         elif fs.exists(path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import time
 import unicodedata
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ from typing import Any, TextIO
 from manyhands.core import events as e
 
 PLAIN_S = 5.0  # between progress lines of preparing and evaluating where there is no bar
+DRAWN_S = 0.1  # between two drawings of a bar
 NARROW = 60  # columns below which figures need the place of the bar
 _PLAINER = str.maketrans(
     {"→": "->", "…": "...", "·": "*", "×": "x", "–": "-", "—": "-", "’": "'", "“": '"', "”": '"'}
@@ -21,17 +24,13 @@ class Terminal:
     """Shows events on `console`: with a live bar on a TTY, one line an event otherwise."""
 
     def __init__(self, console: TextIO) -> None:
-        from rich.console import Console
-
         # asked of the file: FORCE_COLOR and the like must not draw a bar into a log
         self._live = console.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
-        self._console = Console(
-            file=console, highlight=False, emoji=False, markup=False, soft_wrap=not self._live
-        )
+        self._console = _rich(console, soft_wrap=not self._live)
         self._bar: Any = None
         self._task: Any = None
         self._kind = ""
-        self._said = 0.0
+        self._said = self._drawn = 0.0
 
     def __call__(self, event: e.Event) -> None:
         shown = getattr(self, f"_{type(event).__name__.lower()}", None)
@@ -83,15 +82,15 @@ class Terminal:
     def _stepped(self, event: e.Stepped) -> None:
         step = f"step {event.step}/{event.total_steps}"
         figures = [  # as shown; the number says which are left out first where there is no room
-            (1, step),
+            (4, step),
             (0, f"loss {event.loss:.4f}"),
-            (6, f"lr {event.lr:.2e}"),
-            (5, f"norm {event.grad_norm:.2f}"),
-            (3, f"{event.tokens_per_s:,.0f} tok/s"),
+            (5, f"lr {event.lr:.2e}"),
+            (6, f"norm {event.grad_norm:.2f}"),
+            (2, f"{event.tokens_per_s:,.0f} tok/s"),
             (7, f"mfu {event.mfu:.1%}"),
-            (4, f"comm {event.communicate_share:.1%}"),
+            (3, f"comm {event.communicate_share:.1%}"),
             (8, f"mem {_bytes(event.memory_bytes)}"),
-            (2, f"eta {_clock(event.eta_s)}"),
+            (1, f"eta {_clock(event.eta_s)}"),
         ]
         if self._live:
             self._progress("train", "train", event.step, event.total_steps, figures)
@@ -152,6 +151,9 @@ class Terminal:
         self._bar.update(
             self._task, completed=done, total=total, description=label, text=_fitting(figures, room)
         )
+        if time.monotonic() - self._drawn > DRAWN_S:
+            self._bar.refresh()
+            self._drawn = time.monotonic()
 
     def _bar_width(self) -> int:
         width = self._console.width
@@ -171,7 +173,14 @@ class Terminal:
         ]
         if self._bar_width():
             columns.insert(1, BarColumn(bar_width=self._bar_width()))
-        self._bar = Progress(*columns, console=self._console, transient=False, refresh_per_second=4)
+        self._bar = Progress(
+            *columns,
+            console=self._console,
+            auto_refresh=False,  # drawn when there is something new: a thread would take time from training
+            redirect_stdout=sys.stdout.isatty(),  # a worker's own output goes to its log, bar or no bar
+            redirect_stderr=sys.stderr.isatty(),
+        )
+        self._drawn = 0.0
         self._task = self._bar.add_task(kind, total=None, text="")
         self._kind = kind
         self._bar.start()
@@ -197,6 +206,26 @@ class Terminal:
         except UnicodeEncodeError:
             return shown.translate(_PLAINER).encode(encoding, "replace").decode(encoding)
         return shown
+
+
+def _rich(console: TextIO, *, soft_wrap: bool) -> Any:
+    """A console that takes nothing it cannot give back: it leaves the cursor and, with a closed pipe, the training."""
+    from rich.console import Console
+
+    class Guest(Console):
+        def show_cursor(self, show: bool = True) -> bool:
+            return False  # hidden, it would stay so in the user's shell after a kill
+
+        def on_broken_pipe(self) -> None:  # rich's own ends the process
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # nobody reads on; nor may the interpreter's last flush fail
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, console.fileno())
+                os.close(nowhere)
+            raise  # noqa: PLE0704 - the BrokenPipeError, for the other sinks to be told
+
+    return Guest(file=console, highlight=False, emoji=False, markup=False, soft_wrap=soft_wrap)
 
 
 def _visible(c: str) -> str:
