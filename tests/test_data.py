@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -404,7 +405,7 @@ def test_pieces_are_bounded_and_cover_everything() -> None:
         assert spans == [(0, -1)] or (
             spans[0][0] == 0
             and spans[-1][1] == file.size_bytes
-            and all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+            and all(a[1] == b[0] for a, b in itertools.pairwise(spans))
         )
 
 
