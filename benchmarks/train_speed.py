@@ -290,10 +290,12 @@ def _arguments() -> argparse.Namespace:
 
 
 def _choose(every: Sequence[Contender], only: Sequence[str] | None) -> list[Contender]:
-    """Those whose name begins with one of `only`, and the references that they need."""
+    """Those named by `only` (or, where none has that name, those whose name begins so), and the references they need."""
     if not only:
         return list(every)
-    wanted = {c.name for c in every if any(c.name.startswith(o) for o in only)}
+    exact = {c.name for c in every} & set(only)
+    begins = tuple(set(only) - exact)
+    wanted = exact | {c.name for c in every if begins and c.name.startswith(begins)}
     unknown = [o for o in only if not any(c.name.startswith(o) for c in every)]
     if unknown:
         raise SystemExit(f"{unknown}: the contenders are {', '.join(c.name for c in every)}")

@@ -58,7 +58,7 @@ class Job:
         "strategies", "ddp", help="a preset with parameters, as in ddp(lr=3e-4, bucket_mb=8)"
     )
     reproducible: bool = option(
-        False, help="the same bits for any number of workers (slower; see docs/methods)"
+        False, help="the same bits for any number of workers (slower: see benchmarks/README.md)"
     )
     global_batch: int = option(
         16, help="rows in one optimizer step, over all workers", aliases=("total_batch_size",)

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from manyhands.core.errors import UsageError
-from manyhands.core.events import Emit, Evaluated, Evaluating, Event, Preparing, Stepped, Warned, to_record
+from manyhands.core.events import (
+    Emit,
+    Evaluated,
+    Evaluating,
+    Event,
+    Preparing,
+    Resumed,
+    Stepped,
+    Warned,
+    to_record,
+)
 from manyhands.train.terminal import Terminal
 
 __all__ = ["JsonLines", "TensorBoard", "Terminal", "fan_out"]
@@ -23,18 +33,19 @@ def fan_out(sinks: Sequence[Any]) -> Emit:
     others are told once, and again when it failed anew after having worked.
     """
     lock = threading.RLock()
-    failed: set[int] = set()
+    failed: dict[int, type[Event]] = {}
 
     def hand(event: Event, to: Sequence[int]) -> list[tuple[int, OSError]]:
         errors = []
         for i in to:
             try:
                 sinks[i](event)
-                failed.discard(i)
+                if failed.get(i) is type(event):  # of another kind it may show nothing, and so never fail
+                    del failed[i]
             except OSError as error:
                 if i not in failed:
                     errors.append((i, error))
-                failed.add(i)
+                failed.setdefault(i, type(event))
         return errors
 
     def emit(event: Event) -> None:
@@ -93,7 +104,10 @@ def _end_of_last_line(file: Any) -> int:
 
 
 class TensorBoard:
-    """Scalars of steps and evaluations, by step. Raises `UsageError` where the extra is not installed."""
+    """Scalars of steps and evaluations, by step. Raises `UsageError` where the extra is not installed.
+
+    A resumed run hides what an earlier attempt reported of the steps after the checkpoint: one curve, not two.
+    """
 
     def __init__(self, directory: Path) -> None:
         try:
@@ -105,15 +119,24 @@ class TensorBoard:
                 "pip install 'manyhands[tensorboard]'",
             ) from None
         self.path = directory
-        self._writer: Any = SummaryWriter(str(directory))
+        self._open = SummaryWriter
+        self._writer: Any = None
+        self._purge_step: int | None = None
 
     def __call__(self, event: Event) -> None:
+        if isinstance(event, Resumed):
+            self._purge_step = event.step + 1
+        if not isinstance(event, (Stepped, Evaluated)):
+            return
+        if self._writer is None:
+            self._writer = self._open(str(self.path), purge_step=self._purge_step)
         if isinstance(event, Stepped):
             for name in ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "communicate_share"):
                 self._writer.add_scalar(f"train/{name}", getattr(event, name), event.step)
-        elif isinstance(event, Evaluated):
+        else:
             for name, value in event.metrics.items():
                 self._writer.add_scalar(f"eval/{name}", value, event.step)
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any, TextIO
 from manyhands.core import events as e
 
 PLAIN_S = 5.0  # between progress lines of preparing and evaluating where there is no bar
+GONE = (errno.EIO, errno.EPIPE)  # a terminal that hung up, a pipe that nobody reads
 DRAWN_S = 0.1  # between two drawings of a bar
 NARROW = 60  # columns below which figures need the place of the bar
 _PLAINER = str.maketrans(
@@ -34,8 +36,13 @@ class Terminal:
 
     def __call__(self, event: e.Event) -> None:
         shown = getattr(self, f"_{type(event).__name__.lower()}", None)
-        if shown is not None:
-            shown(event)
+        try:
+            if shown is not None:
+                shown(event)
+        except OSError as error:
+            if error.errno in GONE:  # nobody will read on; this is said once, by whoever hands out the events
+                _to_nowhere(self._console.file)
+            raise
 
     def close(self) -> None:
         self._stop()
@@ -151,9 +158,13 @@ class Terminal:
         self._bar.update(
             self._task, completed=done, total=total, description=label, text=_fitting(figures, room)
         )
-        if time.monotonic() - self._drawn > DRAWN_S:
+        if not self._bar.live.is_started:
+            self._bar.start()  # draws
+        elif time.monotonic() - self._drawn > DRAWN_S:
             self._bar.refresh()
-            self._drawn = time.monotonic()
+        else:
+            return
+        self._drawn = time.monotonic()
 
     def _bar_width(self) -> int:
         width = self._console.width
@@ -180,10 +191,8 @@ class Terminal:
             redirect_stdout=sys.stdout.isatty(),  # a worker's own output goes to its log, bar or no bar
             redirect_stderr=sys.stderr.isatty(),
         )
-        self._drawn = 0.0
         self._task = self._bar.add_task(kind, total=None, text="")
         self._kind = kind
-        self._bar.start()
 
     def _stop(self, *, keep: bool = False) -> None:
         if self._bar is not None:
@@ -209,23 +218,25 @@ class Terminal:
 
 
 def _rich(console: TextIO, *, soft_wrap: bool) -> Any:
-    """A console that takes nothing it cannot give back: it leaves the cursor and, with a closed pipe, the training."""
+    """A console that takes nothing it cannot give back: it leaves the cursor, and the process alive."""
     from rich.console import Console
 
     class Guest(Console):
         def show_cursor(self, show: bool = True) -> bool:
             return False  # hidden, it would stay so in the user's shell after a kill
 
-        def on_broken_pipe(self) -> None:  # rich's own ends the process
-            with contextlib.suppress(
-                OSError, ValueError
-            ):  # nobody reads on; nor may the interpreter's last flush fail
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, console.fileno())
-                os.close(nowhere)
-            raise  # noqa: PLE0704 - the BrokenPipeError, for the other sinks to be told
+        def on_broken_pipe(self) -> None:
+            raise  # noqa: PLE0704 - the BrokenPipeError; rich's own ends the process
 
     return Guest(file=console, highlight=False, emoji=False, markup=False, soft_wrap=soft_wrap)
+
+
+def _to_nowhere(file: Any) -> None:
+    """Let `file` write into nothing, so that neither it nor the interpreter's last flush fails again."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, file.fileno())
+        os.close(nowhere)
 
 
 def _visible(c: str) -> str:
