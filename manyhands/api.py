@@ -199,6 +199,8 @@ def load(path: str | Path, *, trust: bool = False) -> nn.Module:
         trust: call the ``module:function`` that the checkpoint names as its model's maker.
     """
     from manyhands.models.build import load_model
-    from manyhands.train.checkpoint import resolve_resume
+    from manyhands.train.checkpoint import resolve_resume, verify
 
-    return load_model(resolve_resume(str(path), Path(path)), trust=trust)
+    found = resolve_resume(str(path), Path(path))
+    verify(found)
+    return load_model(found, trust=trust)

@@ -331,7 +331,7 @@ class _Run:
 
         before = checkpoint.load_state(path).state
         same_order(path, before, self.job, self.material)
-        session.restore_replica(loop.replica, path)
+        session.restore_replica(loop.replica, path, verified=True)
         earlier = list(before.get("world_sizes", []))
         self.world_sizes = [*earlier, self.world.size]
         if self.world.rank == 0:
