@@ -33,6 +33,11 @@ sys.exit(code)
 """
 
 
+def _hear_hangups() -> None:
+    """A suite started by nohup hands an ignored SIGHUP down, and an ignored signal stays ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class Job:
     """A launcher in a process of its own, with its own temporary directory, and the FIFO its workers speak through."""
 
@@ -53,6 +58,7 @@ class Job:
             stderr=subprocess.PIPE,
             env={**os.environ, "TMPDIR": str(self.scratch)},
             text=True,
+            preexec_fn=_hear_hangups,
         )
 
     def lines(self, count: int) -> list[str]:
