@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import signal
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from fleet import Fleet
 
 from manyhands.core.errors import Diverged, PeerLost
-from manyhands.core.request import Gather, Sum
+from manyhands.core.request import ACROSS, NODE, Gather, Place, Scatter, Sum, Swap, Where, partner
 from manyhands.exchange.allreduce import AllReduce
 from manyhands.exchange.ordered import Ordered, Tree
 from manyhands.wire.drive import Interleave, lockstep, run
@@ -76,6 +77,81 @@ def test_gather_keeps_shapes_types_and_order(fleets: Any, transport: str, size: 
             assert uneven[rank] == ([rows, 3], "torch.float64", sum(range(rows * 3)))
             assert big[rank] == ([700_000 + rank], "torch.float32", float(rank) * (700_000 + rank))
             assert scalar[rank] == ([], "torch.int32", float(rank))
+
+
+def _others(world: Any) -> list[Any]:
+    wire, rank, size = world.wire, world.rank, world.size
+    parts = [torch.full((700_000 + 3 * to,), 10.0 * rank + to) for to in range(size)]
+    scattered = wire.begin(Scatter(parts)).wait()
+    even = wire.begin(Gather(torch.full((300_001,), rank, dtype=torch.int16), even=True)).wait()
+    swaps = [wire.begin(Swap(torch.full((400_000,), float(rank)), key)).wait() for key in range(4)]
+    empty = wire.begin(Scatter([torch.empty(0) for _ in range(size)])).wait()
+    return [
+        [(list(t.shape), float(t.double().mean())) for t in scattered],
+        [(t.numel(), int(t[-1])) for t in even],
+        [float(t.mean()) for t in swaps],
+        [t.numel() for t in empty],
+        tuple(wire.begin(Where()).wait()),
+        tuple(wire.begin(Where(NODE)).wait()),
+        tuple(wire.begin(Where(ACROSS)).wait()),
+        float(wire.begin(Sum(torch.ones(5), NODE)).wait().sum()),
+        float(wire.begin(Sum(torch.ones(5), ACROSS)).wait().sum()),
+    ]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("size", SIZES)
+def test_scatter_swap_and_axes(fleets: Any, transport: str, size: int) -> None:
+    for rank, answer in enumerate(fleets(size, transport).run(_others)):
+        scattered, even, swaps, empty, *rest = answer
+        assert scattered == [([700_000 + 3 * rank], 10.0 * sender + rank) for sender in range(size)]
+        assert even == [(300_001, sender) for sender in range(size)]
+        assert swaps == [float(partner(rank, size, key)) for key in range(4)]
+        assert empty == [0] * size
+        assert rest == [(rank, size), (rank, size), (0, 1), 5.0 * size, 5.0]
+        assert Place(rank, size) == (rank, size)
+
+
+def _two_hosts(rank: int, directory: str, answers: Any) -> None:
+    from manyhands.wire.world import connect
+
+    world = connect(
+        rank=rank,
+        size=4,
+        local_size=2,
+        device=torch.device("cpu"),
+        store_path=directory,
+        master=None,
+        agent_store=False,
+        timeout_s=60.0,
+        host=f"host{rank // 2}",
+    )
+    tensor = torch.full((1000,), 2.0**rank)
+    sums = [
+        float(world.wire.begin(Sum(tensor.clone(), axis)).wait()[0]) for axis in (ACROSS, NODE, "replica")
+    ]
+    answers.put((rank, world.kind, sums))
+    world.wire.begin(Sum(tensor)).wait()
+    world.wire.close()
+
+
+def test_axes_of_two_hosts(tmp_path: Any) -> None:
+    """Four real processes that say they are two hosts: shared memory within, sockets across."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    workers = [context.Process(target=_two_hosts, args=(r, str(tmp_path), answers)) for r in range(4)]
+    for worker in workers:
+        worker.start()
+    got = sorted(answers.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert got == [
+        (0, "gloo", [5.0, 3.0, 15.0]),
+        (1, "gloo", [10.0, 3.0, 15.0]),
+        (2, "gloo", [5.0, 12.0, 15.0]),
+        (3, "gloo", [10.0, 12.0, 15.0]),
+    ]
 
 
 def _many_talks(world: Any) -> list[list[float]]:

@@ -24,6 +24,8 @@ class Env:
         launcher: "none" (a world of one), "manyhands", "torchrun", "slurm", "openmpi", "pmi" or "environment".
         store: directory in which the workers of one host meet; ours alone.
         agent_store: whether the launcher's agent serves MASTER_PORT already (torchrun).
+        host: what to call this host instead of its host name ($MANYHANDS_HOST): for containers that share a name, and
+            to treat parts of one machine as several.
     """
 
     rank: int = 0
@@ -35,6 +37,7 @@ class Env:
     master_port: int | None = None
     agent_store: bool = False
     launcher: str = "none"
+    host: str | None = None
 
 
 # launcher -> (rank, world size, local rank, local world size)
@@ -106,6 +109,7 @@ def _read(env: Mapping[str, str], launcher: str, names: tuple[str, str, str, str
         master_port=port,
         agent_store=agent and env.get("TORCHELASTIC_USE_AGENT_STORE", "False").lower() == "true",
         launcher=name,
+        host=env.get("MANYHANDS_HOST") or None,
     )
 
 

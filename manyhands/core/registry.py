@@ -41,6 +41,10 @@ REGISTRY: dict[str, dict[str, Entry]] = {
             "manyhands.exchange.ordered:Ordered",
             "micro-batches added in one fixed tree: bitwise the same for any workers",
         ),
+        "bf16": Entry(
+            "manyhands.exchange.half:BF16", "2 bytes a value: float32's range, 8 bits of precision"
+        ),
+        "fp16": Entry("manyhands.exchange.half:FP16", "2 bytes a value: 11 bits of precision up to 65,504"),
     },
     "cadences": {
         "every-step": Entry("manyhands.cadence.every:EveryStep", "agree after each step"),

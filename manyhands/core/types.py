@@ -21,8 +21,10 @@ class Agreed(NamedTuple):
 
     Attributes:
         mean: identical on every replica: Σ of the contributions, which come already weighted.
-        sent: my own contribution, as the others decoded it.
-        state: carried to my next round: a pytree of tensors, checkpointed and resharded.
+        sent: my own contribution, as the others decoded it: Σ over workers of `sent` is `mean`, to rounding.
+        state: carried to my next round: a pytree (dicts, lists, tuples) of tensors, checkpointed and resharded. Leaves
+            under a dict key "residual" are this worker's own, and only their *sum* over workers matters (a changed
+            world size redistributes it); all other leaves are equal on every worker.
     """
 
     mean: Tensors
@@ -36,7 +38,12 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Exchange(Protocol):
-    """What the replicas say to each other. A frozen value; all state is passed in and returned."""
+    """What the replicas say to each other. A frozen value; all state is passed in and returned.
+
+    Optional class attributes tell how contributions are cut (see `manyhands.train.gradients`): ``by_tensor = True`` asks
+    for tensors in their own shapes (low rank, DCT), default: one flat tensor per bucket; ``by_place = True``: see
+    `manyhands.exchange.ordered`. ``bucket_mb`` is the size of a bucket; without it everything is one bucket.
+    """
 
     def init(self, like: Tensors) -> Any:
         """The state before the first round, for contributions shaped like `like`."""

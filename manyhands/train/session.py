@@ -44,6 +44,7 @@ def connect_from_environment(*, device: str = "auto", transport: str = "auto") -
         master=(env.master_addr, env.master_port) if env.master_addr and env.master_port else None,
         agent_store=env.agent_store,
         transport=transport,
+        host=env.host,
     )
     return world, chosen
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from manyhands.core.errors import Diverged
-from manyhands.core.request import Gather, Request, Sum
+from manyhands.core.request import Gather, Place, Request, Scatter, Sum, Swap, Where, partner
 from manyhands.core.types import Agreed
 
 if TYPE_CHECKING:
@@ -92,24 +92,43 @@ def _answer(requests: Sequence[Request | None]) -> list[Any]:
                 "in each round all workers ask for the same",
                 "an exchange's requests may not depend on the data of one worker",
             )
-    given = [request for request in requests if request is not None]
+    given: list[Any] = [request for request in requests if request is not None]
+    size = len(given)
+    if isinstance(first, Where):
+        return [Place(rank, size) for rank in range(size)]
     if isinstance(first, Sum):
         total = given[0].tensor.clone()
         for request in given[1:]:
             total += request.tensor
         return [total.clone() for _ in given]
+    if isinstance(first, Scatter):
+        return [[request.tensors[rank].clone() for request in given] for rank in range(size)]
+    if isinstance(first, Swap):
+        return [given[partner(rank, size, first.key)].tensor.clone() for rank in range(size)]
     return [[request.tensor.clone() for request in given] for _ in given]
 
 
 def _shape(request: Request) -> tuple[Any, ...]:
+    if isinstance(request, Where):
+        return (Where, request.axis)
+    if isinstance(request, Scatter):
+        return (Scatter, request.axis, *((t.dtype, tuple(t.shape)) for t in request.tensors))
+    tensor = request.tensor
     if isinstance(request, Gather):  # shapes may differ between ranks, types may not
-        return (Gather, request.axis, request.tensor.dtype, request.tensor.dim())
-    return (Sum, request.axis, request.tensor.dtype, tuple(request.tensor.shape))
+        shape = (tuple(tensor.shape) if request.even else tensor.dim(),)
+        return (Gather, request.axis, request.even, tensor.dtype, *shape)
+    if isinstance(request, Swap):
+        return (Swap, request.axis, request.key, tensor.dtype, tuple(tensor.shape))
+    return (Sum, request.axis, tensor.dtype, tuple(tensor.shape))
 
 
 def _words(request: Request | None) -> str:
     if request is None:
         return "nothing (it had ended)"
+    if isinstance(request, Where):
+        return f"Where(axis={request.axis!r})"
+    if isinstance(request, Scatter):
+        return f"Scatter({[list(t.shape) for t in request.tensors]}, axis={request.axis!r})"
     return f"{type(request).__name__}({request.tensor.dtype}, {list(request.tensor.shape)}, axis={request.axis!r})"
 
 

@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 from manyhands.core.errors import Diverged, PeerLost
-from manyhands.core.request import Gather, Request
+from manyhands.core.request import ACROSS, Gather, Place, Request, Scatter, Swap, Where, partner
+from manyhands.wire.solo import Ready, Solo
 from manyhands.wire.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class SharedWire:
         self._fence = threading.Lock()
         self._round = 0
         self._half = 0
+        self._alone = Solo()
         control = self._share_one("control", size * _LINE * 8)
         self._control: NDArray[np.int64] = np.frombuffer(control, dtype=np.int64).reshape(size, _LINE)
         self._control[rank, _PID] = os.getpid()
@@ -81,13 +83,22 @@ class SharedWire:
 
     # -- requests
 
-    def begin(self, request: Request) -> _Pending:
+    def begin(self, request: Request) -> _Pending | Ready:
         """Nothing moves before `wait`: on saturated cores overlap gains nothing, and waits stay in order."""
+        if request.axis == ACROSS:  # all are on this host: across hosts everybody is alone
+            return self._alone.begin(request)
+        if isinstance(request, Where):
+            return Ready(Place(self.rank, self.size))
         return _Pending(self, request)
 
     def answer(self, request: Request) -> Any:
         if isinstance(request, Gather):
             return self._gather(request.tensor)
+        if isinstance(request, Swap):
+            return self._swap(request)
+        if isinstance(request, Scatter):
+            return self._scatter(request)
+        assert not isinstance(request, Where)
         return self._sum(request.tensor)
 
     def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
@@ -192,22 +203,67 @@ class SharedWire:
         sizes = [int(h[0]) for h in headers]
         shapes = [[int(n) for n in h[2 : 2 + int(h[1])]] for h in headers]
         data = source.reshape(-1).view(torch.uint8) if source.numel() else torch.empty(0, dtype=torch.uint8)
-        gathered = [torch.empty(size, dtype=torch.uint8) for size in sizes]
-        for begin in range(0, max(sizes), SLOT_BYTES):
-            lengths = [max(0, min(SLOT_BYTES, size - begin)) for size in sizes]
-            chunks = self._round_of_slots(data[begin : begin + SLOT_BYTES], lengths)
-            for rank, chunk in enumerate(chunks):
-                gathered[rank][begin : begin + lengths[rank]] = chunk
-        return [g.view(tensor.dtype).reshape(s) for g, s in zip(gathered, shapes, strict=True)]
+        gathered = self._carry(data, [range(size) for size in sizes], max(sizes), to_all=True)
+        return [
+            g.view(tensor.dtype).reshape(s).to(tensor.device) for g, s in zip(gathered, shapes, strict=True)
+        ]
 
-    def _round_of_slots(self, mine: Tensor, lengths: list[int]) -> list[Tensor]:
+    def _swap(self, request: Swap) -> Tensor:
+        """My partner's tensor; all put theirs into the slots, each takes one."""
+        source = request.tensor.detach().to("cpu").contiguous()
+        data = source.reshape(-1).view(torch.uint8) if source.numel() else torch.empty(0, dtype=torch.uint8)
+        other = partner(self.rank, self.size, request.key)
+        wanted = [range(data.numel() if rank == other else 0) for rank in range(self.size)]
+        taken = self._carry(data, wanted, data.numel())[other]
+        return taken.view(source.dtype).reshape(source.shape).to(request.tensor.device)
+
+    def _scatter(self, request: Scatter) -> list[Tensor]:
+        """My part of everybody's; all put all parts into the slots, each takes its own."""
+        if len(request.tensors) != self.size:
+            raise Diverged(f"{len(request.tensors)} parts for {self.size} workers", "one part each", "")
+        mine = request.tensors[self.rank]
+        parts = [t.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8) for t in request.tensors]
+        begin = sum(part.numel() for part in parts[: self.rank])
+        wanted = [range(begin, begin + parts[self.rank].numel())] * self.size
+        data = torch.cat(parts)
+        taken = self._carry(data, wanted, data.numel())
+        return [t.view(mine.dtype).reshape(mine.shape).to(mine.device) for t in taken]
+
+    def _carry(
+        self, data: Tensor, wanted: list[range], longest: int, *, to_all: bool = False
+    ) -> list[Tensor]:
+        """Bytes ``wanted[r]`` of rank r's `data` (uint8), through the slots; `longest` bounds everybody's."""
+        taken = [torch.empty(len(w), dtype=torch.uint8) for w in wanted]
+        for begin in range(0, longest, SLOT_BYTES):
+            spans = [
+                range(max(w.start, begin), max(w.start, begin, min(w.stop, begin + SLOT_BYTES)))
+                for w in wanted
+            ]
+            chunks = self._round_of_slots(
+                data[begin : begin + SLOT_BYTES],
+                [len(s) for s in spans],
+                None if to_all else [s.start - begin for s in spans],
+            )
+            for rank, (chunk, span) in enumerate(zip(chunks, spans, strict=True)):
+                start = span.start - wanted[rank].start
+                taken[rank][start : start + len(span)] = chunk
+        return taken
+
+    def _round_of_slots(
+        self, mine: Tensor, lengths: list[int], begins: list[int] | None = None
+    ) -> list[Tensor]:
+        """Put `mine` into my slot; copies of ``lengths[r]`` bytes from ``begins[r]`` of every rank's."""
         start = self._half * SLOT_BYTES
         self._half ^= 1
         self._slots[self.rank][start : start + mine.numel()] = mine
         self.barrier()
+        offsets = [start + b for b in begins] if begins else [start] * self.size
         with self.traffic.communicating():
-            self.traffic.count(mine.numel() * (self.size - 1), sum(lengths) - lengths[self.rank])
-            return [slot[start : start + n].clone() for slot, n in zip(self._slots, lengths, strict=True)]
+            others = sum(lengths) - lengths[self.rank]
+            self.traffic.count(mine.numel() * (self.size - 1) if not begins else others, others)
+            return [
+                slot[at : at + n].clone() for slot, at, n in zip(self._slots, offsets, lengths, strict=True)
+            ]
 
     def _region_of(self, tensor: Tensor) -> _Region | None:
         if not tensor.is_contiguous():

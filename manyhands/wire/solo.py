@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from manyhands.core.request import Request, Sum
+from manyhands.core.request import Gather, Place, Request, Scatter, Where
 from manyhands.wire.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -32,7 +32,11 @@ class Solo:
         self._device = device
 
     def begin(self, request: Request) -> Ready:
-        return Ready(request.tensor if isinstance(request, Sum) else [request.tensor])
+        if isinstance(request, Where):
+            return Ready(Place(0, 1))
+        if isinstance(request, Scatter):
+            return Ready(list(request.tensors))
+        return Ready([request.tensor] if isinstance(request, Gather) else request.tensor)
 
     def buffer(self, numel: int, dtype: Any) -> Tensor:
         import torch

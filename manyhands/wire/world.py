@@ -72,6 +72,7 @@ def connect(
     agent_store: bool,
     transport: str = "auto",
     timeout_s: float = 1800.0,
+    host: str | None = None,
 ) -> World:
     """Meet the other workers and choose the wire.
 
@@ -80,8 +81,9 @@ def connect(
         master: host and port of a TCP store (torchrun and its like).
         agent_store: whether somebody else already serves that port (torchrun's agent).
         transport: "auto", "shared" (one host only) or "group" (gloo or NCCL).
+        host: what this host is called; workers of equal names share memory. Default: its host name.
     """
-    host = socket.gethostname()
+    host = host or socket.gethostname()
     me = Member(rank, host, str(device))
     if size == 1:
         return World(Solo(str(device)), (me,), "solo")
@@ -99,7 +101,9 @@ def connect(
         return World(SharedWire(store, rank, size, timeout_s=timeout_s), members, "shared memory")
     gpus = [(m.host, m.device) for m in members if m.device.startswith("cuda")]
     nccl = len(gpus) == size and len(set(gpus)) == size
-    wire = GroupWire(store, rank, size, device=device, nccl=nccl, timeout_s=timeout_s)
+    names = hosts(members)
+    nodes = [names.index(m.host) for m in members]
+    wire = GroupWire(store, rank, size, device=device, nccl=nccl, timeout_s=timeout_s, nodes=nodes)
     return World(wire, members, "nccl" if nccl else "gloo")
 
 
