@@ -172,6 +172,11 @@ def cpu_name() -> str:
     return _cpu_info()[0]
 
 
+def cpu_flags() -> frozenset[str]:
+    """The instruction sets that the kernel names; empty where it names none."""
+    return _cpu_info()[1]
+
+
 def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 in hardware (AVX-512 BF16, AMX, or Arm's BF16 extension)."""
     return bool(_cpu_info()[1] & {"avx512_bf16", "amx_bf16", "bf16"})

@@ -1,7 +1,8 @@
-"""Builds and installs the caching allocator (``allocator.cpp``); its absence is only a slower run.
+"""Builds the C++ parts of the package and installs the caching allocator (``allocator.cpp``); their absence is only a slower run.
 
-Compiled once by the system's compiler against torch's headers, kept in the user's cache directory under a name made from the
-source and torch's version, loaded before a worker makes its first tensor.
+Compiled once by the system's compiler and kept in the user's cache directory under a name made from the source and whatever else
+decides the result. The allocator needs torch's headers and is loaded before a worker makes its first tensor. Kernels are plain
+loops over raw pointers, compiled for this very processor and called by ctypes, which lets go of the interpreter's lock meanwhile.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from manyhands.core import hardware
@@ -39,7 +41,7 @@ def enable_allocator() -> str:
     if sys.platform != "linux":
         return "system's (the caching one is for Linux)"
     try:
-        library = _load(_build())
+        library = _load(_build_allocator())
     except (OSError, RuntimeError, subprocess.SubprocessError, ImportError) as error:
         return f"system's ({error}: a slower run)"
     local = read_env().local_world_size
@@ -73,15 +75,43 @@ def figures() -> dict[str, int]:
     return dict(zip(("used", "kept", "peak", "hits", "misses"), values, strict=True))
 
 
-def _build() -> Path:
-    """The compiled library, building it if need be. Raises RuntimeError with the reason."""
+def kernels(source: Path) -> ctypes.CDLL:
+    """The library of a C++ file of plain loops, with this processor's vector instructions; built if need be.
+
+    Floating-point operations are neither fused nor reordered: the same bits on every processor.
+
+    Raises:
+        RuntimeError, OSError, subprocess.SubprocessError: why it cannot be had; the caller computes in another way.
+    """
+    if os.environ.get("MANYHANDS_KERNELS", "").lower() in ("off", "0", "no"):
+        raise RuntimeError("MANYHANDS_KERNELS=off")
+    options = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-std=c++17"]
+    facts = (hardware.cpu_name(), *sorted(hardware.cpu_flags()))
+    return ctypes.CDLL(str(_build(source, [[*options, "-march=native"], options], facts)))
+
+
+def _build_allocator() -> Path:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise RuntimeError("torch is not installed")
     torch = Path(spec.origin).parent
-    facts = (importlib.metadata.version("torch"), str(torch), platform.machine(), *platform.libc_ver())
-    name = hashlib.sha256(SOURCE.read_bytes() + "|".join(facts).encode()).hexdigest()[:16]
-    target = hardware.cache_directory() / "native" / f"allocator-{name}.so"
+    options = ["-O2", "-isystem", str(torch / "include"), f"-L{torch / 'lib'}", "-lc10"]
+    options.append(f"-Wl,-rpath,{torch / 'lib'}")
+    # which standard torch's headers need depends on its version
+    variants = [[*options, standard] for standard in ("-std=c++20", "-std=c++17")]
+    return _build(SOURCE, variants, (importlib.metadata.version("torch"), str(torch)))
+
+
+def _build(source: Path, variants: Sequence[Sequence[str]], facts: Sequence[str]) -> Path:
+    """The compiled library, building it if need be. Raises RuntimeError with the reason.
+
+    Args:
+        variants: the compiler's options; the first that compiles is taken.
+        facts: what the result depends on besides the source, the options and the C library.
+    """
+    told = [*facts, platform.machine(), *platform.libc_ver(), *(o for options in variants for o in options)]
+    name = hashlib.sha256(source.read_bytes() + "|".join(told).encode()).hexdigest()[:16]
+    target = hardware.cache_directory() / "native" / f"{source.stem}-{name}.so"
     if not target.exists():
         compiler = next((path for c in ("c++", "g++", "clang++") if (path := shutil.which(c))), None)
         if compiler is None:
@@ -91,31 +121,21 @@ def _build() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with FileLock(f"{target}.lock"):  # the workers of one job come all at once
             if not target.exists():
-                _compile(compiler, torch, target)
+                _compile(compiler, source, variants, target)
     if target.stat().st_uid != os.geteuid():
         raise RuntimeError(f"{target} belongs to another user")
     return target
 
 
-def _compile(compiler: str, torch: Path, target: Path) -> None:
+def _compile(compiler: str, source: Path, variants: Sequence[Sequence[str]], target: Path) -> None:
     """Build `target` under a temporary name. Raises RuntimeError with the compiler's first complaint."""
     temporary = target.with_suffix(f".{os.getpid()}.tmp")
-    command = [
-        compiler,
-        "-O2",
-        "-fPIC",
-        "-shared",
-        "-fvisibility=hidden",
-        "-isystem",
-        str(torch / "include"),
-        str(SOURCE),
-    ]
-    command += ["-o", str(temporary), f"-L{torch / 'lib'}", "-lc10", f"-Wl,-rpath,{torch / 'lib'}"]
+    command = [compiler, "-fPIC", "-shared", "-fvisibility=hidden", str(source), "-o", str(temporary)]
     complaint = ""
     try:
-        for standard in ("-std=c++20", "-std=c++17"):  # which one torch's headers need depends on its version
+        for options in variants:
             done = subprocess.run(
-                [*command, standard], capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False
+                [*command, *options], capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False
             )
             if done.returncode == 0:
                 temporary.replace(target)
