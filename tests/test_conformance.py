@@ -1,99 +1,312 @@
-"""Every registered exchange and cadence against every property. A new plugin finds its row here by its registry line."""
+"""Every registered exchange and cadence against every property. A new plugin finds its rows here by its registry line.
+
+Exchanges stand alone and inside every combinator that takes them (the table below is made from the registry). What a
+plugin says of itself decides which rows it gets: ``by_place`` (fed with subtrees), ``by_tensor``, ``holds``,
+``conserves`` (see `manyhands.exchange.combine`).
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from talks import converse
 
 from manyhands.core import config, registry
+from manyhands.core.errors import UsageError
+from manyhands.core.request import Gather, Scatter
 from manyhands.core.types import Cadence, Exchange
+from manyhands.exchange.codec import Codec
+from manyhands.exchange.combine import flush, leaves, trait
 from manyhands.exchange.ordered import Tree
-from manyhands.wire.drive import lockstep
+from manyhands.train import exchange_state
 
 EXCHANGES = sorted(registry.REGISTRY["exchanges"])
 LOSSLESS = ["all-reduce", "ordered"]  # all others: what was sent adds up to the mean (below)
 WORLDS = [1, 2, 3, 5]
 SHAPES: list[tuple[int, ...]] = [(), (0,), (1,), (7,), (33, 3), (129,), (4, 0, 2)]
+AROUND = [
+    "error-feedback({})",
+    "two-phase({})",
+    "error-feedback(two-phase({}))",
+]  # tried around each exchange
+AROUND_ONE = [  # and around one codec, which stands for all
+    "error-feedback(hierarchical({}))",
+    "error-feedback(chain({}, then={}))",
+    "error-feedback(by-tensor({}, numel=8))",
+    "by-tensor(error-feedback({}), numel=8)",
+    "warmup(error-feedback({}), rounds=1)",
+    "auto(error-feedback({}), every=1)",
+    "ef21({})",
+    "momentum({})",
+]
+ONE = "bf16"
 
 
-def _deltas(
-    exchange: Any, world: int, shape: tuple[int, ...], dtype: torch.dtype
-) -> tuple[list[Any], torch.Tensor]:
+def _is_combinator(cls: type) -> bool:
+    return any(f.metadata.get("choice") == "exchanges" for f in dataclasses.fields(cls))
+
+
+def _possible(text: str) -> bool:
+    """Whether the combination is not refused, at its construction or for these tensors."""
+    try:
+        _value(text).init([torch.zeros(40)])
+    except UsageError:
+        return False
+    return True
+
+
+@cache
+def _value(text: str) -> Any:
+    return config.from_text("exchanges", text)
+
+
+SINGLE = [n for n in EXCHANGES if not _is_combinator(registry.resolve("exchanges", n))]
+TRIED = [around.replace("{}", n) for n in SINGLE for around in AROUND]
+TRIED += [around.replace("{}", ONE) for around in AROUND_ONE]
+COMBINED = [text for text in TRIED if _possible(text)]
+TABLE = [*EXCHANGES, *COMBINED]
+CODECS = [text for text in TABLE if isinstance(_value(text), Codec)]
+HOLDING = [text for text in TABLE if trait(_value(text), "holds") and trait(_value(text), "conserves")]
+OWN = (
+    "ef21",
+    "momentum",
+    "error-feedback",
+)  # what is sent adds up to the mean, though other things are conserved
+HOSTS = {1: [0], 2: [0, 1], 3: [0, 0, 0], 5: [0, 0, 0, 0, 0], 4: [0, 0, 1, 1], 6: [0, 1, 1, 0, 0, 1]}
+
+
+def _values(world: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+    return [
+        torch.randn(shape, generator=torch.Generator().manual_seed(100 * seed + r)).to(dtype)
+        for r in range(world)
+    ]
+
+
+def _deltas(exchange: Any, values: list[torch.Tensor]) -> tuple[list[Any], torch.Tensor]:
     """Everybody's contribution as this exchange takes it, and the exact sum."""
-    values = [torch.randn(shape, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(world)]
     total = torch.stack([v.double() for v in values]).sum(0)
-    if not getattr(exchange, "by_place", False):
+    if not trait(exchange, "by_place"):
         return [[v] for v in values], total
     deltas = []
     for rank, value in enumerate(values):
-        tree = Tree(world)
+        tree = Tree(len(values))
         tree.add((0, rank), value.reshape(-1).clone())
-        keys = torch.tensor([[lv, ix, world] for lv, ix in tree.nodes], dtype=torch.int64)
+        keys = torch.tensor([[lv, ix, len(values)] for lv, ix in tree.nodes], dtype=torch.int64)
         deltas.append([keys, torch.stack(list(tree.nodes.values()))])
     return deltas, total.reshape(-1)
 
 
-def _talk(exchange: Any, deltas: list[Any], states: list[Any]) -> list[Any]:
+def _like(sent: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    return sent if sent.shape == total.shape else sent.sum(0)  # of an exchange by place: my subtrees
+
+
+def _talk(exchange: Any, deltas: list[Any], states: list[Any], **more: Any) -> list[Any]:
     copies = [[t.clone() for t in delta] for delta in deltas]
-    return lockstep([exchange.talk(c, s) for c, s in zip(copies, states, strict=True)])
+    hosts = HOSTS[len(deltas)] if not trait(exchange, "by_place") else None
+    return converse([exchange.talk(c, s) for c, s in zip(copies, states, strict=True)], hosts, **more)
 
 
-@pytest.mark.parametrize("name", EXCHANGES)
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_replicas_agree_bitwise_and_on_the_sum(
-    name: str, world: int, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    exchange = registry.resolve("exchanges", name)()
+def _adds_up(exchange: Any) -> bool:
+    """Whether Σ of `sent` over workers is `mean`."""
+    if trait(exchange, "conserves"):
+        return True
+    own = registry.name_of("exchanges", type(exchange)) in OWN
+    return own and (exchange.inner is None or _adds_up(exchange.inner))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Bitwise, NaN included."""
+    ours, theirs = list(leaves(a)), list(leaves(b))
+    return len(ours) == len(theirs) and all(
+        p == q and torch.allclose(x.double(), y.double(), rtol=0, atol=0, equal_nan=True)
+        for (p, x), (q, y) in zip(ours, theirs, strict=True)
+    )
+
+
+def test_the_table_has_what_is_possible() -> None:
+    assert "error-feedback(two-phase(bf16))" in TABLE
+    assert all(f"error-feedback({n})" in TABLE or n in ("ordered", "fetchsgd") for n in SINGLE)
+    assert {"error-feedback", "two-phase", "auto"} <= set(EXCHANGES) - set(SINGLE)
+
+
+@pytest.mark.parametrize("world", [*WORLDS, 6])
+@pytest.mark.parametrize("text", TABLE)
+def test_replicas_agree_bitwise_and_on_the_sum_of_what_was_sent(text: str, world: int) -> None:
+    """Empty, scalar, odd and non-contiguous tensors in three types; two rounds each."""
+    exchange = _value(text)
     assert isinstance(exchange, Exchange)
-    deltas, total = _deltas(exchange, world, shape, dtype)
-    agreed = _talk(exchange, deltas, [exchange.init(d) for d in deltas])
-    for each in agreed:
-        assert torch.equal(each.mean[0], agreed[0].mean[0])
-        assert each.mean[0].dtype is dtype
-        tolerance = 0.05 if dtype is torch.bfloat16 else 1e-5
-        if name in LOSSLESS:
-            torch.testing.assert_close(each.mean[0].double(), total, rtol=tolerance, atol=tolerance)
+    for shape in SHAPES if text in EXCHANGES else [(0,), (33, 3)]:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+            values = _values(world, shape, dtype)
+            deltas, total = _deltas(exchange, values)
+            states = [exchange.init(d) for d in deltas]
+            for _ in range(2):
+                agreed = _talk(exchange, deltas, states)
+                states = [each.state for each in agreed]
+                for each in agreed:
+                    assert torch.equal(each.mean[0], agreed[0].mean[0])
+                    assert each.mean[0].dtype is dtype
+                    assert each.mean[0].shape == total.shape
+                if text in LOSSLESS:
+                    torch.testing.assert_close(
+                        agreed[0].mean[0].double(), total, rtol=tolerance, atol=tolerance
+                    )
+                if _adds_up(exchange):
+                    sent = sum(_like(each.sent[0].double(), total) for each in agreed)
+                    mean = agreed[0].mean[0].double()
+                    torch.testing.assert_close(mean, sent, rtol=tolerance, atol=tolerance * world)
 
 
-@pytest.mark.parametrize("name", EXCHANGES)
-def test_the_sum_of_what_was_sent_is_the_mean(name: str) -> None:
-    exchange = registry.resolve("exchanges", name)()
-    deltas, _ = _deltas(exchange, 3, (64,), torch.float64)
-    agreed = _talk(exchange, deltas, [exchange.init(d) for d in deltas])
-    sent = sum(each.sent[0].double().reshape(-1, 64).sum(0) for each in agreed)
-    torch.testing.assert_close(agreed[0].mean[0], sent, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("text", [t for t in TABLE if not trait(_value(t), "by_place")])
+def test_strides_and_a_wire_that_overwrites_change_nothing(text: str) -> None:
+    exchange = _value(text)
+    plain = [[v] for v in _values(4, (24, 9), torch.float32)]
+    strided = [[v.t().contiguous().t()] for (v,) in plain]
+    assert not strided[0][0].is_contiguous()
+    first = [exchange.init(d) for d in plain]
+    results = []
+    for deltas, overwrite in ((plain, False), (strided, False), (plain, True)):
+        # clone(): keeps strides
+        states, means = first, []
+        for _ in range(3):
+            agreed = _talk(exchange, deltas, states, overwrite=overwrite)
+            states = [each.state for each in agreed]
+            means.append(agreed[0].mean[0].clone())
+        results.append((means, states))
+    for means, states in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(means, results[0][0], strict=True))
+        assert _equal(_timeless(states), _timeless(results[0][1]))
 
 
-@pytest.mark.parametrize("name", EXCHANGES)
-def test_nan_and_infinity_are_seen_by_all(name: str) -> None:
-    exchange = registry.resolve("exchanges", name)()
-    for poison in (float("nan"), float("inf")):
-        deltas, _ = _deltas(exchange, 3, (16,), torch.float32)
-        deltas[1][-1].view(-1)[3] = poison
-        agreed = _talk(exchange, deltas, [exchange.init(d) for d in deltas])
-        assert all(not torch.isfinite(each.mean[0]).all() for each in agreed)
+def _timeless(states: Any) -> list[torch.Tensor]:
+    """All leaves but measured times."""
+    return [leaf for path, leaf in leaves(states) if "seconds" not in path]
 
 
-@pytest.mark.parametrize("name", EXCHANGES)
-def test_state_is_a_pytree_of_tensors_and_goes_on_after_a_copy(name: str) -> None:
-    exchange = registry.resolve("exchanges", name)()
-    deltas, _ = _deltas(exchange, 2, (40,), torch.float64)
+@pytest.mark.parametrize("text", TABLE)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_seen_by_all_and_the_state_of_before_goes_on(text: str, poison: float) -> None:
+    exchange = _value(text)
+    deltas, _ = _deltas(exchange, _values(3, (16,), torch.float32))
     states = [each.state for each in _talk(exchange, deltas, [exchange.init(d) for d in deltas])]
-    leaves, spec = torch.utils._pytree.tree_flatten(states)
-    assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)
-    copied = torch.utils._pytree.tree_unflatten([leaf.clone() for leaf in leaves], spec)
+    before = [leaf.clone() for _, leaf in leaves(states)]
+    bad = [[t.clone() for t in delta] for delta in deltas]
+    bad[1][-1].view(-1)[3] = poison
+    assert all(not torch.isfinite(each.mean[0]).all() for each in _talk(exchange, bad, states))
+    assert all(
+        torch.equal(a, b) for a, (_, b) in zip(before, leaves(states), strict=True)
+    )  # a retry may use it
+    assert all(torch.isfinite(each.mean[0]).all() for each in _talk(exchange, deltas, states))
+
+
+@pytest.mark.parametrize("text", TABLE)
+def test_state_is_a_pytree_of_tensors_and_goes_on_after_save_and_load(text: str) -> None:
+    exchange = _value(text)
+    deltas, _ = _deltas(exchange, _values(3, (40,), torch.float64))
+    fresh = [exchange.init(d) for d in deltas]
+    states = [each.state for each in _talk(exchange, deltas, fresh)]
+    assert all(isinstance(leaf, torch.Tensor) for _, leaf in leaves(states))
+    for path, leaf in leaves(states[0]):  # all but residuals is equal everywhere
+        if "residual" not in path:
+            assert all(torch.equal(leaf, dict(leaves(s))[path]) for s in states)
+    copied = _moved(states, fresh)
     again, copy = _talk(exchange, deltas, states), _talk(exchange, deltas, copied)
     assert torch.equal(again[0].mean[0], copy[0].mean[0])
+    assert _equal(_timeless([a.state for a in again]), _timeless([a.state for a in copy]))
+
+
+def _moved(states: list[Any], fresh: list[Any]) -> list[Any]:
+    """What `len(fresh)` workers continue with, of a checkpoint of the workers of `states`."""
+    named: dict[str, torch.Tensor] = {}
+    for rank, state in enumerate(states):
+        named |= {k: v.clone() for k, v in exchange_state.alone([state], rank).items()}
+    size = len(fresh)
+    return [
+        exchange_state.restore([state], named, rank=rank, size=size, path="checkpoint-1")[0]
+        for rank, state in enumerate(fresh)
+    ]
+
+
+@pytest.mark.parametrize("text", HOLDING)
+def test_nothing_is_lost(text: str) -> None:
+    """Promise 4: Σₜ agreed + Σᵢ held = Σₜ Σᵢ wᵢ gᵢ, through changes of weights, save, load and resize."""
+    exchange = _value(text)
+    shape = (11, 4)
+    like = [torch.zeros(shape, dtype=torch.float64)]
+    came, went = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    states: list[Any] = [exchange.init(like) for _ in range(3)]
+    turn = 0
+    for world in (3, 3, 2, 5, 4):
+        states = _moved(states, [exchange.init(like) for _ in range(world)])
+        for _ in range(2):
+            turn += 1
+            weights = torch.rand(world, generator=torch.Generator().manual_seed(turn)).tolist()
+            values = _values(world, shape, torch.float64, seed=turn)
+            deltas = [[v * w] for v, w in zip(values, weights, strict=True)]
+            came += sum(d[0] for d in deltas)
+            agreed = _talk(exchange, deltas, states)
+            states = [each.state for each in agreed]
+            went += agreed[0].mean[0]
+    owed = [flush(exchange, state, like) for state in states]
+    held = sum((o[0][0] for o in owed if o[0][0] is not None), torch.zeros(shape, dtype=torch.float64))
+    torch.testing.assert_close(went + held, came, rtol=1e-10, atol=1e-10)
+    after = [flush(exchange, state, like)[0][0] for _, state in owed]
+    assert all(t is None or not t.any() for t in after)  # owed no more
+
+
+@pytest.mark.parametrize("text", CODECS)
+def test_bytes_are_what_the_formula_says(text: str) -> None:
+    codec = _value(text)
+    for numel in (0, 1, 2, 7, 64, 129, 1000, 5000):
+        (value,) = _values(1, (numel,), torch.float32)
+        payload = codec.encode(value, 5)
+        assert payload.dtype is torch.uint8
+        assert payload.shape == (codec.size_bytes(numel),)
+        assert torch.equal(payload, codec.encode(value.clone(), 5))  # a function of tensor and key
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            decoded = codec.decode(payload, numel, dtype)
+            assert decoded.shape == (numel,)
+            assert decoded.dtype is dtype
+        requested = _bytes_of(codec, numel, world=3)
+        assert set(requested) <= {codec.size_bytes(numel)}
+
+
+def _bytes_of(exchange: Any, numel: int, world: int) -> list[int]:
+    """Bytes of payload that each worker hands over in one round."""
+    bytes_ = [0] * world
+
+    def tap(rank: int, request: Any) -> None:
+        if isinstance(request, Gather):
+            bytes_[rank] += request.tensor.numel() * request.tensor.element_size()
+        elif isinstance(request, Scatter):
+            others = [t for r, t in enumerate(request.tensors) if r != rank]
+            bytes_[rank] += sum(t.numel() * t.element_size() for t in others)
+
+    deltas = [[v] for v in _values(world, (numel,), torch.float32)]
+    _talk(exchange, deltas, [exchange.init(d) for d in deltas], tap=tap)
+    return bytes_
+
+
+@pytest.mark.parametrize("text", [t for t in CODECS if f"two-phase({t})" in TABLE])
+def test_two_phases_send_as_much_whatever_the_number_of_workers(text: str) -> None:
+    """At most size_bytes(n) scattered, and one chunk given to each other worker: 2 (N-1)/N size_bytes(n) in all."""
+    codec, exchange = _value(text), _value(f"two-phase({text})")
+    numel = 240_000
+    for world in (2, 5):
+        scattered_and_own = max(_bytes_of(exchange, numel, world))
+        chunk = scattered_and_own / world  # N-1 chunks scattered, 1 gathered by each of the others
+        assert chunk * world * 2 * (world - 1) / world <= 1.08 * 2 * codec.size_bytes(numel)
 
 
 @pytest.mark.parametrize("kind", ["exchanges", "cadences", "optimizers", "schedules", "tasks"])
 def test_every_value_has_a_repr_and_data_that_read_back(kind: str) -> None:
-    for name in registry.REGISTRY[kind]:
-        value = config.from_text(kind, name)
+    for text in [*registry.REGISTRY[kind], *(COMBINED if kind == "exchanges" else [])]:
+        value = config.from_text(kind, text)
         assert config.from_text(kind, repr(value)) == value
         assert config.from_choice(kind, config.to_data(value, kind), kind) == value
 

@@ -45,9 +45,49 @@ REGISTRY: dict[str, dict[str, Entry]] = {
             "manyhands.exchange.half:BF16", "2 bytes a value: float32's range, 8 bits of precision"
         ),
         "fp16": Entry("manyhands.exchange.half:FP16", "2 bytes a value: 11 bits of precision up to 65,504"),
+        "error-feedback": Entry(
+            "manyhands.exchange.feedback:ErrorFeedback", "what was not sent is added to the next contribution"
+        ),
+        "ef21": Entry(
+            "manyhands.exchange.ef21:EF21", "compressed changes of the contribution (arXiv:2106.05203)"
+        ),
+        "momentum": Entry(
+            "manyhands.exchange.momentum:Momentum", "momentum before a sparsifier (DGC, arXiv:1712.01887)"
+        ),
+        "two-phase": Entry(
+            "manyhands.exchange.twophase:TwoPhase",
+            "codes of chunks: bytes independent of the number of workers",
+        ),
+        "hierarchical": Entry(
+            "manyhands.exchange.hierarchical:Hierarchical", "within each host, then across hosts by slices"
+        ),
+        "by-tensor": Entry(
+            "manyhands.exchange.bytensor:ByTensor", "one exchange for large tensors, another for small ones"
+        ),
+        "warmup": Entry("manyhands.exchange.warmup:Warmup", "all-reduce at first, then another"),
+        "chain": Entry("manyhands.exchange.chain:Chain", "two codecs, the second for what the first left"),
+        "auto": Entry("manyhands.exchange.auto:Auto", "compress only where measurement says it is faster"),
     },
     "cadences": {
         "every-step": Entry("manyhands.cadence.every:EveryStep", "agree after each step"),
+        "every": Entry("manyhands.cadence.every:Every", "agree after every H-th step; local steps between"),
+        "post-local": Entry(
+            "manyhands.cadence.every:PostLocal", "each step at first, then every H-th (arXiv:1808.07217)"
+        ),
+        "staggered": Entry(
+            "manyhands.cadence.staggered:Staggered", "fragments in turn, overlapped (arXiv:2501.18512)"
+        ),
+        "delayed": Entry(
+            "manyhands.cadence.delayed:Delayed", "use each agreement one step later, overlapped with it"
+        ),
+    },
+    "placements": {
+        "replicated": Entry(
+            "manyhands.placement.replicated:Replicated", "every worker holds the whole model"
+        ),
+        "shared-memory": Entry(
+            "manyhands.placement.shared:SharedMemory", "one copy for all workers of a machine (Hogwild)"
+        ),
     },
     "optimizers": {
         "sgd": Entry(

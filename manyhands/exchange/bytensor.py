@@ -1,0 +1,118 @@
+"""By tensor: one exchange for large tensors, another for small ones.
+
+Biases, gains and other small tensors cost little and matter much: they are sent whole while matrices are compressed
+(the practice of deep gradient compression, arXiv:1712.01887, and PowerSGD, arXiv:1905.13727).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from manyhands.core.config import choice, option
+from manyhands.core.errors import UsageError
+from manyhands.core.types import Agreed, Exchange
+from manyhands.exchange.combine import flush, passed, refuse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from manyhands.core.types import Talk, Tensors
+
+
+@dataclass(frozen=True)
+class ByTensor:
+    """`large` for tensors of at least `numel` values and `dims` dimensions, `small` for all others.
+
+    Small tensors travel together, as one flat tensor per type, unless `small` wants them in their own shapes. Large ones
+    are exchanged one by one: a sparsifier chooses within each.
+
+    Args:
+        large, small: any exchanges.
+        numel: fewer values: small.
+        dims: fewer dimensions: small. 2: matrices are large, vectors small.
+    """
+
+    by_tensor: ClassVar[bool] = True
+    bucket_mb = passed("bucket_mb", "large", "small")
+    holds = passed("holds", "large", "small")
+    conserves = passed("conserves", "large", "small")
+
+    large: Exchange = choice("exchanges", "bf16", help="for large tensors")
+    _: KW_ONLY
+    small: Exchange = choice("exchanges", "all-reduce", help="for small tensors")
+    numel: int = option(4096, help="fewer values are small")
+    dims: int = option(0, help="fewer dimensions are small")
+
+    def __post_init__(self) -> None:
+        refuse("by-tensor", "large", self.large)
+        refuse("by-tensor", "small", self.small)
+        for name in ("numel", "dims"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} = {getattr(self, name)}", "it is not negative", "give 0 or more")
+
+    def init(self, like: Tensors) -> Any:
+        small, large = self._parts(like)
+        return {
+            "large": self.large.init([like[i] for i in large]),
+            "small": self.small.init(self._packed([like[i] for i in small])),
+        }
+
+    def talk(self, delta: Tensors, state: Any) -> Talk:
+        small, large = self._parts(delta)
+        shorts = [delta[i] for i in small]
+        first = yield from self.small.talk(self._packed(shorts), state["small"])
+        second = yield from self.large.talk([delta[i] for i in large], state["large"])
+        places = [*small, *large]
+        mean = dict(zip(places, [*self._unpacked(first.mean, shorts), *second.mean], strict=True))
+        sent = dict(zip(places, [*self._unpacked(first.sent, shorts), *second.sent], strict=True))
+        return Agreed(
+            [mean[i] for i in range(len(delta))],
+            [sent[i] for i in range(len(delta))],
+            {"large": second.state, "small": first.state},
+        )
+
+    def flush(self, state: Any, like: Tensors) -> tuple[list[Tensor | None], Any]:
+        """What both parts owe, to be sent without loss with the next contribution, and the state after that."""
+        small, large = self._parts(like)
+        shorts = [like[i] for i in small]
+        packed = self._packed(shorts)
+        short, after_short = flush(self.small, state["small"], packed)
+        long, after_long = flush(self.large, state["large"], [like[i] for i in large])
+        owed: list[Tensor | None] = [None] * len(like)
+        if any(t is not None for t in short):
+            filled = [p.new_zeros(p.shape) if t is None else t for t, p in zip(short, packed, strict=True)]
+            for i, tensor in zip(small, self._unpacked(filled, shorts), strict=True):
+                owed[i] = tensor
+        for i, piece in zip(large, long, strict=True):
+            owed[i] = piece
+        return owed, {"large": after_long, "small": after_short}
+
+    def _parts(self, tensors: Tensors) -> tuple[list[int], list[int]]:
+        """Positions of the small and of the large tensors."""
+        large = [i for i, t in enumerate(tensors) if t.numel() >= self.numel and t.dim() >= self.dims]
+        return sorted(set(range(len(tensors))) - set(large)), large
+
+    def _packed(self, tensors: Tensors) -> Sequence[Tensor]:
+        """Small tensors as they travel: one flat tensor per type, in order of first appearance."""
+        import torch
+
+        if getattr(self.small, "by_tensor", False):
+            return tensors
+        types = dict.fromkeys(t.dtype for t in tensors)
+        return [torch.cat([t.reshape(-1) for t in tensors if t.dtype is kind]) for kind in types]
+
+    def _unpacked(self, packed: Tensors, like: Tensors) -> Sequence[Tensor]:
+        """The inverse of `_packed`, for tensors shaped like `like`."""
+        if getattr(self.small, "by_tensor", False):
+            return packed
+        import torch
+
+        types = dict.fromkeys(t.dtype for t in like)
+        found: dict[int, Tensor] = {}
+        for kind, flat in zip(types, packed, strict=True):
+            places = [i for i, t in enumerate(like) if t.dtype is kind]
+            parts = torch.split(flat, [like[i].numel() for i in places])
+            found.update((i, part.reshape(like[i].shape)) for i, part in zip(places, parts, strict=True))
+        return [found[i] for i in range(len(like))]

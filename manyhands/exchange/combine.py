@@ -1,0 +1,151 @@
+"""What combinators share: attributes that pass through, talks that are wrapped, states that are walked, refusals.
+
+A combinator is an exchange that holds others as fields and wraps their talks with ``yield from``. What the step asks of
+an exchange by attribute (how contributions are cut, see `manyhands.core.types.Exchange`) is answered by the inner one:
+
+    by_tensor, bucket_mb    as for every exchange
+    holds                   keeps something back between rounds, under "residual" in its state (default: False);
+                            ``flush(state, like)`` then gives what is owed, to be sent otherwise, and the state after
+    conserves               the sum of all that was ever agreed plus what is held is the sum of what came in (default: True)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from manyhands.core.errors import UsageError
+from manyhands.core.request import REPLICA, Request, Sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from manyhands.core.types import Agreed, Talk, Tensors
+
+RESIDUAL = "residual"
+DEFAULTS = {"by_tensor": False, "by_place": False, "bucket_mb": math.inf, "holds": False, "conserves": True}
+
+
+def trait(exchange: Any, name: str) -> Any:
+    """What `exchange` says of itself, or the default."""
+    return getattr(exchange, name, DEFAULTS[name])
+
+
+def passed(name: str, *fields: str) -> Any:
+    """A property: the trait of the exchanges in `fields`; "any" of several, for ``conserves`` "all"."""
+
+    def get(self: Any) -> Any:
+        values = [trait(getattr(self, field), name) for field in fields or ("inner",)]
+        return min(values) if name in ("conserves", "bucket_mb") else max(values)
+
+    return property(get)
+
+
+def refuse(
+    who: str, field: str, inner: Any, *, holds: bool = True, tensors: bool = True, exact: bool = False
+) -> None:
+    """Raise `UsageError` where `inner` cannot stand in `who`.
+
+    Args:
+        holds: whether it may keep residuals of its own.
+        tensors: whether it may want tensors in their own shapes.
+        exact: whether what its workers sent must add up to what they agreed on.
+    """
+    spelled = f"{who}({field}={inner!r})"
+    name = type(inner).__name__
+    if not (hasattr(inner, "talk") and hasattr(inner, "init")):
+        raise UsageError(spelled, f"{field} is an exchange", f"for example {who}({field}=all-reduce)")
+    if trait(inner, "by_place"):
+        raise UsageError(
+            spelled,
+            "it adds single micro-batches in one fixed order; there is no contribution to wrap",
+            "use all-reduce, or the ordered exchange alone",
+        )
+    if not holds and trait(inner, "holds"):
+        raise UsageError(
+            spelled,
+            f"{name} keeps what it did not send; nobody else may keep it a second time",
+            f"use {name} without {who}, or {who} around what is inside",
+        )
+    if not tensors and trait(inner, "by_tensor"):
+        raise UsageError(
+            spelled,
+            f"{name} needs tensors in their own shapes; {who} cuts them into flat pieces",
+            "use a codec of flat tensors, such as bf16 or topk",
+        )
+    if exact and not trait(inner, "conserves"):
+        averaged = getattr(inner, "average", "all") != "all"
+        raise UsageError(
+            spelled,
+            "what its workers send does not add up to what they agree on",
+            "give it average='all'" if averaged else f"use {name} without {who}",
+        )
+
+
+def flush(exchange: Any, state: Any, like: Tensors) -> tuple[list[Tensor | None], Any]:
+    """What `exchange` owes for contributions shaped `like` (None: nothing), and its state once that is sent elsewhere."""
+    if trait(exchange, "holds"):
+        return exchange.flush(state, like)  # type: ignore[no-any-return]
+    return [None] * len(like), state
+
+
+# ------------------------------------------------------------------------------------------------ talks
+
+
+def protected(talk: Talk, tensors: Tensors) -> Talk:
+    """`talk`, in which no wire overwrites `tensors`: a `Sum` of their memory is asked of a copy."""
+    mine = {storage(t) for t in tensors}
+    reply: Any = None
+    while True:
+        try:
+            request = talk.send(reply)
+        except StopIteration as end:
+            agreed: Agreed = end.value
+            return agreed
+        if isinstance(request, Sum) and storage(request.tensor) in mine:
+            request = dataclasses.replace(request, tensor=request.tensor.clone())
+        reply = yield request
+
+
+def addressed(talk: Talk, axis: str) -> Talk:
+    """`talk`, held on `axis` instead of among all replicas."""
+    reply: Any = None
+    while True:
+        try:
+            request: Request = talk.send(reply)
+        except StopIteration as end:
+            agreed: Agreed = end.value
+            return agreed
+        reply = yield dataclasses.replace(request, axis=axis) if request.axis == REPLICA else request
+
+
+# ----------------------------------------------------------------------------------------------- states
+
+
+def leaves(state: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """The tensors of a state with their paths (keys of dicts, positions in lists and tuples), in a fixed order."""
+    if isinstance(state, Mapping):
+        for key in state:
+            yield from leaves(state[key], (*path, str(key)))
+    elif isinstance(state, Sequence):
+        for i, item in enumerate(state):
+            yield from leaves(item, (*path, str(i)))
+    elif state is not None:
+        yield path, state
+
+
+def is_own(path: Sequence[str]) -> bool:
+    """Whether a leaf is one worker's own, of which only the sum over workers matters."""
+    return RESIDUAL in path
+
+
+def storage(tensor: Tensor) -> int:
+    """Where a tensor's memory begins: equal for views of one buffer. An empty tensor has a place of its own."""
+    return tensor.untyped_storage().data_ptr() or id(tensor)
+
+
+def minus(kept: Tensor, sent: Tensor, users: set[int]) -> Tensor:
+    """kept − sent; in the memory of `kept` where no other tensor (`users`: their `storage`) needs it."""
+    return kept.sub(sent) if storage(kept) in users else kept.sub_(sent)

@@ -1,0 +1,89 @@
+"""Momentum correction around a sparsifier: deep gradient compression (arXiv:1712.01887, section 3).
+
+Plain error feedback under an optimizer with momentum applies momentum to what arrives late. Here momentum comes before
+what is held back (equation 4), and the optimizer has none:
+
+    uᵢ ← m uᵢ + gᵢ        vᵢ ← vᵢ + uᵢ        q = C(vᵢ)        vᵢ ← vᵢ − q        uᵢ ← 0 where q ≠ 0
+
+The last is momentum factor masking (section 3.3): what was just sent starts without the momentum of stale gradients.
+With ``nesterov``: uᵢ ← m (uᵢ + gᵢ), vᵢ ← vᵢ + uᵢ + gᵢ, as in the authors' code.
+
+Conserved is the sum of *velocities*: Σₜ qᵢ + vᵢ = Σₜ uᵢₜ (``conserves`` is False: it is not the sum of gᵢ, of which each
+counts up to 1/(1−m) times). u and v are linear in g but for the mask, so only their sums over workers matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from manyhands.core.config import choice, option
+from manyhands.core.errors import UsageError
+from manyhands.core.types import Agreed, Exchange
+from manyhands.exchange.allreduce import AllReduce
+from manyhands.exchange.combine import passed, refuse
+from manyhands.exchange.feedback import offer, zeros
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from manyhands.core.types import Talk, Tensors
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """Accumulate velocities, send the largest, keep the rest. Use it with an optimizer without momentum.
+
+    State: ``residual``, with ``velocity`` u and ``unsent`` v, like the contributions (float32 for half precision).
+
+    Args:
+        inner: a sparsifier.
+        momentum: m, 0 ≤ m < 1.
+        mask: no momentum where something was sent. A dense quantizer sends everywhere: it would have none at all.
+        nesterov: look ahead.
+    """
+
+    holds: ClassVar[bool] = True
+    conserves: ClassVar[bool] = False
+    by_tensor = passed("by_tensor")
+    bucket_mb = passed("bucket_mb")
+
+    inner: Exchange = choice("exchanges", "bf16", help="what is sent")
+    _: KW_ONLY
+    momentum: float = option(0.9, help="of the velocity, before what is held back")
+    mask: bool = option(True, help="no momentum where something was sent")
+    nesterov: bool = option(False, help="look ahead")
+
+    def __post_init__(self) -> None:
+        refuse("momentum", "inner", self.inner, holds=False)
+        if not 0 <= self.momentum < 1:
+            raise UsageError(f"momentum = {self.momentum}", "it is at least 0 and less than 1", "give 0.9")
+        if isinstance(self.inner, AllReduce):
+            raise UsageError(
+                f"momentum(inner={self.inner!r})",
+                "it corrects what a sparsifier sends late; all-reduce sends everything at once",
+                "use all-reduce with an optimizer that has momentum, such as sgd(momentum=0.9)",
+            )
+
+    def init(self, like: Tensors) -> Any:
+        residual = {"velocity": zeros(like), "unsent": zeros(like)}
+        return {"residual": residual, "inner": self.inner.init(like)}
+
+    def talk(self, delta: Tensors, state: Any) -> Talk:
+        held = state["residual"]
+        velocity, offered = [], []
+        for d, u, v in zip(delta, held["velocity"], held["unsent"], strict=True):
+            u = (u + d).mul_(self.momentum) if self.nesterov else (u * self.momentum).add_(d)
+            velocity.append(u)
+            offered.append((v + u).add_(d) if self.nesterov else v + u)
+        agreed = yield from offer(self.inner, offered, delta, state["inner"])
+        if self.mask:
+            for u, sent in zip(velocity, agreed.sent, strict=True):
+                u.mul_(sent == 0)
+        residual = {"velocity": velocity, "unsent": agreed.state["residual"]}
+        return Agreed(agreed.mean, agreed.sent, {"residual": residual, "inner": agreed.state["inner"]})
+
+    def flush(self, state: Any, like: Tensors) -> tuple[list[Tensor | None], Any]:
+        """What is owed, to be sent without loss with the next contribution, and the state after that."""
+        held = state["residual"]
+        return list(held["unsent"]), {**state, "residual": {**held, "unsent": zeros(like)}}
