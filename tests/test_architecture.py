@@ -14,6 +14,7 @@ FLOORS = {
     "data": 1,
     "exchange": 2,
     "cadence": 2,
+    "placement": 2,
     "tasks": 2,
     "models": 2,
     "strategy": 3,

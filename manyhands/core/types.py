@@ -91,10 +91,42 @@ class Wire(Protocol):
 
 @runtime_checkable
 class Cadence(Protocol):
-    """When the replicas speak."""
+    """When the replicas speak. Steps are counted from 1; every answer is a pure function of the step."""
+
+    @property
+    def fragments(self) -> int:
+        """Into how many parts the parameters are cut, each with exchanges of its own."""
+        ...
+
+    @property
+    def delay(self) -> int:
+        """Steps between the start of an exchange and its use."""
+        ...
 
     def due(self, step: int) -> bool:
-        """Whether the exchange takes place after `step` (counted from 1)."""
+        """Whether an exchange starts after `step`."""
+        ...
+
+    def starts(self, step: int) -> Sequence[int]:
+        """The fragments whose exchange starts after `step`."""
+        ...
+
+    def finishes(self, step: int) -> Sequence[int]:
+        """The fragments whose exchange ends after `step`; starts of the same step come first."""
+        ...
+
+
+@runtime_checkable
+class Placement(Protocol):
+    """Where parameters, gradients and optimizer state live.
+
+    Optional class attributes: ``needs_group = True``: PyTorch's process group must carry it; ``needs_shared_memory =
+    True``: all workers are CPUs of one host.
+    """
+
+    @property
+    def method(self) -> str | None:
+        """``module:class`` of the worker's side; None: cadence and inner optimizer decide."""
         ...
 
 

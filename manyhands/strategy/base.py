@@ -1,12 +1,13 @@
-"""A strategy is a value: when to speak, what is said, and what is done with what was agreed."""
+"""A strategy is a value: where parameters live, when to speak, what is said, and what is done with what was agreed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from manyhands.core.config import choice
-from manyhands.core.types import Cadence, Exchange
+from manyhands.core.config import choice, option
+from manyhands.core.errors import UsageError
+from manyhands.core.types import Cadence, Exchange, Placement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,11 +32,78 @@ class Strategy:
     """How the replicas are kept in agreement.
 
     Attributes:
-        cadence: when they speak.
-        exchange: what is said about the gradients.
+        placement: where parameters, gradients and optimizer state live.
+        cadence: when the workers speak.
+        exchange: what is said: about gradients, or where `inner` is given about the way since the last agreement.
         outer: the optimizer that consumes what was agreed.
+        inner: the optimizer of each worker's own steps; None: there are none, gradients are exchanged.
+        keep_local: share of a worker's own parameters that is kept when an agreement arrives (α of arXiv:2501.18512,
+            equation 3, is 1 - keep_local).
     """
 
+    placement: Placement = choice("placements", "replicated")
     cadence: Cadence = choice("cadences", "every-step")
     exchange: Exchange = choice("exchanges", "all-reduce")
     outer: OptimizerSpec = choice("optimizers", "adamw")
+    inner: OptimizerSpec | None = choice("optimizers", None)
+    keep_local: float = option(0.0, help="share of a worker's own parameters kept at an agreement")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.keep_local < 1:
+            raise UsageError(
+                f"keep_local = {self.keep_local}", "it is a share that is kept", "give 0 <= keep_local < 1"
+            )
+        if self.inner is None:
+            self._check_without_inner()
+        elif getattr(self.exchange, "by_place", False):
+            raise UsageError(
+                "exchange = ordered with an inner optimizer",
+                "the fixed order adds micro-batches of one step",
+                "leave out inner, or use exchange = 'all-reduce'",
+            )
+        elif self.placement.method is not None:
+            raise UsageError(
+                f"placement = {self.placement!r} with an inner optimizer",
+                "workers that go their own way each hold a whole replica",
+                "use placement = 'replicated', or leave out inner",
+            )
+        elif self.cadence.delay and not self.cadence.fragments > 0:
+            raise UsageError(f"cadence = {self.cadence!r}", "a delay needs fragments", "use staggered")
+
+    def _check_without_inner(self) -> None:
+        cadence = type(self.cadence).__name__
+        if self.keep_local:
+            raise UsageError(
+                f"keep_local = {self.keep_local} without an inner optimizer",
+                "a share of a worker's own parameters exists where it makes steps of its own",
+                "give inner = 'adamw', or leave out keep_local",
+            )
+        if self.placement.method is None and cadence not in ("EveryStep", "Delayed"):
+            raise UsageError(
+                f"cadence = {self.cadence!r} without an inner optimizer",
+                "between agreements a worker makes steps of its own",
+                "give inner = 'adamw', or use cadence = 'every-step'",
+            )
+        if getattr(self.exchange, "by_model", False):
+            raise UsageError(
+                f"exchange = {self.exchange!r} without an inner optimizer",
+                "it averages models, not gradients",
+                "give inner = 'adamw' and cadence = 'every(32)'",
+            )
+        if cadence == "Delayed" and getattr(self.exchange, "by_place", False):
+            raise UsageError(
+                "exchange = ordered with a delayed cadence",
+                "the fixed order adds what one step computed",
+                "use cadence = 'every-step'",
+            )
+
+    @property
+    def method(self) -> str:
+        """``module:class`` of the worker's side of it (see `manyhands.train.method`)."""
+        if self.placement.method is not None:
+            return self.placement.method
+        if self.inner is not None:
+            return "manyhands.train.local:LocalSteps"
+        if type(self.cadence).__name__ == "Delayed":
+            return "manyhands.train.delayed:DelayedSteps"
+        return "manyhands.train.synchronous:Synchronous"

@@ -77,6 +77,20 @@ class NamedOptimizer:
                         found[f"{name}.{key}"] = value.detach()
         return dict(sorted(found.items()))
 
+    def replace_state_by_name(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to a copy of an earlier `state_by_name` of this same optimizer, in place; what is not in it is dropped."""
+        for section in self.sections:
+            for name, param in section.named:
+                current = section.optimizer.state.get(param)
+                if not current:
+                    continue
+                if not any(f"{name}.{key}" in state for key in current):
+                    del section.optimizer.state[param]
+                    continue
+                for key, value in current.items():
+                    if value is not None:
+                        value.copy_(state[f"{name}.{key}"])
+
     def load_state_by_name(self, state: Mapping[str, Tensor]) -> None:
         """Take over a copy of what `state_by_name` gave, from any device; rates and options stay.
 

@@ -55,6 +55,7 @@ class FlatGradients:
         self._views: list[Tensor] = [torch.empty(0)] * len(self.params)
         self._bucket_of: list[int] = [0] * len(self.params)
         self.buckets: list[Tensor] = []
+        self._gaps: list[Tensor] = []
         self._lay_out(wire, bucket_mb)
         self.used = [False] * len(self.params)  # in this step
         self._fresh = [False] * len(self.params)  # in this micro-batch
@@ -86,6 +87,15 @@ class FlatGradients:
             self._fresh = [False] * len(self.params)
             for param in self.params:
                 param.grad = None
+
+    def tensors(self, position: int) -> list[Tensor]:
+        """The gradients of a bucket as views in their parameters' shapes, in the order of the bucket."""
+        return [self._views[i] for i in reversed(range(len(self.params))) if self._bucket_of[i] == position]
+
+    def zero_gaps(self) -> None:
+        """Zero the alignment gaps between parameters, which a lossy exchange may have filled."""
+        for gap in self._gaps:
+            gap.zero_()
 
     def zero_unused(self, flags: Sequence[bool]) -> None:
         """Parameters that got no gradient contribute zero."""
@@ -142,6 +152,9 @@ class FlatGradients:
                 self._bucket_of[i] = len(self.buckets)
                 param = self.params[i]
                 self._views[i] = flat[offset : offset + param.numel()].view(param.shape)
+                end = offset + -(-param.numel() // align) * align
+                if offset + param.numel() < end:
+                    self._gaps.append(flat[offset + param.numel() : end])
             self.buckets.append(flat[begin:total])
 
     def _hook(self, i: int) -> Callable[[Tensor], None]:

@@ -94,6 +94,7 @@ class Loop:
         self._marked = (self.replica.steps, self.replica.tokens, 0.0)
         self._saved_at = time.monotonic()
         self._saved_step = self.replica.steps
+        self._save_due = False
         first, self._warm = True, False
         while self.replica.steps < self.schedule.total_steps:
             step = self.replica.steps
@@ -104,6 +105,7 @@ class Loop:
             if self._due_log(done):
                 self._log(result)
             if result.stop:
+                self.replica.meet()
                 self._save(final=True)
                 raise Stopped(result.stop & 0xFF)
             if self.schedule.check_every and done % self.schedule.check_every == 0:
@@ -115,7 +117,11 @@ class Loop:
             ):
                 self.evaluate()
             if result.save or (self.schedule.save_every and done % self.schedule.save_every == 0):
+                self._save_due = True
+            if self._save_due and (self.replica.at_rest or not self.replica.method.comes_to_rest):
+                self.replica.meet()
                 self._save()
+        self.replica.meet()
         self.evaluate()
         self._save(final=True)
         return "done"
@@ -140,9 +146,9 @@ class Loop:
             self.tally.rate_s += now - start
             self.tally.rate_tokens += result.target_tokens
         self._warm = True
-        if not result.skipped:
+        if not result.skipped and result.agreed:
             self.tally.losses.append((result.loss, result.target_tokens))
-        elif result.target_tokens:
+        elif result.skipped and result.target_tokens:
             self.emit(
                 Warned(
                     message=f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}: update skipped",
@@ -200,7 +206,7 @@ class Loop:
         if self.eval_rows is None:
             return {}
         start = time.perf_counter()
-        with self.interrupts.phase("evaluate", interruptible=True):
+        with self.interrupts.phase("evaluate", interruptible=True), self.replica.agreed():
             metrics = evaluate(
                 self.replica.model,
                 self.task,
@@ -220,19 +226,25 @@ class Loop:
         return metrics
 
     def _save(self, *, final: bool = False) -> None:
+        """Collective, at rest."""
+        self._save_due = False
         if self._saved_step != self.replica.steps:
             self.replica.check_agreement()
-            if self.saver is not None:
-                self.saver.submit(session.snapshot_of(self.replica, self.state(), self.tokenizer))
+            self._submit(collective=True)
             self._saved_step = self.replica.steps
             self._saved_at = time.monotonic()
         if final and self.saver is not None:
             self.saver.wait()
 
+    def _submit(self, *, collective: bool) -> None:
+        with self.replica.agreed(collective=collective):
+            if self.saver is not None:
+                self.saver.submit(session.snapshot_of(self.replica, self.state(), self.tokenizer))
+
     def save_now(self) -> None:
         """After an interruption inside a phase: keep what the last finished step left (rank 0 only, no collective)."""
         if self.saver is not None and self._saved_step != self.replica.steps:
-            self.saver.submit(session.snapshot_of(self.replica, self.state(), self.tokenizer))
+            self._submit(collective=False)
             self._saved_step = self.replica.steps
         if self.saver is not None:
             self.saver.wait()

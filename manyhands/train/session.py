@@ -31,6 +31,26 @@ def choose_device(device: str, env: Env) -> torch.device:
     return torch.device("cuda", env.local_rank % available)
 
 
+def transport_for(placement: Any, transport: str) -> str:
+    """The transport that a placement needs, where it needs one. Raises `UsageError` where another was given."""
+    needed = (
+        "group"
+        if getattr(placement, "needs_group", False)
+        else "shared"
+        if getattr(placement, "needs_shared_memory", False)
+        else None
+    )
+    if needed is None or transport == needed:
+        return transport
+    if transport != "auto":
+        raise UsageError(
+            f"transport = {transport!r} with placement = {placement!r}",
+            f"this placement needs transport {needed!r}",
+            "leave out --transport",
+        )
+    return needed
+
+
 def connect_from_environment(*, device: str = "auto", transport: str = "auto") -> tuple[World, torch.device]:
     """Join as the launcher's variables say."""
     env = read_env()
@@ -70,12 +90,12 @@ def exchange_state(replica: Replica) -> dict[str, torch.Tensor]:
 
 
 def snapshot_of(replica: Replica, state: dict[str, Any], tokenizer: Path | None) -> checkpoint.Snapshot:
-    """A CPU copy of everything a checkpoint holds; training may go on."""
+    """A CPU copy of everything a checkpoint holds; training may go on. Taken inside `Replica.agreed`."""
     return checkpoint.snapshot(
         replica.model,
         step=replica.steps,
         state={**state, "step": replica.steps, "tokens": replica.tokens, "skipped": replica.skipped},
-        optimizer=replica.optimizer.state_by_name(),
+        optimizer=replica.optimizer_state(),
         exchange=exchange_state(replica),
         tokenizer_dir=tokenizer,
     )
@@ -87,14 +107,16 @@ def save_replica(world: World, replica: Replica, directory: Path, *, tokenizer: 
     Raises:
         CheckpointError: it could not be written, on every rank.
     """
+    replica.meet()
     replica.check_agreement()
     error: ManyhandsError | None = None
-    if world.rank == 0:
-        try:
-            with _tokenizer_dir(tokenizer) as found:
-                checkpoint.save(snapshot_of(replica, {}, found), directory, keep=1 << 30)
-        except ManyhandsError as failure:
-            error = failure
+    with replica.agreed():
+        if world.rank == 0:
+            try:
+                with _tokenizer_dir(tokenizer) as found:
+                    checkpoint.save(snapshot_of(replica, {}, found), directory, keep=1 << 30)
+            except ManyhandsError as failure:
+                error = failure
     said = world.gather(str(error) if error else "")[0]
     if error is not None:
         raise error
@@ -138,11 +160,12 @@ def restore_replica(replica: Replica, path: Path, *, verified: bool = False) -> 
         ) from None
     weights = _read_parameters(replica.model, found)
     states = _read_exchange(replica, loaded.exchange, found)
-    replica.optimizer.load_state_by_name(loaded.optimizer)  # refuses what does not fit, too
+    replica.load_optimizer_state(loaded.optimizer)  # refuses what does not fit, too
     _copy_parameters(replica.model, weights)
     replica.states[:] = states
     replica.steps, replica.tokens = steps, tokens
     replica.skipped = int(loaded.state.get("skipped", 0))
+    replica.method.restart()
     replica.check_agreement()
     return replica.steps
 

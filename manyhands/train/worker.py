@@ -76,7 +76,8 @@ def _join(job: Job) -> tuple[World, torch.device]:
 
     if job.reproducible:
         torch.use_deterministic_algorithms(True)
-    world, device = session.connect_from_environment(device=job.device, transport=job.transport)
+    transport = session.transport_for(job.strategy.placement, job.transport)
+    world, device = session.connect_from_environment(device=job.device, transport=transport)
     if job.reproducible:
         torch.set_num_threads(job.threads or 1)  # the order of additions inside a kernel depends on it
     elif job.threads is not None:

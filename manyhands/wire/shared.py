@@ -109,6 +109,11 @@ class SharedWire:
         self._regions.append(_Region(copies, mine.data_ptr(), mine.numel()))
         return mine[: numel * dtype.itemsize].view(dtype)
 
+    def common(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """A zeroed flat tensor [numel] that exists once: all ranks read and write the same memory. Collective."""
+        mapped = self._share_one("common", max(1, numel) * dtype.itemsize)
+        return torch.frombuffer(mapped, dtype=torch.uint8)[: numel * dtype.itemsize].view(dtype)
+
     def barrier(self) -> None:
         """Return when every rank has called this as often as I have. Raises `PeerLost`."""
         self._round += 1

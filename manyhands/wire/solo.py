@@ -43,5 +43,9 @@ class Solo:
 
         return torch.zeros(numel, dtype=dtype, device=self._device)
 
+    def common(self, numel: int, dtype: Any) -> Tensor:
+        """A zeroed flat tensor that all workers share: there is one."""
+        return self.buffer(numel, dtype)
+
     def close(self) -> None:
         pass

@@ -1,0 +1,246 @@
+"""Gradients agree one step late, so that they travel while the next step is computed (see `manyhands.cadence.delayed`).
+
+    gₜ at θₜ ;  finish the talk of t−1: mean(t−1) ;  A ← outer(A, mean(t−1)) ;  start the talk of gₜ
+    θₜ₊₁ = A, or with `correct` the forecast: outer(A, mean(t−1) + own(t) − own(t−1)), taken back when mean(t) is there
+
+A, the agreed parameters, and the optimizer's state are the same on all workers, to the bit. With one worker the forecast
+is exact, and so the method is plain training. It costs a copy of parameters and optimizer state, and one more optimizer
+step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from manyhands.core.request import Gather
+from manyhands.train.gradients import FlatGradients
+from manyhands.train.method import Header, Part, StepResult, accumulate, clip_factor, is_finite, norm_of
+from manyhands.wire.drive import Interleave
+from manyhands.wire.solo import Solo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from manyhands.core.types import Handle
+    from manyhands.train.method import Loss
+    from manyhands.train.replica import Replica
+
+
+class DelayedSteps:
+    """See the module."""
+
+    agrees = True
+    comes_to_rest = False
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        exchange = replica.strategy.exchange
+        self._exchange, self._correct = exchange, bool(getattr(replica.strategy.cadence, "correct", False))
+        self._by_tensor = bool(getattr(exchange, "by_tensor", False))
+        self.gradients = FlatGradients(
+            replica.named,
+            Solo(str(replica.device)),
+            bucket_mb=getattr(exchange, "bucket_mb", math.inf),
+            on_bucket=lambda *_: None,
+        )
+        # what travels stays untouched while the next gradients are computed
+        self._travelling = [replica.wire.buffer(b.numel(), b.dtype) for b in self.gradients.buckets]
+        self.states: list[Any] = [exchange.init(self._contribution(i)) for i in range(len(self._travelling))]
+        self.optimizer = replica.strategy.outer.build(replica.named, replica.device.type)
+        self._flight: _Flight | None = None
+        self._own: list[Tensor] | None = None  # my last contribution, for the forecast
+        self._saved: tuple[list[Tensor], dict[str, Tensor]] | None = (
+            None  # A and the optimizer's state behind a forecast
+        )
+
+    @property
+    def at_rest(self) -> bool:
+        return self._flight is None and self._saved is None
+
+    def step(self, part: Part, loss: Loss, *, stop: int, save: bool) -> StepResult:
+        replica = self._replica
+        nominal = float(part.rows * replica.per_row)
+        loss_sum, count = accumulate(replica, self.gradients, part, loss, nominal, announce=False)
+        self.gradients.finish()
+        used = list(self.gradients.used)
+        row = Header.row(loss_sum, count, stop, save, [float(u) for u in used])
+        arrived = self._arrive()
+        own = [b.clone() for b in self.gradients.buckets] if self._correct else None
+        for buffer, bucket in zip(self._travelling, self.gradients.buckets, strict=True):
+            buffer.copy_(bucket)
+        self._depart(row, nominal)
+        if own is not None:
+            self._forecast(own, arrived, nominal, count, used)
+        self._own = own
+        replica.steps += 1
+        if arrived is None:  # the first step: nothing has been agreed yet
+            mean = loss_sum / count if count else math.nan
+            lr = replica.rate(replica.strategy.outer)[1]
+            return StepResult(mean, 0, part.rows, math.nan, lr, False, 0, False, int(count), agreed=False)
+        told = arrived.told
+        mean = told.loss_sum / told.count if told.count else math.nan
+        return StepResult(
+            mean,
+            told.count,
+            part.rows,
+            arrived.norm,
+            arrived.lr,
+            not is_finite(arrived.norm),
+            told.stop,
+            told.save,
+            int(count),
+        )
+
+    def meet(self) -> None:
+        self._arrive()
+        self._own = None
+
+    @contextmanager
+    def agreed(self, *, collective: bool = True) -> Iterator[None]:
+        """The agreed parameters; what is in flight is not among them."""
+        if self._saved is None:
+            yield
+            return
+        forecast = [p.detach().clone() for _, p in self._replica.named]
+        self._put(self._saved[0])
+        try:
+            yield
+        finally:
+            self._put(forecast)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = self._saved[1] if self._saved else self.optimizer.state_by_name()
+        return found
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        self.optimizer.load_state_by_name(state)
+
+    def local_state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_local_state(self, state: Mapping[str, Tensor]) -> None:
+        pass
+
+    def restart(self) -> None:
+        self._flight = self._saved = self._own = None
+
+    def close(self) -> None:
+        self.gradients.close()
+
+    # -- how
+
+    def _contribution(self, i: int) -> list[Tensor]:
+        if not self._by_tensor:
+            return [self._travelling[i]]
+        bucket, base = self._travelling[i], self.gradients.buckets[i]
+        return [
+            bucket[
+                (at := (view.data_ptr() - base.data_ptr()) // view.element_size()) : at + view.numel()
+            ].view(view.shape)
+            for view in self.gradients.tensors(i)
+        ]
+
+    def _depart(self, row: Tensor, nominal: float) -> None:
+        wire = self._replica.wire
+        header = wire.begin(Gather(row, even=True))
+        talks = Interleave(wire)
+        for i, state in enumerate(self.states):
+            talks.start(self._exchange.talk(self._contribution(i), state))
+        self._flight = _Flight(talks, header, nominal)
+
+    def _arrive(self) -> _Arrived | None:
+        """What was in flight becomes the agreed parameters, which the model then holds."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return None
+        replica = self._replica
+        told = Header.of(torch.stack(flight.header.wait()))
+        agreed = flight.talks.finish()
+        if self._saved is not None:
+            self._put(self._saved[0])
+            self.optimizer.replace_state_by_name(self._saved[1])
+            self._saved = None
+        means: list[Tensor] = []
+        for i, each in enumerate(agreed):
+            for mine, mean in zip(self._contribution(i), each.mean, strict=True):
+                if mean is not mine:
+                    mine.copy_(mean)
+            means.append(self._travelling[i])
+        factor, rate = replica.rate(replica.strategy.outer, behind=1)  # of the step that is now agreed upon
+        replica.tokens += told.count
+        norm = norm_of(means) * flight.nominal / told.count if told.count else math.nan
+        finite = is_finite(norm, told.loss_sum)
+        lr = 0.0
+        if told.count:
+            replica.took(finite=finite, step=replica.steps - 1, loss=told.loss_sum / told.count, norm=norm)
+        if finite:
+            self.states[:] = [each.state for each in agreed]
+            lr = rate
+            self._apply(means, flight.nominal / told.count, norm, told.used, factor)
+        return _Arrived(told, [m.clone() for m in means] if self._correct else means, norm, lr, finite)
+
+    def _apply(
+        self, sums: list[Tensor], scale: float, norm: float, used: list[bool], rate_factor: float
+    ) -> None:
+        """One optimizer step with these sums."""
+        replica = self._replica
+        start = time.perf_counter()
+        factor = scale * clip_factor(norm, replica.max_norm)
+        for bucket, total in zip(self.gradients.buckets, sums, strict=True):
+            torch.mul(total, factor, out=bucket)
+        self.gradients.zero_gaps()
+        self.gradients.attach(used)
+        self.optimizer.set_lr(rate_factor)
+        self.optimizer.step()
+        self.gradients.detach()
+        replica.optimize_s += time.perf_counter() - start
+
+    def _forecast(
+        self, own: list[Tensor], arrived: _Arrived | None, nominal: float, count: float, used: list[bool]
+    ) -> None:
+        """Go on from outer(A, mean(t−1) + own(t) − own(t−1)); A is kept."""
+        if arrived is not None and arrived.finite and self._own is not None and arrived.told.count:
+            guess = [m + o - before for m, o, before in zip(arrived.sums, own, self._own, strict=True)]
+            scale = nominal / arrived.told.count
+            used = [a or b for a, b in zip(arrived.told.used, used, strict=True)]
+        elif count:
+            guess, scale = own, nominal / count
+        else:
+            return
+        norm = norm_of(guess) * scale
+        if not is_finite(norm):
+            return
+        state = {name: t.clone() for name, t in self.optimizer.state_by_name().items()}
+        self._saved = ([p.detach().clone() for _, p in self._replica.named], state)
+        factor, _ = self._replica.rate(self._replica.strategy.outer)  # what the true update will have
+        self._apply(guess, scale, norm, used, factor)
+
+    def _put(self, values: list[Tensor]) -> None:
+        with torch.no_grad():
+            for (_, param), value in zip(self._replica.named, values, strict=True):
+                param.copy_(value)
+
+
+@dataclass(frozen=True)
+class _Flight:
+    talks: Interleave
+    header: Handle
+    nominal: float
+
+
+@dataclass(frozen=True)
+class _Arrived:
+    """An agreement: the header, the sums, the norm of the mean, the rate, whether it was applied."""
+
+    told: Header
+    sums: list[Tensor]
+    norm: float
+    lr: float
+    finite: bool

@@ -1,0 +1,392 @@
+"""Local steps: each worker trains on its own share, and from time to time the ways they went are averaged.
+
+    θᵢ ← inner optimizer on my share of each global batch                                   every step
+    Δᵢ = anchor − θᵢ ;  Δ = exchange(Σ wᵢ Δᵢ) ;  anchor ← outer(anchor, Δ) ;  θᵢ ← anchor    when the cadence says
+
+with wᵢ = my valid targets / everybody's since the last agreement. One loop for local SGD (outer SGD of rate 1),
+SlowMo and DiLoCo (outer momentum; arXiv:2311.08105 algorithm 1), Streaming DiLoCo (fragments, in flight for some steps,
+mixing: arXiv:2501.18512), MuLoCo (Muon inside), SparseLoCo (top-k with decayed error feedback) and gossip (pairs).
+
+Contributions are weighted with my targets / nominal and the agreement is multiplied by nominal / Σ targets, as gradients
+are, so that the weights need no round of their own. Between agreements nothing is said at all: a request to stop
+or to save is heard at the next one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from manyhands.core.errors import UsageError
+from manyhands.core.request import Gather, Sum
+from manyhands.train.gradients import FlatGradients
+from manyhands.train.method import Part, StepResult, accumulate, clip_factor, is_finite, norm_of
+from manyhands.wire.drive import Interleave
+from manyhands.wire.solo import Solo
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from manyhands.core.types import Handle, Wire
+    from manyhands.train.method import Loss
+    from manyhands.train.replica import Replica
+
+LAYER = re.compile(r"\.(\d+)\.")
+
+
+class LocalSteps:
+    """See the module. All workers call every method at the same steps."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        strategy = replica.strategy
+        assert strategy.inner is not None
+        self._cadence, self._exchange = strategy.cadence, strategy.exchange
+        self._pairwise = bool(getattr(self._exchange, "by_model", False))
+        self.agrees = not self._pairwise
+        self.comes_to_rest = self._cadence.fragments == 1 and not self._cadence.delay and not self._pairwise
+        self.gradients = FlatGradients(
+            replica.named, Solo(str(replica.device)), bucket_mb=math.inf, on_bucket=lambda *_: None
+        )
+        self.inner = strategy.inner.build(replica.named, replica.device.type)
+        groups = split(replica.named, self._cadence.fragments)
+        self._fragments = [_Fragment.make(group, replica.wire) for group in groups]
+        anchors = [pair for f in self._fragments for pair in zip(f.names, f.anchors, strict=True)]
+        self.outer = strategy.outer.build(anchors, replica.device.type)
+        self.states: list[Any] = [self._exchange.init(self._contribution(f)) for f in self._fragments]
+        self._sums = [0.0, 0.0]  # loss and targets since the workers last spoke
+        self._exact, self._since = 0, 0  # job's targets up to the last agreement, nominal ones since
+
+    @property
+    def at_rest(self) -> bool:
+        return not self._pairwise and not any(f.flight or f.drifted for f in self._fragments)
+
+    def step(self, part: Part, loss: Loss, *, stop: int, save: bool) -> StepResult:
+        replica = self._replica
+        nominal = float(part.rows * replica.per_row)
+        loss_sum, count, norm, lr, skipped = self._inner_step(part, loss, nominal)
+        replica.steps += 1
+        self._since += int(nominal)
+        replica.tokens = self._exact + self._since
+        self._sums[0] += loss_sum
+        self._sums[1] += count
+        for fragment in self._fragments:
+            fragment.drifted = True
+            fragment.targets += count
+            fragment.nominal += nominal
+        for i in self._cadence.starts(replica.steps):
+            self._start(i, stop, save)
+        told: _Told | None = None
+        for i in self._cadence.finishes(replica.steps):
+            told = self._finish(i) or told
+        mean = loss_sum / count if count else math.nan
+        if told is None:
+            return StepResult(
+                mean, int(nominal), part.rows, norm, lr, skipped, 0, False, int(count), agreed=False
+            )
+        correction = told.tokens - told.nominal
+        return StepResult(
+            told.loss,
+            int(nominal) + correction,
+            part.rows,
+            norm,
+            lr,
+            skipped,
+            told.stop,
+            told.save,
+            int(count),
+        )
+
+    def meet(self) -> None:
+        """Everything in flight arrives, every fragment that has drifted is exchanged."""
+        for i, fragment in enumerate(self._fragments):
+            if fragment.flight:
+                self._finish(i)
+        for i, fragment in enumerate(self._fragments):
+            if fragment.drifted:
+                self._start(i, 0, False)
+                self._finish(i, keep_local=0.0)
+        if self._pairwise:
+            self._average_anchors()
+            self._adopt()
+
+    @contextmanager
+    def agreed(self, *, collective: bool = True) -> Iterator[None]:
+        """The anchors; of methods that agree in pairs only, their mean over all workers (where `collective`)."""
+        own = [p.detach().clone() for _, p in self._replica.named]
+        anchors = [a.detach().clone() for f in self._fragments for a in f.anchors]
+        if self._pairwise and collective:
+            self._average_anchors()
+        self._adopt()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (_, p), value in zip(self._replica.named, own, strict=True):
+                    p.copy_(value)
+                for a, value in zip((a for f in self._fragments for a in f.anchors), anchors, strict=True):
+                    a.copy_(value)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = self.outer.state_by_name()
+        return found
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        self.outer.load_state_by_name(state)
+
+    def local_state(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = self.inner.state_by_name()
+        return found
+
+    def load_local_state(self, state: Mapping[str, Tensor]) -> None:
+        self.inner.load_state_by_name(state)
+
+    def restart(self) -> None:
+        with torch.no_grad():
+            for fragment in self._fragments:
+                for anchor, param in zip(fragment.anchors, fragment.params, strict=True):
+                    anchor.copy_(param)
+                fragment.rest()
+                fragment.flight = None
+        self._exact, self._since, self._sums = self._replica.tokens, 0, [0.0, 0.0]
+
+    def close(self) -> None:
+        self.gradients.close()
+
+    # -- my own steps
+
+    def _inner_step(self, part: Part, loss: Loss, nominal: float) -> tuple[float, float, float, float, bool]:
+        """One step on my share alone: (loss sum, targets, gradient norm, rate, skipped)."""
+        replica, spec = self._replica, self._replica.strategy.inner
+        assert spec is not None
+        loss_sum, count = accumulate(replica, self.gradients, part, loss, nominal, announce=False)
+        self.gradients.finish()
+        factor, lr = replica.rate(spec)
+        if not count:
+            self.gradients.detach()
+            return loss_sum, count, math.nan, lr, False
+        start = time.perf_counter()
+        scale = nominal / count
+        norm = norm_of(self.gradients.buckets) * scale
+        finite = is_finite(norm, loss_sum)
+        replica.took(finite=finite, step=part.step, loss=loss_sum / count, norm=norm)
+        if finite:
+            scale *= clip_factor(norm, replica.max_norm)
+            if scale != 1.0:
+                for bucket in self.gradients.buckets:
+                    bucket.mul_(scale)
+            self.gradients.attach(self.gradients.used)
+            self.inner.set_lr(factor)
+            self.inner.step()
+        self.gradients.detach()
+        replica.optimize_s += time.perf_counter() - start
+        return (loss_sum, count, norm, lr, False) if finite else (0.0, 0.0, norm, lr, True)
+
+    # -- agreements
+
+    def _contribution(self, fragment: _Fragment) -> list[Tensor]:
+        if self._pairwise:
+            return [*fragment.flats, *fragment.anchor_flats()]
+        return list(fragment.views) if getattr(self._exchange, "by_tensor", False) else list(fragment.flats)
+
+    def _start(self, i: int, stop: int, save: bool) -> None:
+        fragment = self._fragments[i]
+        weight = 1.0 if self._pairwise else fragment.targets / fragment.nominal
+        fragment.measure(weight)
+        row = [*self._sums, float(stop), float(save), fragment.targets]
+        header = self._replica.wire.begin(Gather(torch.tensor(row, dtype=torch.float64), even=True))
+        talks = Interleave(self._replica.wire)
+        talks.start(self._exchange.talk(self._contribution(fragment), self.states[i]))
+        fragment.flight = _Flight(talks, header, fragment.nominal, self._since)
+        self._exact += self._since  # corrected when the header arrives
+        self._since = 0
+        self._sums = [0.0, 0.0]
+        fragment.rest()
+
+    def _finish(self, i: int, keep_local: float | None = None) -> _Told | None:
+        """The outer step of fragment `i`; None where nothing was in flight (just resumed)."""
+        fragment, replica = self._fragments[i], self._replica
+        flight, fragment.flight = fragment.flight, None
+        if flight is None:
+            return None
+        table = torch.stack(flight.header.wait())  # [workers, 5]
+        (agreed,) = flight.talks.finish()
+        start = time.perf_counter()
+        targets = float(table[:, 4].sum())
+        scale = 1.0 if self._pairwise else flight.nominal / targets if targets else math.nan
+        means = fragment.shaped(agreed.mean, by_tensor=getattr(self._exchange, "by_tensor", False))
+        norm = norm_of(means) * scale
+        if is_finite(norm):
+            self._outer_step(fragment, means, scale)
+            self.states[i] = agreed.state
+        elif targets:
+            replica.took(finite=False, step=replica.steps - 1, loss=math.nan, norm=norm)
+        fragment.mix(replica.strategy.keep_local if keep_local is None else keep_local)
+        replica.optimize_s += time.perf_counter() - start
+        loss_sum, count = float(table[:, 0].sum()), int(table[:, 1].sum())
+        self._exact += count - flight.told_nominal
+        replica.tokens = self._exact + self._since
+        return _Told(
+            loss_sum / count if count else math.nan,
+            count,
+            flight.told_nominal,
+            int(table[:, 2].max()),
+            bool(table[:, 3].max()),
+        )
+
+    def _outer_step(self, fragment: _Fragment, means: Sequence[Tensor], scale: float) -> None:
+        for anchor, mean in zip(fragment.anchors, means, strict=True):
+            anchor.grad = mean.reshape(anchor.shape).to(anchor.dtype) * scale
+        factor, _ = self._replica.rate(self._replica.strategy.outer)
+        self.outer.set_lr(factor)
+        self.outer.step()  # the other fragments have no gradient, and so do not move
+        for anchor in fragment.anchors:
+            anchor.grad = None
+
+    def _average_anchors(self) -> None:
+        wire = self._replica.wire
+        with torch.no_grad():
+            for fragment in self._fragments:
+                for anchor in fragment.anchors:
+                    total = wire.begin(Sum(anchor.detach().clone().reshape(-1))).wait()
+                    anchor.copy_((total / wire.size).reshape(anchor.shape))
+
+    def _adopt(self) -> None:
+        with torch.no_grad():
+            for fragment in self._fragments:
+                for anchor, param in zip(fragment.anchors, fragment.params, strict=True):
+                    param.copy_(anchor)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What the workers told each other: mean loss and targets since they last spoke, and what full batches would have."""
+
+    loss: float
+    tokens: int
+    nominal: int
+    stop: int
+    save: bool
+
+
+@dataclass
+class _Flight:
+    """An exchange on its way."""
+
+    talks: Interleave
+    header: Handle
+    nominal: float
+    told_nominal: int
+
+
+@dataclass
+class _Fragment:
+    """Some of the parameters, with anchors (as of the last agreement) and the flat buffers that travel."""
+
+    names: list[str]
+    params: list[nn.Parameter]
+    anchors: list[nn.Parameter]
+    flats: list[Tensor]
+    views: list[Tensor]
+    targets: float = 0.0
+    nominal: float = 0.0
+    drifted: bool = False
+    flight: _Flight | None = None
+    places: list[tuple[int, int]] = field(default_factory=list)  # (flat, offset) of each view
+
+    @staticmethod
+    def make(named: Sequence[tuple[str, nn.Parameter]], wire: Wire) -> _Fragment:
+        names, params = [n for n, _ in named], [p for _, p in named]
+        anchors = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        flats: list[Tensor] = []
+        places: dict[int, tuple[int, int]] = {}
+        for dtype in dict.fromkeys(p.dtype for p in params):
+            offset = 0
+            for i, p in enumerate(params):
+                if p.dtype is dtype:
+                    places[i] = (len(flats), offset)
+                    offset += p.numel()
+            flats.append(wire.buffer(offset, dtype))
+        order = [places[i] for i in range(len(params))]
+        views = [
+            flats[flat][at : at + p.numel()].view(p.shape)
+            for (flat, at), p in zip(order, params, strict=True)
+        ]
+        return _Fragment(names, params, anchors, flats, views, places=order)
+
+    def measure(self, weight: float) -> None:
+        """Δ = weight · (anchor − parameters) into the buffers."""
+        with torch.no_grad():
+            for view, anchor, param in zip(self.views, self.anchors, self.params, strict=True):
+                torch.sub(anchor, param, out=view)
+                if weight != 1.0:
+                    view.mul_(weight)
+
+    def anchor_flats(self) -> list[Tensor]:
+        """The anchors laid out as the buffers are."""
+        laid = [torch.empty_like(flat) for flat in self.flats]
+        for (flat, at), anchor in zip(self.places, self.anchors, strict=True):
+            laid[flat][at : at + anchor.numel()] = anchor.detach().reshape(-1)
+        return laid
+
+    def shaped(self, means: Sequence[Tensor], *, by_tensor: bool) -> list[Tensor]:
+        """What was agreed, per parameter."""
+        if by_tensor:
+            return list(means)
+        return [
+            means[flat][at : at + p.numel()].view(p.shape)
+            for (flat, at), p in zip(self.places, self.params, strict=True)
+        ]
+
+    def mix(self, keep: float) -> None:
+        """θ ← keep·θ + (1 − keep)·anchor."""
+        with torch.no_grad():
+            for anchor, param in zip(self.anchors, self.params, strict=True):
+                if keep:
+                    param.lerp_(anchor, 1.0 - keep)
+                else:
+                    param.copy_(anchor)
+        self.drifted = self.drifted or keep > 0
+
+    def rest(self) -> None:
+        """Counted from here on."""
+        self.targets = self.nominal = 0.0
+        self.drifted = False
+
+
+def split(named: Sequence[tuple[str, nn.Parameter]], fragments: int) -> list[list[tuple[str, nn.Parameter]]]:
+    """Cut the parameters into `fragments` parts: layers are dealt out in turn (the strided pattern of
+    arXiv:2501.18512, section 2.2), everything else goes to whichever part is smallest.
+
+    Raises:
+        UsageError: there are fewer tensors than fragments.
+    """
+    if fragments > len(named):
+        raise UsageError(
+            f"fragments = {fragments} for a model of {len(named)} tensors",
+            "each fragment holds at least one",
+            f"give fragments <= {len(named)}",
+        )
+    parts: list[list[tuple[str, nn.Parameter]]] = [[] for _ in range(fragments)]
+    sizes = [0] * fragments
+    layers = {name: int(found[1]) for name, _ in named if (found := LAYER.search(name))}
+    rest = sorted((pair for pair in named if pair[0] not in layers), key=lambda pair: -pair[1].numel())
+    for name, param in [(n, p) for n, p in named if n in layers]:
+        parts[layers[name] % fragments].append((name, param))
+        sizes[layers[name] % fragments] += param.numel()
+    for pair in rest:
+        smallest = min(range(fragments), key=lambda i: (sizes[i], i))
+        parts[smallest].append(pair)
+        sizes[smallest] += pair[1].numel()
+    while not all(parts):  # fewer layers than fragments: take from the fullest
+        empty = next(i for i, part in enumerate(parts) if not part)
+        fullest = max(range(fragments), key=lambda i: len(parts[i]))
+        parts[empty].append(parts[fullest].pop())
+    return parts

@@ -1,0 +1,216 @@
+"""The worker's side of a strategy: what `Replica.step` hands over to, and what methods have in common.
+
+    Synchronous   gradients agree at every step                      train/synchronous.py
+    DelayedSteps  the same, used one step later                      train/delayed.py
+    LocalSteps    an inner optimizer; the way since the last         train/local.py
+                  agreement is what is exchanged
+    Hogwild       one copy of the parameters, no locks               train/hogwild.py
+
+A placement may name a method of its own (``Placement.method``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from manyhands.core import rng
+from manyhands.core.types import Summed
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from manyhands.train.gradients import FlatGradients
+    from manyhands.train.replica import Replica
+
+    Batch = Mapping[str, Tensor]
+    Loss = Callable[[nn.Module, Batch], "Summed | tuple[Tensor, int | Tensor]"]
+
+MAX_SKIPPED = 10
+
+
+@dataclass(frozen=True)
+class Part:
+    """My part of one global batch.
+
+    Attributes:
+        step: which global batch, from 0.
+        micro_batches: (place in the global batch, batch), in order; empty where this worker has nothing to do.
+        n_places: micro-batches in the whole global batch.
+        rows: rows in the whole global batch.
+        seed: with step and place, the source of every random number.
+    """
+
+    step: int
+    micro_batches: Sequence[tuple[int, Batch]]
+    n_places: int
+    rows: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step.
+
+    Attributes:
+        loss: Σ loss / Σ valid targets over the whole global batch (since the last agreement, where `agreed`).
+        target_tokens: Σ valid targets; between agreements those of a full global batch.
+        grad_norm: before clipping; between agreements this worker's.
+        lr: the rate used.
+        skipped: the update was left out because a gradient was not finite.
+        stop: nonzero when a worker was asked to stop (the signal's number).
+        save: a worker asked for a checkpoint after this step.
+        own_tokens: valid targets of this worker's part.
+        agreed: the workers have spoken in this step, so `loss` is everybody's; else this worker's.
+    """
+
+    loss: float
+    target_tokens: int
+    rows: int
+    grad_norm: float
+    lr: float
+    skipped: bool
+    stop: int
+    save: bool
+    own_tokens: int
+    agreed: bool = True
+
+
+class Method(Protocol):
+    """How a replica's step becomes an agreed update.
+
+    Attributes:
+        agrees: after `meet` (and whenever `at_rest`) all workers' parameters are bitwise equal.
+        comes_to_rest: `at_rest` is reached by itself after each exchange, so that a checkpoint can wait for it.
+        states: of the exchange, one for each of its conversations.
+    """
+
+    agrees: bool
+    comes_to_rest: bool
+    states: list[Any]
+
+    @property
+    def at_rest(self) -> bool:
+        """The model holds the agreed parameters and nothing is in flight."""
+        ...
+
+    def step(self, part: Part, loss: Loss, *, stop: int, save: bool) -> StepResult:
+        """Forward, backward, and what the strategy asks for. Every worker calls it, also with an empty part."""
+        ...
+
+    def meet(self) -> None:
+        """Come to rest now. Collective."""
+        ...
+
+    def agreed(self, *, collective: bool = True) -> AbstractContextManager[Any]:
+        """Inside it the model holds the agreed parameters (to evaluate or save them).
+
+        collective: whether all workers enter it; without, the method does as well as it can alone.
+        """
+        ...
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The state of the optimizer of agreed updates, by name (see `NamedOptimizer.state_by_name`)."""
+        ...
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raises `CheckpointError` where it is another optimizer's."""
+        ...
+
+    def local_state(self) -> dict[str, Tensor]:
+        """This worker's own state at rest (an inner optimizer's), by name; empty for most methods."""
+        ...
+
+    def load_local_state(self, state: Mapping[str, Tensor]) -> None: ...
+
+    def restart(self) -> None:
+        """The parameters were replaced (a checkpoint was loaded): begin from them."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Header:
+    """The exact sums of one step over all workers."""
+
+    loss_sum: float
+    count: int
+    stop: int
+    save: bool
+    used: list[bool]
+
+    @staticmethod
+    def row(loss_sum: float, count: float, stop: int, save: bool, more: Sequence[float]) -> Tensor:
+        """What one worker tells: float64 [4 + len(more)], exact for counts below 2⁵³."""
+        return torch.tensor([loss_sum, count, float(stop), float(save), *more], dtype=torch.float64)
+
+    @staticmethod
+    def of(table: Tensor) -> Header:
+        """From everybody's rows [workers, 4 + parameters]."""
+        return Header(
+            loss_sum=float(table[:, 0].sum()),
+            count=int(table[:, 1].sum()),
+            stop=int(table[:, 2].max()),
+            save=bool(table[:, 3].max()),
+            used=(table[:, 4:].sum(0) > 0).tolist(),
+        )
+
+
+def accumulate(
+    replica: Replica,
+    gradients: FlatGradients,
+    part: Part,
+    loss: Loss,
+    nominal: float,
+    *,
+    announce: bool = True,
+    by_place: Callable[[int], None] | None = None,
+) -> tuple[float, float]:
+    """Run my micro-batches: Σ ∇loss / `nominal` is in `gradients` afterwards. Returns my loss sum and count.
+
+    Args:
+        announce: complete buckets are announced during the last backward.
+        by_place: called with each micro-batch's place; its gradients then stand alone in the buckets.
+    """
+    gradients.start()
+    loss_sum: Tensor | None = None
+    count: int | Tensor = 0
+    for i, (place, batch) in enumerate(part.micro_batches):
+        last = i == len(part.micro_batches) - 1
+        gradients.start_micro_batch(
+            last=last and announce and by_place is None, separate=by_place is not None
+        )
+        rng.seed_torch(part.seed, part.step, place)
+        with replica.autocast():
+            summed = Summed(*loss(replica.forward, batch))
+        (summed.loss_sum / nominal).backward()  # type: ignore[no-untyped-call]
+        detached = summed.loss_sum.detach().double()
+        loss_sum = detached if loss_sum is None else loss_sum + detached
+        count = count + summed.count
+        if by_place is not None:
+            by_place(place)
+    return (0.0 if loss_sum is None else float(loss_sum)), float(count)
+
+
+def norm_of(tensors: Sequence[Tensor]) -> float:
+    """The Euclidean norm of all of them, added up in float64."""
+    norms = [
+        torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).double()
+        for t in tensors
+    ]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What gradients of norm `norm` are multiplied with (torch.nn.utils.clip_grad_norm_'s rule)."""
+    return min(1.0, max_norm / (norm + 1e-6))
+
+
+def is_finite(*values: float) -> bool:
+    return all(math.isfinite(v) for v in values)

@@ -1,0 +1,178 @@
+"""Gradients agree at every step, in buckets, overlapped with backward.
+
+What is exchanged is g = Σ ∇(loss sum) / nominal over my micro-batches, with one `nominal` for all workers, plus a small
+header with the exact sums. Afterwards everything is multiplied by nominal / Σ valid targets, so the update is Σ/Σ over
+everyone and over accumulation (promise 2). With full rows the factor is exactly 1 and costs nothing.
+
+A talk touches no parameter, so a failure before the update costs nothing but the step; where the result is not
+finite the update is left out and the exchange keeps its old state.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from manyhands.core.request import Gather
+from manyhands.exchange.ordered import Tree
+from manyhands.train.gradients import FlatGradients
+from manyhands.train.method import Header, Part, StepResult, accumulate, clip_factor, is_finite, norm_of
+from manyhands.wire.drive import Interleave, run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from manyhands.core.types import Agreed, Talk
+    from manyhands.train.method import Loss
+    from manyhands.train.replica import Replica
+
+
+class Synchronous:
+    """All-reduce and its like: see the module."""
+
+    agrees = True
+    comes_to_rest = True
+    at_rest = True
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        exchange = replica.strategy.exchange
+        self._exchange = exchange
+        self._by_place = bool(getattr(exchange, "by_place", False))
+        self._by_tensor = bool(getattr(exchange, "by_tensor", False))
+        bucket_mb = math.inf if self._by_place else getattr(exchange, "bucket_mb", math.inf)
+        self._talks = Interleave(replica.wire)
+        self.gradients = FlatGradients(
+            replica.named, replica.wire, bucket_mb=bucket_mb, on_bucket=self._begin
+        )
+        self.states: list[Any] = [
+            exchange.init(self._contribution(i)) for i in range(len(self.gradients.buckets))
+        ]
+        self.optimizer = self._build_optimizer()
+
+    def step(self, part: Part, loss: Loss, *, stop: int, save: bool) -> StepResult:
+        replica = self._replica
+        nominal = float(part.rows * replica.per_row)
+        self._tree = Tree(part.n_places)
+        loss_sum, count = accumulate(
+            replica, self.gradients, part, loss, nominal, by_place=self._leaf if self._by_place else None
+        )
+        told, states = self._agree(loss_sum, count, stop, save)
+        norm = norm_of(self.gradients.buckets) * nominal / told.count if told.count else math.nan
+        lr = 0.0
+        finite = is_finite(norm, told.loss_sum)
+        if told.count:  # a step without a single valid target: nothing to learn from, nothing wrong
+            mean = told.loss_sum / told.count
+            replica.took(finite=finite, step=part.step, loss=mean, norm=norm)
+        else:
+            mean = math.nan
+        if finite:
+            self.states[:] = states
+            lr = self._update(told, nominal / told.count, norm)
+        self.gradients.detach()
+        replica.steps += 1
+        replica.tokens += told.count
+        return StepResult(mean, told.count, part.rows, norm, lr, not finite, told.stop, told.save, int(count))
+
+    def meet(self) -> None:
+        """Nothing is ever in flight between steps."""
+
+    @contextmanager
+    def agreed(self, *, collective: bool = True) -> Iterator[None]:
+        yield
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = self.optimizer.state_by_name()
+        return found
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        self.optimizer.load_state_by_name(state)
+
+    def local_state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_local_state(self, state: Mapping[str, Tensor]) -> None:
+        pass
+
+    def restart(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.gradients.close()
+
+    # -- how
+
+    def _build_optimizer(self) -> Any:
+        replica = self._replica
+        return replica.strategy.outer.build(replica.named, replica.device.type)
+
+    def _agree(self, loss_sum: float, count: float, stop: int, save: bool) -> tuple[Header, list[Any]]:
+        """Exchange header and gradients; the buckets hold Σ afterwards. Also the exchange's next states."""
+        if not self._by_place:
+            self.gradients.finish()
+        row = Header.row(loss_sum, count, stop, save, [float(u) for u in self.gradients.used])
+        told = Header.of(torch.stack(self._replica.wire.begin(Gather(row, even=True)).wait()))
+        if not self._by_place:
+            agreed = self._talks.finish()
+            copied = [self._take(i, each) for i, each in enumerate(agreed)]
+            if any(copied):
+                self.gradients.zero_gaps()
+            return told, [each.state for each in agreed]
+        agreed = [run(self._ordered(), self._replica.wire)]
+        (total,) = agreed[0].mean
+        offset = 0
+        for bucket in self.gradients.buckets:
+            bucket.copy_(total[offset : offset + bucket.numel()])
+            offset += bucket.numel()
+        return told, [agreed[0].state, *self.states[1:]]
+
+    def _update(self, told: Header, scale: float, norm: float) -> float:
+        """Scale, clip, optimizer step. Returns the rate used."""
+        replica = self._replica
+        start = time.perf_counter()
+        clip = clip_factor(norm, replica.max_norm)
+        if scale * clip != 1.0:
+            for bucket in self.gradients.buckets:
+                bucket.mul_(scale * clip)
+        self.gradients.attach(told.used)
+        factor, lr = replica.rate(replica.strategy.outer)
+        self.optimizer.set_lr(factor)
+        self.optimizer.step()
+        replica.optimize_s += time.perf_counter() - start
+        return lr
+
+    def _contribution(self, position: int) -> list[Tensor]:
+        if self._by_tensor:
+            return self.gradients.tensors(position)
+        return [self.gradients.buckets[position]]
+
+    def _begin(self, position: int, bucket: Tensor) -> None:
+        self._talks.start(self._exchange.talk(self._contribution(position), self.states[position]))
+
+    def _take(self, position: int, agreed: Agreed) -> bool:
+        """Put the sums into the buckets; whether they were not there already."""
+        copied = False
+        for mine, mean in zip(self._contribution(position), agreed.mean, strict=True):
+            if mean is not mine and mean.data_ptr() != mine.data_ptr():
+                mine.copy_(mean)
+                copied = True
+        return copied
+
+    def _leaf(self, place: int) -> None:
+        self._tree.add((0, place), torch.cat([b.reshape(-1) for b in self.gradients.micro_batch()]))
+
+    def _ordered(self) -> Talk:
+        nodes = self._tree.nodes
+        numel = sum(b.numel() for b in self.gradients.buckets)
+        like = self.gradients.buckets[0]
+        leaves = self._tree.leaves
+        keys = torch.tensor([[level, index, leaves] for level, index in nodes], dtype=torch.int64).reshape(
+            -1, 3
+        )
+        values = torch.stack(list(nodes.values())) if nodes else like.new_empty(0, numel)
+        return self._exchange.talk([keys, values], self.states[0])
