@@ -73,6 +73,8 @@ class GroupWire:
         self._device, self._nccl = device, nccl
         self._store, self._timeout_s = store, timeout_s
         self._nodes = list(nodes) if nodes is not None else [0] * size
+        self._cpus = device.type == "cpu"
+        self._made = 0  # wires within, so far
         self._axes: dict[str, Wire] = {}
         self._owns = not dist.is_initialized()
         if self._owns:
@@ -115,6 +117,16 @@ class GroupWire:
         if self._owns and dist.is_initialized():
             dist.destroy_process_group()
 
+    def within(self, groups: Sequence[Sequence[int]]) -> Wire:
+        """The wire of that group of ranks which this worker is in, with axes of its own. Collective over all ranks.
+
+        Args:
+            groups: every rank once. CPU workers of one host are joined by shared memory.
+        """
+        mine = next(list(group) for group in groups if self.rank in group)
+        self._made += 1
+        return self._join([list(group) for group in groups], mine, f"within{self._made}/{mine[0]}")
+
     def _axis(self, axis: str) -> Wire:
         """The wire of a narrower axis. The first call is collective: all ranks ask for the same axes in one order."""
         if axis not in self._axes:
@@ -140,12 +152,19 @@ class GroupWire:
                 "start as many on each host, or use an exchange without that distinction",
             )
         ranks = next(group for group in groups if self.rank in group)
-        if len(ranks) == 1:
+        return self._join(groups, ranks, f"node{mine}")
+
+    def _join(self, groups: list[list[int]], ranks: list[int], name: str) -> Wire:
+        """My wire among `groups`; `name` is unique among this worker's wires and the same for all of `ranks`."""
+        if all(len(group) == 1 for group in groups):
             return Solo(str(self._device))
-        if axis == NODE and self._device.type == "cpu":
+        alike = [len({self._nodes[r] for r in group}) == 1 for group in groups]
+        if self._cpus and all(alike):  # the same on every rank: making process groups is collective
             from manyhands.wire.shared import SharedWire
 
-            store = PrefixStore(f"node{mine}", self._store)
+            if len(ranks) == 1:
+                return Solo(str(self._device))
+            store = PrefixStore(name, self._store)
             shared = SharedWire(store, ranks.index(self.rank), len(ranks), timeout_s=self._timeout_s)
             shared.traffic = self.traffic
             return shared
@@ -170,6 +189,21 @@ class _SubGroupWire(GroupWire):
         self.traffic, self.phase = whole.traffic, whole.phase
         self.group = made[groups.index(ranks)]
         self._device, self._nccl, self._owns, self._axes = whole._device, whole._nccl, False, {}
+        self._nodes = [whole._nodes[rank] for rank in ranks]
+
+    def _make_axis(self, axis: str) -> Wire:
+        """Either all of my ranks are on one host or each is on one of its own; else there are no axes."""
+        hosts = len(set(self._nodes))
+        if axis in (NODE, ACROSS) and hosts in (1, self.size):
+            return self if (hosts == 1) == (axis == NODE) else Solo(str(self._device))
+        raise UsageError(
+            f"axis {axis!r} among workers {self.ranks}",
+            "a part of the workers has the axes of its hosts only where they hold one worker each",
+            "use an exchange without that distinction",
+        )
+
+    def close(self) -> None:
+        """The process group ends with the whole one's."""
 
 
 class _Flying:

@@ -1,0 +1,236 @@
+"""One model divided among workers: ZeRO 2 and 3 by FSDP2, replicated over groups by any exchange.
+
+    passes (equally many on every worker)   gradients are reduced to their owners, inside backward
+    exchange                                equal pieces of all groups agree (nothing to do with one group)
+    header                                  exact sums, the squared norm among them
+    update                                  each worker its own pieces, as plain tensors
+
+Averaging is the house's: contributions are weighted before they travel and only ever added, then scaled by nominal /
+Σ targets, so the update is Σ/Σ for any split. With one pass a step the sums are those of `ddp` to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from manyhands.core import rng
+from manyhands.core.errors import Diverged
+from manyhands.core.request import Gather
+from manyhands.core.types import Summed
+from manyhands.train.method import Header, Part, StepResult, clip_factor, is_finite
+from manyhands.train.sharded_gradients import ShardGradients
+from manyhands.train.sharded_layout import Layout
+from manyhands.train.sharded_passes import Pass, Passes
+from manyhands.train.sharded_pieces import gather_whole, state_pieces
+from manyhands.wire.drive import Interleave
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from manyhands.train.method import Loss
+    from manyhands.train.replica import Replica
+
+
+class ShardedModel:
+    """ZeRO 2 and 3: see the module."""
+
+    agrees = True
+    comes_to_rest = True
+    at_rest = True
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        strategy = replica.strategy
+        self._placement: Any = strategy.placement
+        self._exchange = strategy.exchange
+        self.layout = Layout(replica.model, replica.forward, replica.wire, self._placement)
+        replica.forward = self.layout.root
+        replica.named[:] = [(n, p) for n, p in replica.model.named_parameters() if p.requires_grad]
+        self._params = dict(replica.named)
+        mesh = self.layout.mesh
+        self._passes = Passes(replica.wire, mesh.tensor)
+        self.gradients = ShardGradients(
+            self.layout.owned, mesh.across, bucket_mb=getattr(self._exchange, "bucket_mb", math.inf)
+        )
+        self._talks = Interleave(mesh.across)
+        self._says_nothing = mesh.across.size == 1 and type(self._exchange).__name__ == "AllReduce"
+        if self._says_nothing:
+            self.states: list[Any] = []
+        else:
+            self.states = [self._exchange.init([b]) for b in self.gradients.lay_out()]
+        named = [(each.name, each.param) for each in self.layout.owned]
+        if named:
+            self.optimizer = strategy.outer.build(named, replica.device.type)
+        else:  # fewer rows than workers
+            from manyhands.strategy.named import NamedOptimizer
+
+            self.optimizer = NamedOptimizer([])
+
+    def step(self, part: Part, loss: Loss, *, stop: int, save: bool) -> StepResult:
+        replica = self._replica
+        nominal = float(part.rows * replica.per_row)
+        passes = self._passes.of(part)
+        try:
+            loss_sum, count = self._run(passes, part, loss, nominal)
+            self.gradients.collect(self._params)
+            states = self._agree()
+        except BaseException:
+            self._abort()
+            raise
+        used = [float(name in self.layout.used) for name in self._params]
+        row = Header.row(loss_sum, count, stop, save, [*used, self._square()])
+        table = torch.stack(replica.wire.begin(Gather(row, even=True)).wait())  # [workers, 5 + parameters]
+        told = Header.of(table[:, :-1])
+        norm = (
+            math.sqrt(float(table[:, -1].sum())) * nominal / told.count
+            if told.count and is_finite(float(table[:, -1].sum()))
+            else math.nan
+        )
+        mean, lr = math.nan, 0.0
+        finite = is_finite(norm, told.loss_sum)
+        if told.count:
+            mean = told.loss_sum / told.count
+            replica.took(finite=finite, step=part.step, loss=mean, norm=norm)
+        if finite:
+            self.states[:] = states
+            lr = self._update(told, nominal / told.count, norm)
+        self.gradients.drop()
+        replica.steps += 1
+        replica.tokens += told.count
+        return StepResult(
+            mean, told.count, part.rows, norm, lr, not finite, told.stop, told.save, int(count)
+        )
+
+    def meet(self) -> None:
+        """Nothing is ever in flight between steps."""
+
+    @contextlib.contextmanager
+    def agreed(self, *, collective: bool = True) -> Iterator[None]:
+        """Inside it every worker holds the whole parameters, and passes are no longer collective."""
+        with self.layout.whole() if collective else contextlib.nullcontext():
+            yield
+
+    def check(self) -> str:
+        """Compare the pieces of all groups; each group has every piece once. Raises `Diverged`. Collective."""
+        mesh, wire = self.layout.mesh, self._replica.wire
+        mine = self.layout.fingerprint()
+        for group, other in enumerate(mesh.across.begin(Gather(mine, even=True)).wait()):
+            if not torch.equal(other, mine):
+                raise Diverged(
+                    f"the parameters of group {group} differ from group {mesh.place[0]}'s after step "
+                    f"{self._replica.steps}",
+                    "groups hold bitwise equal models",
+                    "build the model the same everywhere; if this appeared in mid-run, a machine computes wrongly",
+                )
+        total = torch.stack(wire.begin(Gather(mine, even=True)).wait()).sum(0)  # wraps around
+        return "".join(f"{int(word) & (2**64 - 1):016x}" for word in total)
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """The whole state dict, tied tensors once, on rank 0's CPU; None elsewhere. Collective."""
+        found = gather_whole(self._replica.wire, self.layout.weights())
+        return found if self._replica.wire.rank == 0 else None
+
+    def load_weights(self, path: Path) -> None:
+        """My pieces of a checkpoint's ``model.safetensors``. Raises `CheckpointError`; then nothing was changed."""
+        self.layout.load(path)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The whole state by name on rank 0's CPU; empty elsewhere. Collective."""
+        return gather_whole(
+            self._replica.wire, state_pieces(self.layout.owned, self.optimizer.state_by_name())
+        )
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """From the whole state, of which my pieces are taken."""
+        self.optimizer.load_state_by_name(self.layout.cut(state))
+
+    def local_state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_local_state(self, state: Mapping[str, Tensor]) -> None:
+        pass
+
+    def restart(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.layout.close()
+
+    # -- how
+
+    def _run(self, passes: list[Pass], part: Part, loss: Loss, nominal: float) -> tuple[float, float]:
+        """Forward and backward of my passes. Returns loss sum and count of those that I tell of."""
+        replica, layout = self._replica, self.layout
+        layout.used.clear()
+        loss_sum: Tensor | None = None
+        count: int | Tensor = 0
+        for i, each in enumerate(passes):
+            layout.begin_pass(
+                last=i == len(passes) - 1,
+                reduce=self._placement.accumulate == "sharded",
+                counts=each.place is not None,
+            )
+            rng.seed_torch(part.seed, part.step, each.place or 0)
+            with replica.autocast():
+                summed = Summed(*loss(replica.forward, each.batch))  # type: ignore[arg-type]
+            (summed.loss_sum / nominal).backward()  # type: ignore[no-untyped-call]
+            if each.mine:
+                detached = summed.loss_sum.detach().double()
+                loss_sum = detached if loss_sum is None else loss_sum + detached
+                count = count + summed.count
+        return (0.0 if loss_sum is None else float(loss_sum)), float(count)
+
+    def _agree(self) -> list[Any]:
+        """The gradients hold Σ over all groups afterwards. Returns the exchange's next states."""
+        if self._says_nothing:
+            return []
+        buckets = self.gradients.buckets
+        for bucket, state in zip(buckets, self.states, strict=True):
+            self._talks.start(self._exchange.talk([bucket], state))
+        agreed = self._talks.finish()
+        for bucket, each in zip(buckets, agreed, strict=True):
+            (mean,) = each.mean
+            if mean is not bucket:
+                bucket.copy_(mean)
+        return [each.state for each in agreed]
+
+    def _square(self) -> float:
+        """The squared norm of the gradients that I speak for."""
+        squares = [
+            torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)).double() ** 2
+            for each, grad in zip(self.layout.owned, self.gradients.views, strict=True)
+            if each.piece.counts
+        ]
+        return float(torch.stack(squares).sum()) if squares else 0.0
+
+    def _update(self, told: Header, scale: float, norm: float) -> float:
+        """Scale, clip, optimizer step on my pieces. Returns the rate used."""
+        replica = self._replica
+        start = time.perf_counter()
+        factor = scale * clip_factor(norm, replica.max_norm)
+        used = dict(zip(self._params, told.used, strict=True))
+        for each, grad in zip(self.layout.owned, self.gradients.views, strict=True):
+            if factor != 1.0:
+                grad.mul_(factor)
+            each.param.grad = grad if used[each.name] else None
+        rate, lr = replica.rate(replica.strategy.outer)
+        self.optimizer.set_lr(rate)
+        self.optimizer.step()
+        replica.optimize_s += time.perf_counter() - start
+        return lr
+
+    def _abort(self) -> None:
+        """After a failure inside a pass: begin anew, as if the step had not begun."""
+        self.layout.reset()
+        for param in self._params.values():
+            param.grad = None
+        self.gradients.drop()
+

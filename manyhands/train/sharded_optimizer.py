@@ -1,0 +1,181 @@
+"""Optimizer state divided among workers (ZeRO 1): gradients agree as with `ddp`, then each updates its own rows.
+
+The sums, the norm and the updates are those of `ddp`, element by element, so the parameters are the same bits. Where an
+update needs whole matrices (Muon, Adafactor) whole tensors are dealt out instead of rows. Afterwards everybody gathers
+everybody's rows, in lots of bounded size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from manyhands.core.request import Gather
+from manyhands.placement.sharded import elementwise
+from manyhands.train.method import Header, clip_factor
+from manyhands.train.sharded_pieces import Owned, Piece, cut, gather_whole, state_pieces
+from manyhands.train.synchronous import Synchronous
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from manyhands.strategy.named import NamedOptimizer
+    from manyhands.train.replica import Replica
+
+LOT_BYTES = 1 << 22  # of one worker's rows that travel at once
+
+
+class ShardedOptimizer(Synchronous):
+    """ZeRO 1: see the module."""
+
+    def __init__(self, replica: Replica) -> None:
+        spec = replica.strategy.outer
+        size = replica.wire.size
+        shapes = [tuple(p.shape) for _, p in replica.named]
+        dealt = deal_rows(shapes, size) if elementwise(spec) else deal_tensors(shapes, size)
+        self.owned = [_own(replica.named[i], rows) for i, rows in dealt[replica.wire.rank]]
+        self._lots = [
+            _lots([_rows(replica.named[i][1].detach(), rows).reshape(-1) for i, rows in theirs])
+            for theirs in dealt
+        ]
+        super().__init__(replica)
+
+    def _build_optimizer(self) -> NamedOptimizer:
+        """Over my rows alone: what it keeps is divided among the workers."""
+        from manyhands.strategy.named import NamedOptimizer
+
+        named = [(each.name, each.param) for each in self.owned]
+        if not named:
+            return NamedOptimizer([])
+        built: NamedOptimizer = self._replica.strategy.outer.build(named, self._replica.device.type)
+        return built
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The whole state by name on rank 0's CPU; empty elsewhere. Collective."""
+        return gather_whole(self._replica.wire, state_pieces(self.owned, self.optimizer.state_by_name()))
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """From the whole state, of which my rows are taken."""
+        names = [name for name, _ in self._replica.named]
+        self.optimizer.load_state_by_name(cut(state, self.owned, names))
+
+    # -- how
+
+    def _update(self, told: Header, scale: float, norm: float) -> float:
+        """Scale, clip and step my rows, then gather everybody's. Returns the rate used."""
+        replica = self._replica
+        start = time.perf_counter()
+        factor = scale * clip_factor(norm, replica.max_norm)
+        self.gradients.attach(told.used)
+        grads: dict[str, Any] = {name: param.grad for name, param in replica.named}
+        for each in self.owned:
+            whole = grads[each.name]
+            each.param.grad = None if whole is None else _rows(whole, _range(each.piece))
+            if each.param.grad is not None and factor != 1.0:
+                each.param.grad.mul_(factor)
+        rate, lr = replica.rate(replica.strategy.outer)
+        self.optimizer.set_lr(rate)
+        self.optimizer.step()
+        for each in self.owned:
+            each.param.grad = None
+        replica.optimize_s += time.perf_counter() - start
+        self._gather()
+        return lr
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        wire = self._replica.wire
+        if wire.size == 1:
+            return
+        like = self._replica.named[0][1]
+        for turn in range(max(len(lots) for lots in self._lots)):
+            lots = [lots[turn] if turn < len(lots) else [] for lots in self._lots]
+            mine = lots[wire.rank]
+            flat = torch.cat([v.view(torch.uint8) for v in mine]) if mine else like.new_empty(0, dtype=torch.uint8)
+            for rank, part in enumerate(wire.begin(Gather(flat)).wait()):
+                if rank == wire.rank:
+                    continue
+                begin = 0
+                for view in lots[rank]:
+                    end = begin + view.numel() * view.element_size()
+                    view.view(torch.uint8).copy_(part[begin:end])
+                    begin = end
+
+
+Rows = range | None  # of the first dimension; None: of a tensor without dimensions
+
+
+def deal_rows(shapes: Sequence[tuple[int, ...]], size: int) -> list[list[tuple[int, Rows]]]:
+    """For each of `size` workers its (tensor, rows): contiguous, equally many elements up to a row.
+
+    >>> deal_rows([(4, 2), (3,)], 2)
+    [[(0, range(0, 3))], [(0, range(3, 4)), (1, range(0, 3))]]
+    """
+    total = sum(torch.Size(s).numel() for s in shapes)
+    dealt: list[list[tuple[int, Rows]]] = [[] for _ in range(size)]
+    begin = 0  # of the tensor among all elements
+    for i, shape in enumerate(shapes):
+        numel = torch.Size(shape).numel()
+        if not shape:
+            dealt[min(size - 1, begin * size // max(1, total))].append((i, None))
+        elif numel:
+            width = numel // shape[0]
+            cuts = [min(shape[0], max(0, round((total * r / size - begin) / width))) for r in range(size)]
+            for rank, (first, last) in enumerate(zip(cuts, [*cuts[1:], shape[0]], strict=True)):
+                if last > first:
+                    dealt[rank].append((i, range(first, last)))
+        begin += numel
+    return dealt
+
+
+def deal_tensors(shapes: Sequence[tuple[int, ...]], size: int) -> list[list[tuple[int, Rows]]]:
+    """For each of `size` workers whole tensors: the largest first, each to the one with the least.
+
+    >>> deal_tensors([(2, 2), (3,), (2, 3)], 2)
+    [[(2, range(0, 2))], [(0, range(0, 2)), (1, range(0, 3))]]
+    """
+    sizes = [torch.Size(s).numel() for s in shapes]
+    dealt: list[list[tuple[int, Rows]]] = [[] for _ in range(size)]
+    loads = [0] * size
+    for i in sorted(range(len(shapes)), key=lambda i: (-sizes[i], i)):
+        if sizes[i]:
+            rank = loads.index(min(loads))
+            loads[rank] += sizes[i]
+            dealt[rank].append((i, range(shapes[i][0]) if shapes[i] else None))
+    return [sorted(theirs, key=lambda item: item[0]) for theirs in dealt]
+
+
+def _own(named: tuple[str, nn.Parameter], rows: Rows) -> Owned:
+    name, param = named
+    view = _rows(param.detach(), rows)
+    shape = tuple(param.shape)
+    offset = (rows.start, *[0] * (len(shape) - 1)) if rows is not None else ()
+    return Owned(Piece(name, shape, offset, tuple(view.shape)), nn.Parameter(view))
+
+
+def _range(piece: Piece) -> Rows:
+    return range(piece.offset[0], piece.offset[0] + piece.extent[0]) if piece.shape else None
+
+
+def _rows(tensor: Tensor, rows: Rows) -> Tensor:
+    return tensor if rows is None else tensor[rows.start : rows.stop]
+
+
+def _lots(views: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Flat views cut into lots of at most `LOT_BYTES`."""
+    lots: list[list[Tensor]] = []
+    room = 0
+    for view in views:
+        begin = 0
+        while begin < view.numel():
+            if room < view.element_size():
+                lots.append([])
+                room = LOT_BYTES
+            n = min(view.numel() - begin, room // view.element_size())
+            lots[-1].append(view[begin : begin + n])
+            begin, room = begin + n, room - n * view.element_size()
+    return lots
