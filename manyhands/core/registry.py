@@ -32,6 +32,46 @@ class Entry(NamedTuple):
 REGISTRY: dict[str, dict[str, Entry]] = {
     "strategies": {
         "ddp": Entry("manyhands.strategy.presets:ddp", "all-reduce of gradients at every step, in buckets"),
+        "accumulate": Entry(
+            "manyhands.strategy.presets:accumulate", "one update of the gradients of several global batches"
+        ),
+        "hierarchical": Entry(
+            "manyhands.strategy.presets:hierarchical", "all-reduce within hosts, then across them, compressed"
+        ),
+        "powersgd": Entry(
+            "manyhands.strategy.presets:powersgd", "gradients as matrices of low rank (arXiv:1905.13727)"
+        ),
+        "local-sgd": Entry(
+            "manyhands.strategy.presets:local_sgd", "steps of one's own, then the models are averaged"
+        ),
+        "post-local-sgd": Entry(
+            "manyhands.strategy.presets:post_local_sgd", "synchronous at first, then local steps"
+        ),
+        "slowmo": Entry(
+            "manyhands.strategy.presets:slowmo", "local steps under a slow momentum (arXiv:1910.00643)"
+        ),
+        "diloco": Entry(
+            "manyhands.strategy.presets:diloco", "local AdamW, rare Nesterov steps (arXiv:2311.08105)"
+        ),
+        "streaming-diloco": Entry(
+            "manyhands.strategy.presets:streaming_diloco",
+            "DiLoCo in overlapped fragments of 4 bits (arXiv:2501.18512)",
+        ),
+        "muloco": Entry(
+            "manyhands.strategy.presets:muloco", "DiLoCo with Muon inside, 2 bits (arXiv:2505.23725)"
+        ),
+        "sparseloco": Entry(
+            "manyhands.strategy.presets:sparseloco", "local steps, top-k in 2 bits (arXiv:2508.15706)"
+        ),
+        "gossip": Entry(
+            "manyhands.strategy.presets:gossip", "local steps, averages in pairs (NoLoCo, arXiv:2506.10911)"
+        ),
+        "eager": Entry(
+            "manyhands.strategy.presets:eager", "all-reduce used one step later, with a corrected forecast"
+        ),
+        "hogwild": Entry(
+            "manyhands.strategy.presets:hogwild", "one copy of the parameters, lock-free (arXiv:1106.5730)"
+        ),
     },
     "exchanges": {
         "all-reduce": Entry(
@@ -45,6 +85,21 @@ REGISTRY: dict[str, dict[str, Entry]] = {
             "manyhands.exchange.half:BF16", "2 bytes a value: float32's range, 8 bits of precision"
         ),
         "fp16": Entry("manyhands.exchange.half:FP16", "2 bytes a value: 11 bits of precision up to 65,504"),
+        "int8": Entry("manyhands.exchange.int8:Int8", "1 byte a value: 255 levels in each block of 256"),
+        "int4": Entry("manyhands.exchange.int4:Int4", "4 bits a value: 15 levels in each block of 256"),
+        "int2": Entry(
+            "manyhands.exchange.int2:Int2", "2 bits a value: ±1/3 and ±1 of the block's largest, no zero"
+        ),
+        "ternary": Entry(
+            "manyhands.exchange.ternary:Ternary",
+            "1.6 bits a value, unbiased: −1, 0 or 1 times the block's largest (TernGrad)",
+        ),
+        "sign": Entry(
+            "manyhands.exchange.sign:Sign", "1 bit a value: the sign times the block's mean magnitude; biased"
+        ),
+        "natural": Entry(
+            "manyhands.exchange.natural:Natural", "1 byte a value, unbiased: powers of two (arXiv:1905.10988)"
+        ),
         "error-feedback": Entry(
             "manyhands.exchange.feedback:ErrorFeedback", "what was not sent is added to the next contribution"
         ),
@@ -66,6 +121,7 @@ REGISTRY: dict[str, dict[str, Entry]] = {
         ),
         "warmup": Entry("manyhands.exchange.warmup:Warmup", "all-reduce at first, then another"),
         "chain": Entry("manyhands.exchange.chain:Chain", "two codecs, the second for what the first left"),
+        "gossip": Entry("manyhands.exchange.gossip:Gossip", "pairs average their models (arXiv:2506.10911)"),
         "auto": Entry("manyhands.exchange.auto:Auto", "compress only where measurement says it is faster"),
     },
     "cadences": {
@@ -96,6 +152,9 @@ REGISTRY: dict[str, dict[str, Entry]] = {
         "adam": Entry("manyhands.strategy.optimizers:Adam", "Adam (arXiv:1412.6980)"),
         "adamw": Entry(
             "manyhands.strategy.optimizers:AdamW", "Adam with decoupled weight decay (arXiv:1711.05101)"
+        ),
+        "signsgd": Entry(
+            "manyhands.strategy.sign:SignSGD", "steps of one size along the sign (arXiv:1802.04434)"
         ),
         "adagrad": Entry(
             "manyhands.strategy.optimizers:Adagrad", "per-coordinate rates from summed squares (Duchi 2011)"

@@ -1,0 +1,102 @@
+"""Natural compression: each value to a power of two (Horváth et al., arXiv:1905.10988, def. 1).
+
+    2ᵉ ≤ |x| < 2ᵉ⁺¹:   |x̂| = 2ᵉ⁺¹ with probability |x|/2ᵉ − 1, else 2ᵉ
+
+which is adding 23 random bits to float32's significand and dropping it: E[x̂] = x exactly, E(x̂ − x)² ≤ x²/8 (theorem 1),
+|x̂ − x| < |x|. By nearest (up from 1.5 · 2ᵉ): |x̂ − x| ≤ |x|/3.
+
+The paper sends sign and exponent in 9 bits. Here the exponent counts within a window of 127 below the block's largest, so a
+value takes 8 bits and a block one byte for the window's place: 8.03 bits. What rounds to less than 2⁻¹²⁶ of the block's
+largest becomes zero, as does what rounds to less than 2⁻¹²⁶; from 2¹²⁷ on nothing is rounded up. A block with NaN or
+infinity, or a value beyond float32, is NaN as a whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from manyhands.core import rng
+from manyhands.exchange import quantize
+from manyhands.exchange.codec import gathered, rounds
+from manyhands.exchange.quantize import Rounding
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+NOT_FINITE = 255  # in place of a window's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Natural:
+    """One byte a value, of any magnitude: unbiased rounding to powers of two, variance at most an eighth of the square.
+
+    Args:
+        block: values that share a window of exponents; 0: the whole tensor.
+        rounding: ``stochastic`` (no bias) or ``nearest`` (relative error at most 1/3).
+    """
+
+    init = rounds
+    talk = gathered
+
+    block: int = 256
+    rounding: Rounding = "stochastic"
+
+    def __post_init__(self) -> None:
+        quantize.validate(self.block, self.rounding)
+
+    def encode(self, tensor: Tensor, key: int) -> Tensor:
+        flat = quantize.flatten(tensor)
+        loops = quantize.kernels_for(flat)
+        if loops is None:
+            return self.reference_encode(flat, key)
+        payload = quantize.empty_payload(flat, 1, self.block, scale_bytes=1)
+        random = int(self.rounding == "stochastic")
+        place = quantize.place(flat, self.block)
+        loops.manyhands_natural_encode(*place, payload.data_ptr(), random, rng.mix(key))
+        return payload
+
+    def decode(self, payload: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
+        import torch
+
+        payload = quantize.checked(payload, self.size_bytes(numel))
+        loops = quantize.kernels_for(payload)
+        if loops is None:
+            return self.reference_decode(payload, numel, dtype)
+        values = torch.empty(numel, dtype=torch.float32)
+        width = quantize.width(numel, self.block)
+        loops.manyhands_natural_decode(payload.data_ptr(), numel, width, values.data_ptr())
+        return quantize.as_type(values, dtype)
+
+    def size_bytes(self, numel: int) -> int:
+        return quantize.size_bytes(numel, 1, self.block, scale_bytes=1)
+
+    def reference_encode(self, tensor: Tensor, key: int) -> Tensor:
+        """`encode` in plain PyTorch."""
+        import torch
+
+        flat = quantize.flatten(tensor)
+        rows = quantize.in_blocks(flat, self.block)  # [blocks, block]
+        largest = rows.abs().amax(1, keepdim=True)  # [blocks, 1]; NaN wins
+        highest = ((largest.view(torch.int32) >> 23) + 1).clamp(max=254)  # a value may be rounded up to it
+        lower = (highest - 127).clamp(min=0)
+        random = quantize.random_bits(rows, key) >> 9 if self.rounding == "stochastic" else 0x400000
+        magnitude = rows.view(torch.int32).to(torch.int64) & 0x7FFFFFFF
+        exponents = ((magnitude + random) >> 23).clamp(max=254)
+        codes = (exponents - lower).clamp(min=0) | rows.signbit().to(torch.int64) << 7
+        codes = torch.where(largest.isfinite(), codes, 0).view(-1)[: flat.numel()]
+        windows = torch.where(largest.isfinite(), lower, NOT_FINITE).view(-1)
+        return torch.cat([windows, codes]).to(torch.uint8)
+
+    def reference_decode(self, payload: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
+        """`decode` in plain PyTorch."""
+        import torch
+
+        payload = quantize.checked(payload, self.size_bytes(numel)).to(torch.int32)
+        blocks = quantize.blocks_of(numel, self.block)
+        window, codes = quantize.spread(payload[:blocks], numel, self.block), payload[blocks:]
+        level = codes & 127
+        magnitude = torch.where(level == 0, 0, level + window << 23).view(torch.float32)
+        values = torch.where(codes > 127, -magnitude, magnitude)
+        return quantize.as_type(torch.where(window == NOT_FINITE, torch.nan, values), dtype)
