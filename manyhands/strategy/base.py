@@ -67,22 +67,29 @@ class Strategy:
                 "workers that go their own way each hold a whole replica",
                 "use placement = 'replicated', or leave out inner",
             )
-        elif self.cadence.delay and not self.cadence.fragments > 0:
-            raise UsageError(f"cadence = {self.cadence!r}", "a delay needs fragments", "use staggered")
+        elif type(self.cadence).__name__ == "Delayed":
+            raise UsageError(
+                f"cadence = {self.cadence!r} with an inner optimizer",
+                "it delays gradients; steps of one's own are overlapped by fragments in flight",
+                "use cadence = 'staggered(fragments=1, delay=1)'",
+            )
 
     def _check_without_inner(self) -> None:
         cadence = type(self.cadence).__name__
+        check = getattr(self.placement, "check", None)
+        if check is not None:
+            check(exchange=self.exchange, optimizer=self.outer, cadence=self.cadence)
         if self.keep_local:
             raise UsageError(
                 f"keep_local = {self.keep_local} without an inner optimizer",
                 "a share of a worker's own parameters exists where it makes steps of its own",
                 "give inner = 'adamw', or leave out keep_local",
             )
-        if self.placement.method is None and cadence not in ("EveryStep", "Delayed"):
+        if self.placement.method is None and cadence not in ("EveryStep", "Every", "Delayed"):
             raise UsageError(
                 f"cadence = {self.cadence!r} without an inner optimizer",
-                "between agreements a worker makes steps of its own",
-                "give inner = 'adamw', or use cadence = 'every-step'",
+                "between such agreements a worker makes steps of its own",
+                "give inner = 'adamw', or use cadence = 'every-step' or 'every' (which adds up gradients)",
             )
         if getattr(self.exchange, "by_model", False):
             raise UsageError(
@@ -90,9 +97,9 @@ class Strategy:
                 "it averages models, not gradients",
                 "give inner = 'adamw' and cadence = 'every(32)'",
             )
-        if cadence == "Delayed" and getattr(self.exchange, "by_place", False):
+        if cadence in ("Delayed", "Every") and getattr(self.exchange, "by_place", False):
             raise UsageError(
-                "exchange = ordered with a delayed cadence",
+                f"exchange = ordered with cadence = {self.cadence!r}",
                 "the fixed order adds what one step computed",
                 "use cadence = 'every-step'",
             )

@@ -170,15 +170,18 @@ def accumulate(
     nominal: float,
     *,
     announce: bool = True,
+    fresh: bool = True,
     by_place: Callable[[int], None] | None = None,
 ) -> tuple[float, float]:
     """Run my micro-batches: Σ ∇loss / `nominal` is in `gradients` afterwards. Returns my loss sum and count.
 
     Args:
         announce: complete buckets are announced during the last backward.
+        fresh: begin a new sum; False: go on adding to that of the last call.
         by_place: called with each micro-batch's place; its gradients then stand alone in the buckets.
     """
-    gradients.start()
+    if fresh:
+        gradients.start()
     loss_sum: Tensor | None = None
     count: int | Tensor = 0
     for i, (place, batch) in enumerate(part.micro_batches):

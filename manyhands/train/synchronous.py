@@ -2,7 +2,8 @@
 
 What is exchanged is g = Σ ∇(loss sum) / nominal over my micro-batches, with one `nominal` for all workers, plus a small
 header with the exact sums. Afterwards everything is multiplied by nominal / Σ valid targets, so the update is Σ/Σ over
-everyone and over accumulation (promise 2). With full rows the factor is exactly 1 and costs nothing.
+everyone and over accumulation (promise 2). With full rows the factor is exactly 1 and costs nothing. A cadence of every
+k-th step adds up the gradients of k global batches before they are exchanged.
 
 A talk touches no parameter, so a failure before the update costs nothing but the step; where the result is not
 finite the update is left out and the exchange keeps its old state.
@@ -14,6 +15,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,12 +39,11 @@ class Synchronous:
 
     agrees = True
     comes_to_rest = True
-    at_rest = True
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
         exchange = replica.strategy.exchange
-        self._exchange = exchange
+        self._exchange, self._cadence = exchange, replica.strategy.cadence
         self._by_place = bool(getattr(exchange, "by_place", False))
         self._by_tensor = bool(getattr(exchange, "by_tensor", False))
         bucket_mb = math.inf if self._by_place else getattr(exchange, "bucket_mb", math.inf)
@@ -53,34 +54,62 @@ class Synchronous:
         self.states: list[Any] = [
             exchange.init(self._contribution(i)) for i in range(len(self.gradients.buckets))
         ]
-        self.optimizer = self._build_optimizer()
+        self.optimizer = replica.strategy.outer.build(replica.named, replica.device.type)
+        self._pending = _Pending()
+
+    @property
+    def at_rest(self) -> bool:
+        return not self._pending.nominal
 
     def step(self, part: Part, loss: Loss, *, stop: int, save: bool) -> StepResult:
-        replica = self._replica
+        replica, pending = self._replica, self._pending
+        due = self._cadence.due(replica.steps + 1)
         nominal = float(part.rows * replica.per_row)
-        self._tree = Tree(part.n_places)
+        if self._by_place:
+            self._tree = Tree(part.n_places)
         loss_sum, count = accumulate(
-            replica, self.gradients, part, loss, nominal, by_place=self._leaf if self._by_place else None
+            replica,
+            self.gradients,
+            part,
+            loss,
+            pending.unit or nominal,
+            announce=due,
+            fresh=not pending.nominal,
+            by_place=self._leaf if self._by_place else None,
         )
-        told, states = self._agree(loss_sum, count, stop, save)
-        norm = norm_of(self.gradients.buckets) * nominal / told.count if told.count else math.nan
+        pending.add(loss_sum, count, nominal)
+        replica.steps += 1
+        if due:
+            return self._agree_and_update(part, stop, save, int(count))
+        replica.tokens += int(nominal)
+        mean = loss_sum / count if count else math.nan
+        return StepResult(
+            mean, int(nominal), part.rows, math.nan, 0.0, False, 0, False, int(count), agreed=False
+        )
+
+    def meet(self) -> None:
+        """Gradients that were added up but not yet exchanged are, now."""
+        if not self.at_rest:
+            self._agree_and_update(Part(self._replica.steps - 1, [], 0, 0, 0), 0, False, 0)
+
+    def _agree_and_update(self, part: Part, stop: int, save: bool, own: int) -> StepResult:
+        replica, pending = self._replica, self._pending
+        told, states = self._agree(pending.loss_sum, pending.count, stop, save)
+        norm = norm_of(self.gradients.buckets) * pending.unit / told.count if told.count else math.nan
         lr = 0.0
         finite = is_finite(norm, told.loss_sum)
+        mean = math.nan
         if told.count:  # a step without a single valid target: nothing to learn from, nothing wrong
             mean = told.loss_sum / told.count
             replica.took(finite=finite, step=part.step, loss=mean, norm=norm)
-        else:
-            mean = math.nan
         if finite:
             self.states[:] = states
-            lr = self._update(told, nominal / told.count, norm)
+            lr = self._update(told, pending.unit / told.count, norm)
         self.gradients.detach()
-        replica.steps += 1
-        replica.tokens += told.count
-        return StepResult(mean, told.count, part.rows, norm, lr, not finite, told.stop, told.save, int(count))
-
-    def meet(self) -> None:
-        """Nothing is ever in flight between steps."""
+        new_tokens = told.count - int(pending.nominal - pending.last)
+        replica.tokens += new_tokens
+        self._pending = _Pending()
+        return StepResult(mean, new_tokens, part.rows, norm, lr, not finite, told.stop, told.save, own)
 
     @contextmanager
     def agreed(self, *, collective: bool = True) -> Iterator[None]:
@@ -140,7 +169,7 @@ class Synchronous:
             for bucket in self.gradients.buckets:
                 bucket.mul_(scale * clip)
         self.gradients.attach(told.used)
-        factor, lr = replica.rate(replica.strategy.outer)
+        factor, lr = replica.rate(replica.strategy.outer, behind=1)
         self.optimizer.set_lr(factor)
         self.optimizer.step()
         replica.optimize_s += time.perf_counter() - start
@@ -176,3 +205,26 @@ class Synchronous:
         )
         values = torch.stack(list(nodes.values())) if nodes else like.new_empty(0, numel)
         return self._exchange.talk([keys, values], self.states[0])
+
+
+@dataclass
+class _Pending:
+    """What was computed since the last agreement.
+
+    Attributes:
+        unit: the nominal count by which all of it was divided: the first global batch's.
+        nominal, last: Σ nominal counts, and the last one.
+    """
+
+    loss_sum: float = 0.0
+    count: float = 0.0
+    unit: float = 0.0
+    nominal: float = 0.0
+    last: float = 0.0
+
+    def add(self, loss_sum: float, count: float, nominal: float) -> None:
+        self.loss_sum += loss_sum
+        self.count += count
+        self.unit = self.unit or nominal
+        self.nominal += nominal
+        self.last = nominal
