@@ -69,14 +69,18 @@ class Fleet:
         return self._replies()
 
     def _replies(self) -> list[Any]:
-        results = []
-        for rank, pipe in enumerate(self._pipes):
+        results, errors = [], []
+        for rank, pipe in enumerate(
+            self._pipes
+        ):  # all are read, so that a failure does not shift later answers
             if not pipe.poll(TIMEOUT_S):
                 raise TimeoutError(f"worker {rank} did not answer")
             kind, value = pipe.recv()
-            if kind == "error":
-                raise AssertionError(f"worker {rank}:\n{value}")
             results.append(value)
+            if kind == "error":
+                errors.append(f"worker {rank}:\n{value}")
+        if errors:
+            raise AssertionError("\n".join(errors))
         return results
 
     def close(self) -> None:

@@ -19,6 +19,9 @@ from manyhands.core.errors import UsageError
 from manyhands.exchange.allreduce import AllReduce, Precision
 from manyhands.strategy.base import OptimizerSpec, Strategy
 from manyhands.strategy.optimizers import SGD
+from manyhands.strategy.zero import zero1 as zero1
+from manyhands.strategy.zero import zero2 as zero2
+from manyhands.strategy.zero import zero3 as zero3
 
 
 def _optimizer(value: Any, lr: float | None, schedule: Any, weight_decay: float | None) -> OptimizerSpec:

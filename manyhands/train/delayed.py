@@ -55,7 +55,9 @@ class DelayedSteps:
         self.states: list[Any] = [exchange.init(self._contribution(i)) for i in range(len(self._travelling))]
         self.optimizer = replica.strategy.outer.build(replica.named, replica.device.type)
         self._flight: _Flight | None = None
-        self._own: list[Tensor] | None = None  # my last contribution, for the forecast
+        self._own: tuple[list[Tensor], float] | None = (
+            None  # my last contribution and count, for the forecast
+        )
         self._saved: tuple[list[Tensor], dict[str, Tensor]] | None = (
             None  # A and the optimizer's state behind a forecast
         )
@@ -71,14 +73,14 @@ class DelayedSteps:
         self.gradients.finish()
         used = list(self.gradients.used)
         row = Header.row(loss_sum, count, stop, save, [float(u) for u in used])
+        own = [b.clone() for b in self.gradients.buckets]
         arrived = self._arrive()
-        own = [b.clone() for b in self.gradients.buckets] if self._correct else None
-        for buffer, bucket in zip(self._travelling, self.gradients.buckets, strict=True):
-            buffer.copy_(bucket)
+        for buffer, mine in zip(self._travelling, own, strict=True):
+            buffer.copy_(mine)
         self._depart(row, nominal)
-        if own is not None:
+        if self._correct:
             self._forecast(own, arrived, nominal, count, used)
-        self._own = own
+            self._own = (own, count)
         replica.steps += 1
         if arrived is None:  # the first step: nothing has been agreed yet
             mean = loss_sum / count if count else math.nan
@@ -207,8 +209,10 @@ class DelayedSteps:
     ) -> None:
         """Go on from outer(A, mean(t−1) + own(t) − own(t−1)); A is kept."""
         if arrived is not None and arrived.finite and self._own is not None and arrived.told.count:
-            guess = [m + o - before for m, o, before in zip(arrived.sums, own, self._own, strict=True)]
-            scale = nominal / arrived.told.count
+            # in this order a lone worker's mean and last contribution cancel exactly
+            last, last_count = self._own
+            guess = [(m - before) + o for m, o, before in zip(arrived.sums, own, last, strict=True)]
+            scale = nominal / max(1.0, arrived.told.count + count - last_count)
             used = [a or b for a, b in zip(arrived.told.used, used, strict=True)]
         elif count:
             guess, scale = own, nominal / count

@@ -198,7 +198,7 @@ class LocalSteps:
 
     def _start(self, i: int, stop: int, save: bool) -> None:
         fragment = self._fragments[i]
-        weight = 1.0 if self._pairwise else fragment.targets / fragment.nominal
+        weight = 1.0 if self._pairwise else fragment.targets / (fragment.nominal or 1.0)
         fragment.measure(weight)
         row = [*self._sums, float(stop), float(save), fragment.targets]
         header = self._replica.wire.begin(Gather(torch.tensor(row, dtype=torch.float64), even=True))

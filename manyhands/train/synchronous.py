@@ -54,7 +54,7 @@ class Synchronous:
         self.states: list[Any] = [
             exchange.init(self._contribution(i)) for i in range(len(self.gradients.buckets))
         ]
-        self.optimizer = replica.strategy.outer.build(replica.named, replica.device.type)
+        self.optimizer = self._build_optimizer()
         self._pending = _Pending()
 
     @property
@@ -82,6 +82,7 @@ class Synchronous:
         if due:
             return self._agree_and_update(part, stop, save, int(count))
         replica.tokens += int(nominal)
+        pending.counted += int(nominal)
         mean = loss_sum / count if count else math.nan
         return StepResult(
             mean, int(nominal), part.rows, math.nan, 0.0, False, 0, False, int(count), agreed=False
@@ -106,7 +107,7 @@ class Synchronous:
             self.states[:] = states
             lr = self._update(told, pending.unit / told.count, norm)
         self.gradients.detach()
-        new_tokens = told.count - int(pending.nominal - pending.last)
+        new_tokens = told.count - pending.counted
         replica.tokens += new_tokens
         self._pending = _Pending()
         return StepResult(mean, new_tokens, part.rows, norm, lr, not finite, told.stop, told.save, own)
@@ -213,18 +214,18 @@ class _Pending:
 
     Attributes:
         unit: the nominal count by which all of it was divided: the first global batch's.
-        nominal, last: Σ nominal counts, and the last one.
+        nominal: Σ nominal counts.
+        counted: how many of them were added to the replica's tokens already.
     """
 
     loss_sum: float = 0.0
     count: float = 0.0
     unit: float = 0.0
     nominal: float = 0.0
-    last: float = 0.0
+    counted: int = 0
 
     def add(self, loss_sum: float, count: float, nominal: float) -> None:
         self.loss_sum += loss_sum
         self.count += count
         self.unit = self.unit or nominal
         self.nominal += nominal
-        self.last = nominal
