@@ -1,13 +1,12 @@
 """What the peers of the comparison over limited links share: arguments, model, rows, AdamW with its schedule, the record.
 
-Every step is printed by rank 0 as one JSON line with the time of its end, as it ends: who runs the script changes the rate of
-the links in between. Nothing here knows manyhands.
+Every worker prints each step as one JSON line with the time of its end, as it ends: who runs the script changes the rate of the
+links in between. Nothing here knows manyhands.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -96,10 +95,7 @@ class Peer:
 
     def say(self, step: int, loss: Any) -> None:
         """The end of a step: its (own) loss and the time."""
-        value = float(loss)
-        if self.rank == 0:
-            with contextlib.suppress(BrokenPipeError):
-                print(json.dumps({"step": step + 1, "loss": value, "time_s": time.time()}), flush=True)
+        print(json.dumps({"step": step + 1, "loss": float(loss), "time_s": time.time()}), flush=True)
 
     def finish(self) -> None:
         """Score the held-out rows where asked to, on rank 0; print the end."""

@@ -1,0 +1,147 @@
+"""The methods that are compared: each a name, the command of one worker, and how many steps make a fair sample of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import methods_setting as setting
+from methods_setting import Size
+
+PEERS = Path(__file__).parent / "peers"
+RATES: Mapping[str, float | None] = {"10gbit": 10e9, "1gbit": 1e9, "100mbit": 100e6, "20mbit": 20e6}
+DENSE = {"10gbit": 8, "1gbit": 5, "100mbit": 2, "20mbit": 1}  # steps that are timed at each rate
+THIN = {"10gbit": 10, "1gbit": 10, "100mbit": 8, "20mbit": 6}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a worker's command is made for."""
+
+    size: Size
+    place: Path
+    seed: int
+    steps: int
+    output: Path
+    global_batch: int
+    eval_every: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to train.
+
+    Attributes:
+        name: unique; of ours the strategy's own name where it is one.
+        command: of one worker (all are started alike; their environment tells them apart).
+        timed: steps of a sample at each rate; multiples of `period`.
+        settle: steps left out after a change of the rate, for what is still under way.
+        period: steps from one conversation to the next.
+        ours: whether it is manyhands.
+        apart: whether workers train without each other.
+        strategy: ours: the value.
+        note: what the table says of it.
+    """
+
+    name: str
+    command: Callable[[Work], Sequence[str]]
+    timed: Mapping[str, int]
+    settle: int = 0
+    period: int = 1
+    ours: bool = False
+    apart: bool = False
+    strategy: str = ""
+    note: str = ""
+    more: Mapping[str, str] = field(default_factory=dict)
+
+
+def ours(
+    name: str,
+    strategy: str,
+    timed: Mapping[str, int] | None = None,
+    *,
+    period: int = 1,
+    settle: int = 0,
+    apart: bool = False,
+    note: str = "",
+    options: Sequence[str] = (),
+) -> Method:
+    """`manyhands train --strategy "…"`; LR, WARM in it stand for the setting's rate and schedule."""
+
+    def command(work: Work) -> list[str]:
+        said = strategy.replace("LR", f"{work.size.lr:g}").replace("WARM", work.size.schedule)
+        given = setting.options(work.size, work.place, work.seed)
+        given[given.index("--global-batch") + 1] = str(work.global_batch)
+        every = [] if work.eval_every is None else ["--eval-every", str(work.eval_every)]
+        return [
+            *(sys.executable, "-m", "manyhands", "train", *given, "--strategy", said, *options),
+            *("--steps", str(work.steps), "--log-every", "1", *every, "--output", str(work.output)),
+        ]
+
+    return Method(
+        name=name,
+        command=command,
+        timed=timed or dict.fromkeys(RATES, period),
+        period=period,
+        settle=settle,
+        ours=True,
+        apart=apart,
+        strategy=strategy,
+        note=note,
+    )
+
+
+def peer(
+    name: str,
+    script: str,
+    *options: str,
+    timed: Mapping[str, int],
+    period: int = 1,
+    settle: int = 0,
+    python: str | None = None,
+    apart: bool = False,
+    note: str = "",
+) -> Method:
+    """A script of ``peers/``."""
+
+    def command(work: Work) -> list[str]:
+        every = [] if work.eval_every is None else ["--evaluate"]
+        return [
+            *(python or sys.executable, str(PEERS / script), "--setting", str(work.place)),
+            *("--seed", str(work.seed), "--steps", str(work.steps), *options, *every),
+        ]
+
+    return Method(
+        name=name, command=command, timed=timed, period=period, settle=settle, apart=apart, note=note
+    )
+
+
+BASE = "lr=LR, weight_decay=0.1, schedule='WARM'"
+
+
+def catalogue(torchft_python: str | None) -> list[Method]:
+    """Everybody, in the order of the tables."""
+    found = [
+        ours("no communication", f"ddp({BASE})", THIN, apart=True, note="each worker for itself"),
+        peer("PyTorch, no communication", "ddp_hooks.py", "--hook", "alone", timed=THIN, apart=True),
+        peer("PyTorch DDP", "ddp_hooks.py", timed=DENSE),
+        peer("PyTorch DDP, bf16 hook", "ddp_hooks.py", "--hook", "bf16", timed=DENSE),
+        peer("PyTorch DDP, PowerSGD hook", "ddp_hooks.py", "--hook", "powersgd", timed=THIN, settle=1),
+        ours("ddp", f"ddp({BASE})", DENSE),
+        ours("ddp, bf16", f"ddp({BASE}, precision='bf16')", DENSE),
+    ]
+    if torchft_python is not None:
+        found.append(
+            peer(
+                "torchft DiLoCo",
+                "torchft_diloco.py",
+                "--every",
+                "20",
+                timed=dict.fromkeys(RATES, 20),
+                period=20,
+                python=torchft_python,
+            )
+        )
+    return found
