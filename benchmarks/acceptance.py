@@ -91,99 +91,117 @@ def mr_polarity(data: Path, scratch: Path) -> dict[str, Any]:
     return {"runs": runs, "accuracy": by_workers, "target": 0.75, "reached": worst >= 0.75}
 
 
+SHAKESPEARE = (
+    *("--tokenizer", "char", "--eval-fraction", 0.1, "--seq-len", 64, "--global-batch", 12),
+    *("--model", "gpt2-nano(n_layer=4, n_embd=128, n_head=4)", "--precision", "fp32"),
+    *("--strategy", "ddp(lr=3e-3, schedule='cosine(warmup=100)')", "--prompt", ""),
+)
+
+
 def tinyshakespeare(data: Path, scratch: Path) -> dict[str, Any]:
     """nanoGPT's CPU setting at character level: 4 layers, 128 wide, block 64, batch 12, 2,000 steps. Reference: 1.88."""
+    text = data / "tinyshakespeare" / "input.txt"
     curves, runs = {}, {}
     for workers in (1, 2, 3):
-        summary = train(
-            scratch / f"shakespeare-{workers}",
-            *(
-                "--data",
-                data / "tinyshakespeare" / "input.txt",
-                "--tokenizer",
-                "char",
-                "--eval-fraction",
-                0.1,
-            ),
-            *("--model", "gpt2-nano(n_layer=4, n_embd=128, n_head=4)", "--seq-len", 64, "--global-batch", 12),
-            *(
-                "--steps",
-                2000,
-                "--strategy",
-                "ddp(lr=3e-3, schedule='cosine(warmup=100)')",
-                "--precision",
-                "fp32",
-            ),
-            *("--log-every", 20, "--eval-every", 250, "--prompt", "", "--workers", workers),
-        )
+        output = scratch / f"shakespeare-{workers}"
+        options = ("--steps", 2000, "--log-every", 20, "--eval-every", 250, "--workers", workers)
+        summary = train(output, "--data", text, *SHAKESPEARE, *options)
         curves[str(workers)] = summary["curve"]
         runs[str(workers)] = {**figures(summary), "eval_curve": summary["eval_curve"]}
     plot(curves, {w: r["eval_curve"] for w, r in runs.items()})
-    reference = dict(curves["1"])
-    apart = {
-        w: max(abs(loss - reference[step]) / reference[step] for step, loss in curve)
-        for w, curve in curves.items()
-    }
-    losses = [r["eval"]["loss"] for r in runs.values()]
+    losses = {w: r["eval"]["loss"] for w, r in runs.items()}
+    plain = score_plainly(output, text, seq_len=64, rows=summary["data"]["eval_rows"])
     return {
         "runs": runs,
         "curves": curves,
-        "largest_relative_difference_to_one_worker": apart,
+        "largest_relative_difference_to_one_worker": apart(curves),
+        "relative_difference_of_validation_loss": {w: abs(x / losses["1"] - 1) for w, x in losses.items()},
+        "plain_transformers": compared(plain, summary["eval"]["loss"]),
         "target": 1.88,
-        "reached": max(losses) <= 1.88,
+        "reached": max(losses.values()) <= 1.88,
+    }
+
+
+def reproducible(data: Path, scratch: Path) -> dict[str, Any]:
+    """The same job with --reproducible, its first 300 steps by one, two and three workers: not a bit of difference."""
+    text = data / "tinyshakespeare" / "input.txt"
+    curves, runs = {}, {}
+    for workers in (1, 2, 3):
+        options = ("--steps", 300, "--log-every", 1, "--reproducible", "--workers", workers)
+        summary = train(scratch / f"reproducible-{workers}", "--data", text, *SHAKESPEARE, *options)
+        curves[str(workers)] = summary["curve"]
+        runs[str(workers)] = figures(summary)
+    equal = len({r["parameters_sha256"] for r in runs.values()}) == 1
+    return {
+        "runs": runs,
+        "curves": {"1": curves["1"]},
+        "largest_relative_difference_to_one_worker": apart(curves),
+        "parameters_equal_to_the_bit": equal,
+        "curves_equal_to_the_bit": all(curve == curves["1"] for curve in curves.values()),
     }
 
 
 def wikitext2(data: Path, scratch: Path) -> dict[str, Any]:
-    """A small GPT-2 over BPE tokens: bits per byte of the test text beside the loss; two workers."""
+    """A small GPT-2 over BPE tokens, two workers: validation while training, the test text by `manyhands evaluate`."""
     source = data / "wikitext2"
+    output = scratch / "wikitext2"
     summary = train(
-        scratch / "wikitext2",
+        output,
         *("--data", source / "train.txt", "--eval-data", source / "valid.txt", "--tokenizer", "bpe:8192"),
-        *(
-            "--model",
-            "gpt2-mini",
-            "--steps",
-            400,
-            "--global-batch",
-            16,
-            "--strategy",
-            "ddp(lr=1e-3)",
-            "--workers",
-            2,
-        ),
-        *("--prompt", " = ", "--log-every", 10),
+        *("--model", "gpt2-micro", "--seq-len", 128, "--global-batch", 16, "--steps", 600, "--workers", 2),
+        *("--strategy", "ddp(lr=2e-3, schedule='cosine(warmup=50)')", "--prompt", " = ", "--log-every", 10),
     )
-    return {"runs": {"2": {**figures(summary), "curve": summary["curve"]}}}
+    test = evaluate(output, "--data", source / "test.txt", "--precision", "fp32")
+    plain = score_plainly(output, source / "test.txt", seq_len=128)
+    return {
+        "runs": {"2": {**figures(summary), "curve": summary["curve"]}},
+        "test": test,
+        "plain_transformers": compared(plain, test["loss"]),
+    }
 
 
 def tang_poetry(data: Path, scratch: Path) -> dict[str, Any]:
     """Tang poems (JSON arrays whose `paragraphs` are lists of lines), characters; two workers."""
     summary = train(
         scratch / "tang",
-        *(
-            "--task",
-            "pretrain(text=paragraphs)",
-            "--data",
-            data / "tang_poetry_zh" / "*.json",
-            "--tokenizer",
-            "char",
-        ),
-        *(
-            "--model",
-            "gpt2-micro",
-            "--seq-len",
-            128,
-            "--epochs",
-            3,
-            "--strategy",
-            "ddp(lr=2e-3)",
-            "--workers",
-            2,
-        ),
-        *("--prompt", "春", "--log-every", 10),
+        *("--task", "pretrain(text=paragraphs)", "--data", data / "tang_poetry_zh" / "*.json"),
+        *("--tokenizer", "char", "--model", "gpt2-micro", "--seq-len", 128, "--epochs", 6, "--workers", 2),
+        *("--strategy", "ddp(lr=2e-3)", "--prompt", "春", "--log-every", 10),
     )
     return {"runs": {"2": {**figures(summary), "curve": summary["curve"]}}}
+
+
+def apart(curves: dict[str, list[list[float]]]) -> dict[str, float]:
+    """Largest relative difference of each loss curve to that of one worker."""
+    reference = dict(curves["1"])
+    return {
+        w: max(abs(loss - reference[step]) / reference[step] for step, loss in curve)
+        for w, curve in curves.items()
+    }
+
+
+def evaluate(run: Path, *options: object) -> dict[str, Any]:
+    """Scores of `manyhands evaluate`."""
+    result = run / "scores.json"
+    command = [sys.executable, "-m", "manyhands", "evaluate", run, *options, "--json", result]
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    scores = json.loads(result.read_text())
+    return {name: value for name, value in scores.items() if name != "checkpoint"}  # a path of this machine
+
+
+def score_plainly(run: Path, text: Path, *, seq_len: int, rows: int | None = None) -> dict[str, Any]:
+    """The same text scored by plain Transformers (`plain_score.py`) from the run's last checkpoint."""
+    checkpoint = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    script = Path(__file__).with_name("plain_score.py")
+    command = [sys.executable, script, checkpoint, text, "--seq-len", seq_len]
+    command += [] if rows is None else ["--rows", rows]
+    done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
+    plain: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return plain
+
+
+def compared(plain: dict[str, Any], loss: float) -> dict[str, Any]:
+    return {**plain, "loss_here": loss, "relative_difference": abs(plain["loss"] / loss - 1)}
 
 
 def plot(curves: dict[str, Any], evals: dict[str, Any]) -> None:
@@ -221,6 +239,7 @@ def plot(curves: dict[str, Any], evals: dict[str, Any]) -> None:
 PARTS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "mr_polarity": mr_polarity,
     "tinyshakespeare": tinyshakespeare,
+    "reproducible": reproducible,
     "wikitext2": wikitext2,
     "tang_poetry": tang_poetry,
 }

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import io
 import json
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 from manyhands.core.errors import DataError
+from manyhands.data import delimited
+from manyhands.data.row import Bad, Row, Rows, pick
 from manyhands.data.source import DataSpec, SourceFile, Span
+from manyhands.data.stream import LINE_BYTES, Place, decoded, fragments, lines, opened
 
-BLOCK_BYTES = 256 << 10  # of one fragment of a long document
-LINE_BYTES = 64 << 20  # longest line of JSON or CSV
-
-
-class Row(NamedTuple):
-    """One document, or a fragment of one: `last` says whether the document ends here."""
-
-    text: str
-    label: str | None = None
-    last: bool = True
-
-
-class Bad(NamedTuple):
-    """A row that cannot be read: where (file:line), of which kind, and what is wrong."""
-
-    where: str
-    kind: str
-    message: str
-
-
-Rows = Iterator[Row | Bad]
+__all__ = ["Bad", "Row", "Rows", "read", "unit_count"]
+BLOCK_CHARS = 1 << 20  # of a JSON array read at a time
 
 
 def read(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
@@ -48,107 +29,35 @@ def read(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
         ) from error
 
 
-@contextlib.contextmanager
-def opened(file: SourceFile) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed."""
-    import fsspec
-
-    with fsspec.open(file.url, "rb") as raw:
-        if file.compression == "gzip":
-            import gzip
-
-            with gzip.open(raw) as plain:
-                yield plain  # type: ignore[misc]
-        elif file.compression == "zstd":
-            import zstandard
-
-            with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as plain:
-                if file.format in (
-                    "parquet",
-                    "arrow",
-                ):  # they are read by position, which a zstd stream cannot
-                    yield io.BytesIO(plain.read())
-                else:
-                    yield io.BufferedReader(plain, 1 << 20)
-        else:
-            yield raw
-
-
-def _lines(file: SourceFile, span: Span) -> Iterator[tuple[int, bytes]]:
-    """(byte offset, line with its end) of the lines that begin inside the span."""
-    with opened(file) as handle:
-        offset = span.begin
-        if offset > 0:
-            handle.seek(offset - 1)
-            offset += len(handle.readline()) - 1
-        while span.end < 0 or offset < span.end:
-            line = handle.readline(LINE_BYTES)
-            if not line:
-                return
-            yield offset, line
-            offset += len(line)
-
-
-class _Place:
-    """file:line of a byte offset; lines before a span are counted only when somebody asks."""
-
-    def __init__(self, file: SourceFile, span: Span) -> None:
-        self._file, self._begin, self._before = file, span.begin, -1
-        self.line = 0  # within the span
-
-    def __str__(self) -> str:
-        if self._before < 0:
-            self._before = 0
-            if self._begin:
-                with opened(self._file) as handle:
-                    left = self._begin - 1
-                    while left > 0 and (chunk := handle.read(min(left, 1 << 20))):
-                        self._before += chunk.count(b"\n")
-                        left -= len(chunk)
-                    self._before += 1
-        return f"{self._file.url}:{self._before + self.line}"
-
-
-def _decode(raw: bytes, spec: DataSpec, place: _Place) -> str | Bad:
-    try:
-        return raw.decode(spec.encoding)
-    except UnicodeDecodeError as error:
-        return Bad(
-            str(place),
-            "encoding",
-            f"byte {raw[error.start]:#04x} at column {error.start + 1} is not {spec.encoding}",
-        )
-
-
 def _text(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
-    place = _Place(file, span)
-    held: list[str] = []
-    size = 0
-    seen = False
-    for _, raw in _lines(file, span):
-        place.line += 1
-        line = _decode(raw, spec, place)
-        if isinstance(line, Bad):
-            yield line
-        elif spec.document == "line":
-            if line.strip():
+    if spec.document == "line":
+        place = Place.before(file, span)
+        for _, raw in lines(file, span):
+            place.line += 1
+            line = decoded(raw, spec, place)
+            if isinstance(line, Bad):
+                yield line
+            elif line.strip():
                 yield Row(line.rstrip("\r\n"))
-        else:
-            held.append(line)
-            size += len(raw)
-            if size >= BLOCK_BYTES:
-                yield Row("".join(held), last=False)
-                held, size, seen = [], 0, True
+        return
+    held: str | None = None  # the last fragment says that the document ends
+    for part in fragments(file, span, spec):
+        if isinstance(part, Bad):
+            yield part
+            continue
+        if held is not None:
+            yield Row(held, last=False)
+        held = part
     ends = span.end < 0 or span.end >= file.size_bytes
-    if spec.document == "file" and (held or seen or (ends and span.begin > 0)):
-        yield Row("".join(held), last=ends)
+    if held is not None or (ends and span.begin > 0):
+        yield Row(held or "", last=ends)
 
 
 def _jsonl(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
-    place = _Place(file, span)
-    for _, raw in _lines(file, span):
+    place = Place.before(file, span)
+    for _, raw in lines(file, span):
         place.line += 1
-        line = _decode(raw, spec, place)
+        line = decoded(raw, spec, place)
         if isinstance(line, Bad):
             yield line
             continue
@@ -159,107 +68,62 @@ def _jsonl(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
         except ValueError as error:
             yield Bad(str(place), "json", f"not JSON: {error}")
             continue
-        yield _pick(value, spec, str(place))
+        yield _whole(pick(value, spec, place), raw, place)
+
+
+def _whole(row: Row | Bad, raw: bytes | str, where: object) -> Row | Bad:
+    """The row, unless it holds half of an escaped pair, which is no text: "\\ud83d" alone."""
+    escape: Any = b"\\u" if isinstance(raw, bytes) else "\\u"
+    if isinstance(row, Row) and escape in raw:
+        try:
+            row.text.encode()
+        except UnicodeEncodeError as error:
+            return Bad(str(where), "encoding", f"\\u{ord(row.text[error.start]):04x} alone is no character")
+    return row
 
 
 def _json(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
+    """The items of an array, one after the other: memory is bounded by the largest."""
+    import codecs
+
+    decode = json.JSONDecoder().raw_decode
     with opened(file) as handle:
-        values = json.loads(handle.read().decode(spec.encoding))
-    if not isinstance(values, list):
-        raise DataError(
-            f"{file.url} holds a {type(values).__name__}",
-            "a .json file is an array of objects",
-            "use JSON lines (.jsonl)",
-        )
-    for i, value in enumerate(values):
-        yield _pick(value, spec, f"{file.url}: item {i + 1}")
-
-
-def _pick(value: Any, spec: DataSpec, where: str) -> Row | Bad:
-    """The columns of one object."""
-    if isinstance(value, str) and spec.label is None:
-        return Row(value)
-    if not isinstance(value, dict):
-        return Bad(where, "type", f"a {type(value).__name__} is not an object")
-    parts = []
-    for name in spec.columns:
-        if name not in value:
-            return Bad(where, "column", f"no column {name!r}; it has {', '.join(map(str, list(value)[:8]))}")
-        part = value[name]
-        if isinstance(part, list) and all(isinstance(item, str) for item in part):
-            part = "\n".join(part)
-        if not isinstance(part, str):
-            return Bad(where, "type", f"column {name!r} holds a {type(part).__name__}, not text")
-        parts.append(part)
-    if spec.label is None:
-        return Row(" ".join(parts))
-    label = value.get(spec.label)
-    if label is None or isinstance(label, (list, dict)):
-        return Bad(where, "label", f"column {spec.label!r} holds no label")
-    return Row(" ".join(parts), str(label))
-
-
-def _csv(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
-    csv.field_size_limit(LINE_BYTES)
-    bad: list[Bad] = []
-    place = _Place(file, span)
-
-    def decoded() -> Iterator[str]:
-        for _, raw in _lines(file, span):
-            place.line += 1
-            line = _decode(raw.removeprefix(b"\xef\xbb\xbf") if place.line == 1 else raw, spec, place)
-            if isinstance(line, Bad):
-                bad.append(line)
-            else:
-                yield line
-
-    dialect = {"delimiter": "\t"} if file.format == "tsv" else {}
-    rows = csv.reader(decoded(), **dialect)  # type: ignore[arg-type]
-    header: list[str] | None = None
-    while True:
-        try:
-            fields = next(rows)
-        except StopIteration:
-            break
-        except csv.Error as error:
-            yield Bad(f"{file.url}:{place.line}", "csv", str(error))
-            continue
-        finally:
-            yield from bad
-            bad.clear()
-        if not fields:
-            continue
-        if header is None:
-            header, is_data = _header(fields, spec, file)
-            if not is_data:
-                continue
-        if len(fields) != len(header):
-            yield Bad(
-                f"{file.url}:{place.line}",
-                "ragged",
-                f"{len(fields)} fields where the first row has {len(header)}",
+        text = codecs.getreader(spec.encoding)(handle)
+        held = text.read(BLOCK_CHARS).removeprefix("\ufeff").lstrip()
+        if not held.startswith("["):
+            found = "nothing" if not held else "an object" if held[0] == "{" else f"{held[:20]!r}"
+            raise DataError(
+                f"{file.url} holds {found}", "a .json file is an array of objects", "use JSON lines (.jsonl)"
             )
-            continue
-        yield _pick(dict(zip(header, fields, strict=True)), spec, f"{file.url}:{place.line}")
-
-
-def _header(fields: list[str], spec: DataSpec, file: SourceFile) -> tuple[list[str], bool]:
-    """Column names, and whether the first row is data already (columns given by number: no header)."""
-    wanted = [*spec.columns, *([spec.label] if spec.label is not None else [])]
-    if all(name.isdigit() for name in wanted):
-        numbers = [str(i) for i in range(len(fields))]
-        missing = [name for name in wanted if name not in numbers]
-        names, is_data = numbers, True
-    else:
-        missing = [name for name in wanted if name not in fields]
-        names, is_data = fields, False
-    if missing:
-        raise DataError(
-            f"{file.url}: no column {missing[0]!r}",
-            f"its first row is {', '.join(fields)[:200]}",
-            'name columns in --task, as in "classify(text=review, label=stars)"; numbers from 0 for a file without header',
-        )
-    return names, is_data
+        at, number, after = 1, 0, False
+        while True:
+            while at < len(held) and held[at] in " \t\r\n":
+                at += 1
+            if at < len(held) and held[at] == "]":
+                return
+            if at < len(held) and held[at] == "," and after:
+                at, after = at + 1, False
+                continue
+            try:
+                if after and at < len(held):
+                    raise ValueError("no comma")
+                value, end = decode(held, at)
+                if end == len(held) and not isinstance(value, (dict, list, str)):
+                    raise ValueError("a number may go on")
+            except ValueError as error:
+                more = text.read(max(BLOCK_CHARS, len(held)))
+                if not more or len(held) - at > LINE_BYTES or (after and at < len(held)):
+                    raise DataError(
+                        f"{file.url}: item {number + 1} is not JSON ({error})",
+                        "a .json file is an array of objects",
+                        "mend it, or use JSON lines (.jsonl), whose broken lines can be skipped",
+                    ) from error
+                held, at = held[at:] + more, 0
+                continue
+            number += 1
+            where = f"{file.url}: item {number}"
+            yield _whole(pick(value, spec, where), held[at:end], where)
+            at, after = end, True
 
 
 def _parquet(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
@@ -314,7 +178,7 @@ def _batches(batches: Any, row: int, spec: DataSpec, file: SourceFile) -> Rows:
     for batch in batches:
         for value in batch.to_pylist():
             row += 1
-            yield _pick(value, spec, f"{file.url}: row {row}")
+            yield pick(value, spec, f"{file.url}: row {row}")
 
 
 def _hf(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
@@ -328,7 +192,7 @@ def _hf(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
         value = data[i]
         if names is not None and isinstance(value[spec.label], int) and 0 <= value[spec.label] < len(names):
             value = {**value, spec.label: names[value[spec.label]]}
-        yield _pick(value, spec, f"{file.url}: row {i + 1}")
+        yield pick(value, spec, f"{file.url}: row {i + 1}")
 
 
 def unit_count(file: SourceFile) -> int:
@@ -349,8 +213,8 @@ READERS: dict[str, Callable[[SourceFile, Span, DataSpec], Rows]] = {
     "text": _text,
     "jsonl": _jsonl,
     "json": _json,
-    "csv": _csv,
-    "tsv": _csv,
+    "csv": delimited.read,
+    "tsv": delimited.read,
     "parquet": _parquet,
     "arrow": _arrow,
     "hf": _hf,

@@ -12,7 +12,7 @@ from manyhands.core.errors import DataError
 from manyhands.data import formats, shards, tokenize
 from manyhands.data.source import DataSpec, Piece, SourceFile
 
-BATCH_BYTES = 1 << 20  # of text given to the tokenizer at a time
+BATCH_CHARS = 1 << 20  # of text given to the tokenizer at a time
 SHOWN = 5  # broken rows of a kind that are shown one by one
 
 
@@ -47,42 +47,49 @@ class _Maker:
         self._directory, self._encoder, self._labelled = directory, encoder, labelled
         self._rows: list[formats.Row] = []
         self._size = 0
-        self._tokens: list[Any] = []
+        self._tokens: list[Any] = []  # blocks of tokens
+        self._lengths: list[Any] = []  # of labelled rows, by block
         self._labels: list[str] = []
         self._seen: set[str] = set()
         self._held = 0
         self._shards: list[tuple[str, int]] = []
         self._counts: Counter[str] = Counter(documents=0, tokens=0, text_bytes=0)
-        self._end = np.array([encoder.end_id], dtype=encoder.dtype)
 
     def add(self, row: formats.Row) -> None:
         self._rows.append(row)
         self._size += len(row.text)
-        if self._size >= BATCH_BYTES or len(self._rows) >= 4096:
+        if self._size >= BATCH_CHARS or len(self._rows) >= 4096:
             self.flush()
 
     def flush(self, *, last: bool = False) -> None:
-        for row, ids in zip(self._rows, self._encoder([r.text for r in self._rows]), strict=True):
-            self._counts["text_bytes"] += len(row.text.encode("utf-8", "surrogatepass"))
-            self._counts["documents"] += row.last
-            self._tokens.append(ids)
-            self._held += len(ids)
-            if self._labelled:
-                self._labels.append(row.label or "")
-            elif row.last:
-                self._tokens.append(self._end)
-                self._held += 1
+        if self._rows:
+            self._encode(self._rows)
         self._rows, self._size = [], 0
         if self._tokens and (last or self._held >= shards.SHARD_TOKENS):
             self._counts["tokens"] += self._held
+            tokens = np.concatenate(self._tokens)
             if self._labelled:
-                name = shards.write_labelled(self._directory, self._tokens, self._labels, self._encoder.dtype)
-                self._shards.append((name, len(self._tokens)))
+                lengths = np.concatenate(self._lengths)
+                name = shards.write_labelled(self._directory, tokens, lengths, self._labels)
+                self._shards.append((name, len(lengths)))
             else:
-                name = shards.write_tokens(self._directory, np.concatenate(self._tokens))
+                name = shards.write_tokens(self._directory, tokens)
                 self._shards.append((name, self._held))
             self._seen.update(self._labels)
-            self._tokens, self._labels, self._held = [], [], 0
+            self._tokens, self._lengths, self._labels, self._held = [], [], [], 0
+
+    def _encode(self, rows: list[formats.Row]) -> None:
+        tokens, lengths = self._encoder([row.text for row in rows])
+        self._counts["text_bytes"] += sum(len(row.text.encode("utf-8", "surrogatepass")) for row in rows)
+        self._counts["documents"] += sum(row.last for row in rows)
+        if self._labelled:
+            self._labels.extend(row.label or "" for row in rows)
+            self._lengths.append(lengths)
+        else:
+            ends = np.cumsum(lengths)[np.fromiter((row.last for row in rows), dtype=bool, count=len(rows))]
+            tokens = np.insert(tokens, ends, self._encoder.end_id)
+        self._tokens.append(tokens)
+        self._held += len(tokens)
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -31,14 +31,14 @@ def write_tokens(directory: Path, tokens: NDArray[Any]) -> str:
     return _write(directory, pa.record_batch([pa.array(tokens)], names=["tokens"]))
 
 
-def write_labelled(directory: Path, rows: Sequence[NDArray[Any]], labels: Sequence[str], dtype: Any) -> str:
-    """Write one labelled shard; returns its file name."""
+def write_labelled(
+    directory: Path, tokens: NDArray[Any], lengths: NDArray[np.int64], labels: Sequence[str]
+) -> str:
+    """Write one labelled shard of rows with `lengths`, their tokens on end; returns its file name."""
     import pyarrow as pa
 
-    offsets = np.zeros(len(rows) + 1, dtype=np.int32)
-    np.cumsum([len(r) for r in rows], out=offsets[1:])
-    flat = np.concatenate(rows) if rows else np.empty(0, dtype=dtype)
-    lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat.astype(dtype, copy=False)))
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens))
     return _write(
         directory, pa.record_batch([lists, pa.array(list(labels), pa.string())], names=["input_ids", "label"])
     )

@@ -66,13 +66,21 @@ class DataSpec:
         if self.format not in FORMATS:
             raise UsageError(f"format = {self.format!r}", "", nearest(self.format, FORMATS))
         try:
-            "".encode(self.encoding)
-        except LookupError:
+            line_end = "\n".encode(self.encoding)
+        except (LookupError, UnicodeError):
             raise UsageError(
                 f"encoding = {self.encoding!r}",
                 "Python knows no such encoding",
                 "utf-8 and latin-1 are usual",
             ) from None
+        if line_end != b"\n":
+            raise UsageError(
+                f"encoding = {self.encoding!r}",
+                "lines are found by the single byte of a line feed",
+                "use utf-8 (a byte order mark is left out)"
+                if "8" in self.encoding
+                else f"convert: iconv -f {self.encoding} -t utf-8",
+            )
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -98,7 +106,10 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Span:
-    """Part of a file: bytes [begin, end) of a text file, else units (row groups, batches, rows) [begin, end); all if end < 0."""
+    """Part of a file, [begin, end); all if end < 0.
+
+    Bytes of text, JSON lines, CSV and TSV; else units: row groups, batches or rows.
+    """
 
     file: int
     begin: int = 0
@@ -273,6 +284,10 @@ def _spans(i: int, file: SourceFile, size: int) -> list[Span]:
         count = -(-file.size_bytes // size)
         edges = [file.size_bytes * k // count for k in range(count + 1)]
         return [Span(i, a, b) for a, b in itertools.pairwise(edges)]
+    if file.format in ("csv", "tsv") and file.compression is None and file.size_bytes > size:
+        from manyhands.data import delimited
+
+        return [Span(i, a, b) for a, b in itertools.pairwise(delimited.edges(file, size))]
     if file.format in ("parquet", "arrow", "hf") and file.compression is None and file.size_bytes > size:
         from manyhands.data.formats import unit_count
 

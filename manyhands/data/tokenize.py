@@ -6,7 +6,8 @@
 * ``word:N``: lower-cased words and punctuation, the N most frequent; for classifiers.
 * a directory: as it is.
 
-`byte` and `char` are encoded by table look-up, which gives the same tokens as the tokenizer itself.
+`byte` and `char` are encoded by table look-up, `bpe:N` and other byte-level BPE with GPT-2's words as `bytelevel` says:
+the same tokens as the tokenizer itself gives, sooner.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +23,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from manyhands.core.errors import DataError, UsageError
+from manyhands.data import bytelevel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 END, UNKNOWN, PAD = "<|endoftext|>", "<|unk|>", "<|pad|>"
+MAX_CHARS = 1 << 20  # of one text encoded at a time
+_CUT = re.compile(r"\S(?=\s)")
 KINDS = ("byte", "char", "bpe:N", "word:N", "a directory")
 
 
@@ -151,16 +156,28 @@ class Encoder:
         self.vocab_size = self._tokenizer.get_vocab_size()
         self.dtype: type[np.unsignedinteger[Any]] = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         self._table = self._lookup()
+        self._words = bytelevel.build(self._tokenizer) if self._table is None else None
 
-    def __call__(self, texts: Sequence[str]) -> list[NDArray[Any]]:
-        """The tokens of each text, without special tokens."""
+    def __call__(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """(the tokens of all texts on end, how many each text has), without special tokens.
+
+        A text of more than `MAX_CHARS` is encoded in parts, cut before white space.
+        """
+        parts = [_parts(text) for text in texts]
+        if sum(map(len, parts)) == len(texts):
+            return self._encode(texts)
+        encoded = [[self._encode([part])[0] for part in each] for each in parts]
+        return _joined([np.concatenate(each) for each in encoded], self.dtype)
+
+    def _encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         if self._table is not None:
-            return [self._table(text) for text in texts]
+            return _joined([self._table(text) for text in texts], self.dtype)
+        if self._words is not None and self._words.knows(texts):
+            flat, counts = self._words(texts)
+            return flat.astype(self.dtype), counts
         # rows of tokenizers' objects become Python lists only one at a time
-        return [
-            np.array(e.ids, dtype=self.dtype)
-            for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        ]
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return _joined([np.array(one.ids, dtype=self.dtype) for one in encoded], self.dtype)
 
     def byte_lengths(self) -> NDArray[np.int64] | None:
         """UTF-8 bytes of each token, where every token stands for a fixed piece of text; None otherwise."""
@@ -205,6 +222,24 @@ class Encoder:
                 np.minimum(np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32), last)
             ]
         return None
+
+
+def _parts(text: str) -> list[str]:
+    """The text, in parts of at most about `MAX_CHARS`."""
+    if len(text) <= MAX_CHARS:
+        return [text]
+    parts, begin = [], 0
+    while len(text) - begin > MAX_CHARS:
+        found = _CUT.search(text, begin + MAX_CHARS - (MAX_CHARS >> 3), begin + MAX_CHARS)
+        end = found.end() if found else begin + MAX_CHARS
+        parts.append(text[begin:end])
+        begin = end
+    return [*parts, text[begin:]]
+
+
+def _joined(arrays: list[NDArray[Any]], dtype: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    counts = np.fromiter(map(len, arrays), dtype=np.int64, count=len(arrays))
+    return (np.concatenate(arrays) if arrays else np.empty(0, dtype=dtype)), counts
 
 
 def _load(directory: Path) -> tuple[Any, int]:

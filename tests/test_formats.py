@@ -1,0 +1,156 @@
+"""Readers: where files may be cut, arrays read item by item, byte order marks, and text that is none."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from manyhands.core.errors import DataError, UsageError
+from manyhands.data import delimited, formats, source, stream
+from manyhands.data.prepare import prepare
+from manyhands.data.source import DataSpec, SourceFile, Span
+
+
+def _file(path: Path, kind: str) -> SourceFile:
+    return SourceFile(str(path), kind, None, path.stat().st_size, str(path))
+
+
+def _read(path: Path, kind: str, **options: Any) -> list[Any]:
+    return list(formats.read(_file(path, kind), Span(0), DataSpec(data=("x",), **options)))
+
+
+ODD = [
+    '"two\nlines"',
+    '"a ""quoted"" word\n\n"',
+    'stray " quote',
+    "plain",
+    "also plain",
+    '"a, comma\tand a tab"',
+    '"ünï 春\r\n"',
+]
+
+
+@pytest.mark.parametrize(("kind", "comma"), [("csv", ","), ("tsv", "\t")])
+def test_a_big_table_is_cut_between_its_rows(
+    kind: str, comma: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delimited, "BLOCK_BYTES", 128)
+    rng = np.random.default_rng(0)
+    rows = [f"text{comma}label", *(f"{ODD[rng.integers(len(ODD))]}{comma}{i}" for i in range(400))]
+    rows.insert(200, f"ragged{comma}1{comma}2")
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes("\n".join(rows).encode())
+    spec = DataSpec(data=("x",), label="label")
+    whole = list(formats.read(_file(path, kind), Span(0), spec))
+    assert [row.label for row in whole if isinstance(row, formats.Row)] == list(map(str, range(400)))
+    (bad,) = [row for row in whole if isinstance(row, formats.Bad)]
+    line = path.read_bytes()[: path.read_bytes().index(b"ragged")].count(b"\n") + 1
+    assert bad.where == f"{path}:{line}"
+    for size in (40, 200, 2000):
+        spans = source._spans(0, _file(path, kind), size)
+        assert len(spans) > 2
+        assert [row for span in spans for row in formats.read(_file(path, kind), span, spec)] == whole
+
+
+def test_pieces_of_a_table_make_the_same_stream(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "".join(f'"row {i}\nof many hands",{i % 3}\n' for i in range(60_000)))
+    spec = DataSpec(data=(str(path),), tokenizer="byte")
+    made = [prepare(spec, cache=tmp_path / f"c{n}", processes=n) for n in (1, 2)]
+    assert made[0].documents == 60_000
+    assert made[0].shards == made[1].shards
+    assert len(json.loads((made[0].directory / "plan.json").read_text())["pieces"]) > 1
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("chars", [1, 2, 7, 1 << 20])
+def test_arrays_are_read_item_by_item(
+    chars: int, indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "BLOCK_CHARS", chars)
+    items: list[Any] = [{"text": f"{i} ünï 春 ]}},[{{", "more": [i, {"a": 1.5e3}]} for i in range(20)]
+    items[3:3] = ["a text", 12345, {"text": 7}]
+    (tmp_path / "a.json").write_text(json.dumps(items, indent=indent, ensure_ascii=False))
+    rows = _read(tmp_path / "a.json", "json")
+    assert [row.text for row in rows if isinstance(row, formats.Row)] == [
+        value if isinstance(value, str) else value["text"]
+        for value in items
+        if value not in (12345, {"text": 7})
+    ]
+    assert [row.where.rpartition(" ")[2] for row in rows if isinstance(row, formats.Bad)] == ["5", "6"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "holds nothing"),
+        ('{"text": "a"}', "holds an object"),
+        ("text", "holds 'text'"),
+        ('[{"text": "a"}, {"text"', "item 2 is not JSON"),
+        ('[{"text": "a"} {"text": "b"}]', "item 2 is not JSON"),
+        ('[{"text": "a"}', "item 2 is not JSON"),
+    ],
+)
+def test_a_broken_array_is_one_error(content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(DataError, match=re.escape(words)):
+        _read(tmp_path / "a.json", "json")
+
+
+@pytest.mark.parametrize("kind", ["text", "line", "jsonl", "json", "csv"])
+def test_a_byte_order_mark_is_left_out(kind: str, tmp_path: Path) -> None:
+    content = {"jsonl": '{"text": "one"}\n', "json": '["one"]', "csv": "text\none\n"}.get(kind, "one")
+    (tmp_path / "a").write_text(content, encoding="utf-8-sig")
+    document = "line" if kind == "line" else "file"
+    (row,) = _read(tmp_path / "a", "text" if kind == "line" else kind, document=document)
+    assert row.text == "one"
+
+
+@pytest.mark.parametrize(("encoding", "remedy"), [("utf-16", "iconv"), ("utf-8-sig", "use utf-8")])
+def test_an_encoding_whose_lines_cannot_be_found_is_refused(encoding: str, remedy: str) -> None:
+    with pytest.raises(UsageError, match=remedy):
+        DataSpec(data=("x",), encoding=encoding)
+
+
+def test_half_a_pair_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude42"}\n{"text": "half \\ud83d"}\n')
+    fine, bad = _read(tmp_path / "a.jsonl", "jsonl")
+    assert fine.text == "🙂"
+    assert (bad.where, bad.kind) == (f"{tmp_path / 'a.jsonl'}:2", "encoding")
+
+
+def test_too_long_a_line_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "LINE_BYTES", 50)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "%s"}\n{"text": "b"}\n{"text": \n' % ("x" * 500))
+    rows = _read(path, "jsonl")
+    assert [row.text for row in rows if isinstance(row, formats.Row)] == ["a", "b"]
+    assert [(row.where, row.kind) for row in rows if isinstance(row, formats.Bad)] == [
+        (f"{path}:2", "length"),
+        (f"{path}:4", "json"),
+    ]
+
+
+def test_bad_bytes_are_named_by_their_line_in_any_fragment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(stream, "WINDOW_BYTES", 60)
+    lines = [b"a line of text, number %d" % i for i in range(100)]
+    lines[40] = lines[77] = b"not \xff text"
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\n".join(lines))
+    for spans in ([Span(0)], [Span(0, 0, 1333), Span(0, 1333, path.stat().st_size)]):
+        rows = [r for s in spans for r in formats.read(_file(path, "text"), s, DataSpec(data=("x",)))]
+        bad = [row.where for row in rows if isinstance(row, formats.Bad)]
+        assert bad == [f"{path}:41", f"{path}:78"]
+        text = "".join(row.text for row in rows if isinstance(row, formats.Row))
+        assert text == "\n".join(line.decode() for i, line in enumerate(lines) if i not in (40, 77)) or (
+            text.split()
+            == [w for i, line in enumerate(lines) if i not in (40, 77) for w in line.decode().split()]
+        )
