@@ -10,8 +10,8 @@ costs more time than it saves. So both are measured on the contributions themsel
     compress  ⟺  T(inner) < 0.95 · T(all-reduce)
 
 Both are measured again when `every` rounds have passed, and not before the measurement is paid for: the rounds of the
-slower way may cost at most `SHARE` of the time until then. On a slow link one all-reduce takes as long as hundreds of
-compressed rounds; it is then seen once, and rarely again.
+slower way may cost at most `SHARE` of the time until then (but after ``MOST * every`` rounds it is done at any price). On
+a slow link one all-reduce takes as long as hundreds of compressed rounds; it is then seen once, and rarely again.
 
 Nothing is lost on switching: before an all-reduce what the inner exchange owes (its residual) is added to the
 contribution, and owed no more. All rounds conserve the sum, so the way may change as often as it likes.
@@ -42,6 +42,7 @@ SAMPLES = 2  # rounds of each way in one measurement
 CLEAR = 4.0  # one all-reduce that took this many times as long as the inner exchange needs no second
 GAIN = 0.95  # compression must save this much
 SHARE = 0.02  # of the time until the next measurement, for the slower way's rounds
+MOST = 100  # times `every`: after so many rounds it is measured again at any price
 
 now = time.perf_counter
 
@@ -150,7 +151,7 @@ class Auto:
         best, other = min(seconds), max(seconds)
         slower_rounds = counts[ALL_REDUCE if compress else INNER]
         paid = slower_rounds * (other - best) / (SHARE * best) if best > 0 else 0.0
-        wait = max(self.every, min(int(paid), 1 << 40))
+        wait = max(self.every, min(int(paid), MOST * self.every))
         return {
             **state,
             "compress": torch.tensor(compress),

@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from manyhands.core.types import Agreed, Talk, Tensors
 
 RESIDUAL = "residual"
-DEFAULTS = {"by_tensor": False, "by_place": False, "bucket_mb": math.inf, "holds": False, "conserves": True}
+DEFAULTS = {
+    "by_tensor": False,
+    "by_place": False,
+    "by_model": False,
+    "bucket_mb": math.inf,
+    "holds": False,
+    "conserves": True,
+}
 
 
 def trait(exchange: Any, name: str) -> Any:
@@ -62,6 +69,12 @@ def refuse(
             spelled,
             "it adds single micro-batches in one fixed order; there is no contribution to wrap",
             "use all-reduce, or the ordered exchange alone",
+        )
+    if trait(inner, "by_model"):
+        raise UsageError(
+            spelled,
+            "it speaks of whole models, pair by pair; there is no sum over the workers to wrap",
+            f"use {name} alone",
         )
     if not holds and trait(inner, "holds"):
         raise UsageError(
