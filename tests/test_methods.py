@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from manyhands.core.errors import UsageError
 from manyhands.core.request import partner
 from manyhands.data.partition import divide
 from manyhands.data.sample import Order
+from manyhands.exchange.half import BF16
 from manyhands.strategy import presets
 from manyhands.strategy.base import Strategy
 from manyhands.strategy.optimizers import SGD, AdamW
@@ -463,6 +465,7 @@ def test_every_strategy_learns_with_two_workers(fleets: Any, name: str) -> None:
         (lambda: presets.ddp(exchange="gossip"), "averages models"),
         (lambda: presets.eager(exchange="ordered"), "every-step"),
         (lambda: presets.ddp(exchange="none"), "all-reduce"),
+        (lambda: dataclasses.replace(presets.hogwild(), exchange=BF16()), "would be ignored"),
         (lambda: presets.ddp(bucket_mb=3, exchange="int8"), "leave them out"),
         (lambda: presets.streaming_diloco(every=4, fragments=8), "fragments <= 4"),
         (lambda: presets.streaming_diloco(every=8, delay=8), "delay < 8"),

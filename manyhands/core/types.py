@@ -121,7 +121,8 @@ class Placement(Protocol):
     """Where parameters, gradients and optimizer state live.
 
     Optional class attributes: ``needs_group = True``: PyTorch's process group must carry it; ``needs_shared_memory =
-    True``: all workers are CPUs of one host.
+    True``: all workers are CPUs of one host; ``exchanges = False``: nothing is exchanged (an exchange would be ignored,
+    and so is refused).
     """
 
     @property

@@ -16,3 +16,4 @@ class SharedMemory:
 
     method: ClassVar[str | None] = "manyhands.train.hogwild:Hogwild"
     needs_shared_memory: ClassVar[bool] = True
+    exchanges: ClassVar[bool] = False

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.core.types import Cadence, Exchange, Placement
+from manyhands.exchange.allreduce import AllReduce
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,6 +53,12 @@ class Strategy:
         if not 0 <= self.keep_local < 1:
             raise UsageError(
                 f"keep_local = {self.keep_local}", "it is a share that is kept", "give 0 <= keep_local < 1"
+            )
+        if not getattr(self.placement, "exchanges", True) and self.exchange != AllReduce():
+            raise UsageError(
+                f"exchange = {self.exchange!r} with placement = {self.placement!r}",
+                "there nothing is exchanged between workers, so it would be ignored",
+                "leave out the exchange, or use placement = 'replicated'",
             )
         if self.inner is None:
             self._check_without_inner()

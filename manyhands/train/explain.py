@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from manyhands.core import compute
 from manyhands.train.plan import shares_in_words
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def explain(
         if job.reproducible
         else ("", "", ""),
         ("allocator", allocator, "derived"),
+        ("kernels", compute.about(), "derived"),
         ("seed", str(job.seed), origin("seed")),
         ("output", job.output, origin("output")),
     ]
@@ -100,7 +102,18 @@ def explain(
 
 
 def _strategy_in_words(job: Job) -> str:
+    """For example ``Every(every=64), AllReduce(…), inner AdamW(lr=0.0004), …, outer SGD(lr=0.7), …``."""
     strategy = job.strategy
-    name = type(strategy.exchange).__name__ if not job.reproducible else "Ordered"
-    outer = strategy.outer
-    return f"{type(strategy.cadence).__name__}, {name}, {type(outer).__name__}(lr={outer.lr:g}), {outer.schedule!r}"
+    exchange = "Ordered()" if job.reproducible else repr(strategy.exchange)
+    parts = [repr(strategy.cadence)]
+    if getattr(strategy.placement, "exchanges", True):
+        parts.append(exchange)
+    if strategy.placement.method is not None:
+        parts.insert(0, repr(strategy.placement))
+    if strategy.inner is not None:
+        parts.append(f"inner {_optimizer_in_words(strategy.inner)}, outer")
+    return ", ".join(parts) + f"{'' if strategy.inner else ','} {_optimizer_in_words(strategy.outer)}"
+
+
+def _optimizer_in_words(spec: Any) -> str:
+    return f"{type(spec).__name__}(lr={spec.lr:g}), {spec.schedule!r}"
