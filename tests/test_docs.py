@@ -110,3 +110,27 @@ def test_every_module_says_what_it_is() -> None:
         if (module.__doc__ or "").strip() == "":
             assert path.is_dir(), f"{name} has no docstring"
             assert (path / "__init__.py").read_text().strip() == "", f"{name} has no docstring"
+
+
+def _strategies_in(page: str) -> list[str]:
+    """Call forms and bare names of strategies between backticks, without those that list a method's parameters."""
+    from manyhands.core.registry import REGISTRY
+
+    found = re.findall(r"`([a-z0-9-]+(?:\([^`]*\))?)`", (ROOT / page).read_text())
+    named = [text for text in found if text.partition("(")[0] in REGISTRY["strategies"]]
+    return sorted({t for t in named if "(" not in t or ("=" in t and "…" not in t)})
+
+
+@pytest.mark.parametrize("text", _strategies_in("docs/methods.md"))
+def test_strategies_of_the_methods_page_are_values(text: str) -> None:
+    from manyhands.core import config
+    from manyhands.strategy.base import Strategy
+
+    assert isinstance(config.from_text("strategies", text), Strategy)
+
+
+def test_the_methods_page_knows_every_strategy() -> None:
+    from manyhands.core.registry import REGISTRY
+
+    text = (ROOT / "docs/methods.md").read_text()
+    assert [name for name in REGISTRY["strategies"] if f"`{name}" not in text and name[:4] != "zero"] == []
