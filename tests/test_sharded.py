@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_exactness import SEQ, N, Rows, assert_close, make, plain_run, summed
 
 from manyhands.data.sample import Order
 from manyhands.exchange.allreduce import AllReduce
+from manyhands.exchange.feedback import ErrorFeedback
+from manyhands.exchange.int8 import Int8
 from manyhands.placement.replicated import Replicated
 from manyhands.placement.sharded import Sharded
 from manyhands.strategy.base import Strategy
 from manyhands.strategy.optimizers import SGD, Adafactor, AdamW, Muon
+from manyhands.tasks.pretrain import Pretrain
+from manyhands.train import session
 from manyhands.train.feed import Feed
-from manyhands.train.replica import Replica
+from manyhands.train.replica import Part, Replica
+from manyhands.train.sharded_gradients import local
 
 
-def sharded_run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
+def begin(world: Any, case: dict[str, Any]) -> tuple[Replica, Feed]:
     torch.set_num_threads(1)
     model = make(case.get("dtype", torch.float64))
     strategy = Strategy(
         outer=case["optimizer"], placement=case["placement"], exchange=case.get("exchange", AllReduce())
     )
     replica = Replica(model, strategy, world.wire, max_grad_norm=case["clip"], targets_per_row=SEQ)
-    feed = Feed(
+    return replica, Feed(
         rows=Rows(),
         order=Order(N, case["global_batch"], 3, False),
         rank=world.rank,
@@ -37,17 +44,22 @@ def sharded_run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
         device=torch.device("cpu"),
         seed=3,
     )
+
+
+def sharded_run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
+    replica, feed = begin(world, case)
     losses = [replica.step(feed.part(step), summed).loss for step in range(case["steps"])]
-    held = sum(t.numel() for t in model.state_dict().values())
-    if hasattr(replica.method, "weights"):
-        weights = replica.method.weights() or {}
-        replica.method.check()
-    else:
-        replica.check_agreement()
-        weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    replica.check_agreement()
+    kept = sum(t.numel() for t in replica.method.optimizer.state_by_name().values())
+    weights = {k: v.detach().clone() for k, v in (session.whole_weights(replica) or {}).items()}
     replica.close()
     digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in weights.values())).hexdigest()
-    return {"losses": losses, "state": {k: v.tolist() for k, v in weights.items()}, "sha256": digest, "held": held}
+    return {
+        "losses": losses,
+        "state": {k: v.tolist() for k, v in weights.items()},
+        "sha256": digest,
+        "kept": kept,
+    }
 
 
 BASE: dict[str, Any] = {
@@ -68,19 +80,22 @@ def test_a_sharded_model_equals_one_process(fleets: Any, size: int, stage: int) 
     for accumulate in ("sharded", "whole"):
         case = {**BASE, "placement": Sharded(stage=stage, accumulate=accumulate)}
         answers = fleets(size, "group").run(sharded_run, case)
-        reference = plain_run(case)
-        reference["state"] = {k: v for k, v in reference["state"].items() if k in answers[0]["state"]}
-        assert_close(answers[0], reference)
+        assert_close(answers[0], plain_run(case))
 
 
 @pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("optimizer", [AdamW(0.01), SGD(0.3, momentum=0.9), Muon(0.01), Adafactor(0.01)], ids=repr)
+@pytest.mark.parametrize(
+    "optimizer", [AdamW(0.01), SGD(0.3, momentum=0.9), Muon(0.01), Adafactor(0.01)], ids=repr
+)
 def test_a_sharded_optimizer_gives_the_bits_of_ddp(fleets: Any, size: int, optimizer: Any) -> None:
     case = {**BASE, "optimizer": optimizer}
     ours = fleets(size, "shared").run(sharded_run, {**case, "placement": Sharded(stage=1)})
     ddp = fleets(size, "shared").run(sharded_run, {**case, "placement": Replicated()})
     assert ours[0]["sha256"] == ddp[0]["sha256"]
     assert ours[0]["losses"] == ddp[0]["losses"]
+    kept = [answer["kept"] for answer in ours]
+    assert max(kept) < ddp[0]["kept"] * (0.75 if isinstance(optimizer, (AdamW, SGD)) else 0.8)
+    assert sum(kept) >= ddp[0]["kept"]
 
 
 @pytest.mark.parametrize("accumulate", ["sharded", "whole"])
@@ -90,6 +105,130 @@ def test_groups_exchange_their_pieces(fleets: Any, accumulate: str) -> None:
             placement = Sharded(stage=stage, shard=shard, accumulate=accumulate)
             case = {**BASE, "placement": placement, "exchange": AllReduce(bucket_mb=0.0001)}
             answers = fleets(4, "group").run(sharded_run, case)
-            reference = plain_run(case)
-            reference["state"] = {k: v for k, v in reference["state"].items() if k in answers[0]["state"]}
-            assert_close(answers[0], reference)
+            assert_close(answers[0], plain_run(case))
+
+
+# -- checkpoints
+
+
+def part_run(world: Any, case: dict[str, Any], directory: str, steps: int) -> dict[str, Any]:
+    """Continue from the newest checkpoint in `directory`, if there is one, up to `steps`; save."""
+    replica, feed = begin(world, case)
+    done = session.restore_replica(replica, Path(directory)) if any(Path(directory).iterdir()) else 0
+    losses = [replica.step(feed.part(step), summed).loss for step in range(done, steps)]
+    session.save_replica(world, replica, Path(directory))
+    held = sum(local(p).numel() for p in replica.model.parameters())
+    replica.close()
+    return {"losses": losses, "held": held}
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        [("group", 2, Sharded(stage=3)), ("shared", 3, Replicated())],
+        [("shared", 3, Replicated()), ("group", 2, Sharded(stage=2)), ("group", 3, Sharded(stage=3))],
+        [("group", 3, Sharded(stage=2)), ("shared", 2, Sharded(stage=1)), ("group", 4, Sharded(shard=2))],
+    ],
+    ids=["zero3-ddp", "ddp-zero2-zero3", "zero2-zero1-hybrid"],
+)
+def test_a_run_goes_on_with_other_stages_and_workers(fleets: Any, tmp_path: Path, chain: Any) -> None:
+    losses: list[float] = []
+    case = {**BASE, "optimizer": AdamW(0.01)}
+    for i, (transport, size, placement) in enumerate(chain):
+        fleet = fleets(size, transport)
+        answers = fleet.run(part_run, {**case, "placement": placement}, str(tmp_path), 2 * i + 2)
+        losses += answers[0]["losses"]
+    found = tmp_path / f"checkpoint-{2 * len(chain)}"
+    state = {k: v.tolist() for k, v in load_file(found / "model.safetensors").items()}
+    reference = plain_run({**case, "steps": 2 * len(chain)})
+    reference["state"] = {k: v for k, v in reference["state"].items() if k in state}
+    assert_close({"losses": losses, "state": state}, reference)
+    moments = load_file(found / "training" / "optimizer.safetensors")
+    assert moments["embed.weight.exp_avg"].shape == (13, 8)
+
+
+def residual_run(world: Any, case: dict[str, Any], directory: str) -> Any:
+    """What groups hold back, before saving and after loading, and the parameters' agreement meanwhile."""
+    replica, feed = begin(world, case)
+    for step in range(3):
+        replica.step(feed.part(step), summed)
+    session.save_replica(world, replica, Path(directory))
+    before = replica.method.exchange_state()
+    replica.close()
+    replica, feed = begin(world, case)
+    assert session.restore_replica(replica, Path(directory)) == 3
+    after = replica.method.exchange_state()
+    replica.step(feed.part(3), summed)
+    digest = replica.check_agreement()
+    replica.close()
+    return digest, {k: v.tolist() for k, v in before.items()}, {k: v.tolist() for k, v in after.items()}
+
+
+def test_what_groups_hold_back_survives_a_checkpoint(fleets: Any, tmp_path: Path) -> None:
+    exchange = ErrorFeedback(Int8(block=16))
+    case = {**BASE, "placement": Sharded(shard=2), "exchange": exchange, "weights": [1.0, 1.0, 2.0, 1.0]}
+    answers = fleets(4, "group").run(residual_run, case, str(tmp_path))
+    assert len({digest for digest, _, _ in answers}) == 1
+    _, before, after = answers[0]
+    assert any("residual" in name for name in before)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(torch.tensor(after[name]), torch.tensor(value), rtol=1e-12, atol=1e-15)
+    largest = max(torch.tensor(v).abs().max().item() for n, v in before.items() if "residual" in n)
+    assert largest > 0
+
+
+# -- layers computed together
+
+
+def llama_run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    model = llama(case.get("tied", False))
+    strategy = Strategy(outer=AdamW(0.01), placement=case["placement"])
+    replica = Replica(model, strategy, world.wire, max_grad_norm=0.5, targets_per_row=8)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 32, (3, 7, 9), generator=generator)  # [steps, rows, tokens]
+    losses = []
+    for step, rows in enumerate(tokens):
+        mine = [i for i in range(7) if i % world.size == world.rank]
+        batches = [(i, {"input_ids": rows[i : i + 1, :-1], "targets": rows[i : i + 1, 1:]}) for i in mine]
+        part = Part(step, batches, 7, 7, 0)
+        losses.append(replica.step(part, Pretrain().loss).loss)
+    replica.check_agreement()
+    weights = session.whole_weights(replica) or {}
+    held = sum(local(p).numel() for p in model.parameters())
+    return {"losses": losses, "state": {k: v.tolist() for k, v in weights.items()}, "held": held}
+
+
+def llama(tied: bool) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=32,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).double()
+
+
+@pytest.mark.parametrize(("size", "shard"), [(2, 1), (4, 2), (4, 1)])
+def test_layers_computed_together_equal_one_process(fleets: Any, size: int, shard: int) -> None:
+    from manyhands.wire.solo import Solo
+    from manyhands.wire.world import Member, World
+
+    for tied in (False, True):
+        placement = Sharded(stage=3, shard=shard, tensor_parallel=2)
+        case = {"placement": placement, "tied": tied}
+        answers = fleets(size, "group").run(llama_run, case)
+        alone = llama_run(
+            World(Solo(), (Member(0, "here", "cpu"),), "solo"), {"placement": Replicated(), "tied": tied}
+        )
+        assert_close(answers[0], alone)
+        assert answers[0]["held"] < alone["held"] * (0.75 if shard == 1 else 0.45)

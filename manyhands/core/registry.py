@@ -72,6 +72,11 @@ REGISTRY: dict[str, dict[str, Entry]] = {
         "hogwild": Entry(
             "manyhands.strategy.presets:hogwild", "one copy of the parameters, lock-free (arXiv:1106.5730)"
         ),
+        "zero1": Entry("manyhands.strategy.zero:zero1", "ddp with the optimizer's state divided among workers"),
+        "zero2": Entry("manyhands.strategy.zero:zero2", "gradients and optimizer state divided (FSDP2)"),
+        "zero3": Entry(
+            "manyhands.strategy.zero:zero3", "parameters, gradients and optimizer state divided (FSDP2)"
+        ),
     },
     "exchanges": {
         "all-reduce": Entry(
@@ -123,6 +128,26 @@ REGISTRY: dict[str, dict[str, Entry]] = {
         "chain": Entry("manyhands.exchange.chain:Chain", "two codecs, the second for what the first left"),
         "gossip": Entry("manyhands.exchange.gossip:Gossip", "pairs average their models (arXiv:2506.10911)"),
         "auto": Entry("manyhands.exchange.auto:Auto", "compress only where measurement says it is faster"),
+        "topk": Entry(
+            "manyhands.exchange.topk:TopK", "the largest entries of each chunk, or of all by a sampled threshold"
+        ),
+        "randomk": Entry(
+            "manyhands.exchange.randomk:RandomK", "the same random entries on all workers: values travel alone"
+        ),
+        "threshold": Entry(
+            "manyhands.exchange.threshold:Threshold", "all entries that reach a value, absolute or relative"
+        ),
+        "countsketch": Entry(
+            "manyhands.exchange.countsketch:CountSketch",
+            "the largest entries of the sum, found by summed sketches",
+        ),
+        "fetchsgd": Entry(
+            "manyhands.exchange.fetchsgd:FetchSGD", "momentum and what is held back inside a sketch"
+        ),
+        "powersgd": Entry("manyhands.exchange.powersgd:PowerSGD", "matrices as products of two thin ones"),
+        "dct-topk": Entry(
+            "manyhands.exchange.dct:DctTopK", "the strongest frequencies of each 64 × 64 block (DeMo)"
+        ),
     },
     "cadences": {
         "every-step": Entry("manyhands.cadence.every:EveryStep", "agree after each step"),
@@ -143,6 +168,12 @@ REGISTRY: dict[str, dict[str, Entry]] = {
         ),
         "shared-memory": Entry(
             "manyhands.placement.shared:SharedMemory", "one copy for all workers of a machine (Hogwild)"
+        ),
+        "sharded": Entry(
+            "manyhands.placement.sharded:Sharded", "one model divided among the workers of a group (ZeRO)"
+        ),
+        "served": Entry(
+            "manyhands.placement.served:Served", "on parameter servers: workers push gradients and pull parameters"
         ),
     },
     "optimizers": {

@@ -74,6 +74,12 @@ class Sharded:
                 "it is a number of workers",
                 "1 means that each computes whole layers",
             )
+        if self.accumulate not in ("sharded", "whole"):
+            raise UsageError(
+                f"accumulate = {self.accumulate!r}",
+                "gradients of several passes are kept sharded or whole",
+                "give 'sharded' or 'whole'",
+            )
         if self.stage == 1:
             self._check_first_stage()
 
@@ -107,7 +113,8 @@ class Sharded:
 
     def check(self, *, exchange: Any, optimizer: Any, cadence: Any) -> None:
         """Refuse what cannot be combined with it. Raises `UsageError` with the nearest possible choice."""
-        if type(cadence).__name__ != "EveryStep":
+        cadences = ("EveryStep", "Every") if self.stage == 1 else ("EveryStep",)
+        if type(cadence).__name__ not in cadences:
             raise UsageError(
                 f"cadence = {cadence!r} with stage = {self.stage}",
                 "workers that share one model make every step together",
@@ -121,6 +128,12 @@ class Sharded:
             )
         if self.stage == 1:
             return
+        if not self.shard and type(exchange).__name__ != "AllReduce":
+            raise UsageError(
+                f"exchange = {exchange!r} with shard = 0",
+                "an exchange is between groups, and here all workers are one group",
+                "give shard=2 (workers of a group), or leave out the exchange",
+            )
         if getattr(exchange, "by_tensor", False):
             raise UsageError(
                 f"exchange = {exchange!r} with stage = {self.stage}",

@@ -30,18 +30,24 @@ def evaluate(
     device: torch.device,
     autocast: Callable[[], Any],
     emit: Emit = ignore,
+    share: tuple[int, int, bool] | None = None,
 ) -> dict[str, float]:
     """The task's metrics over all of `rows`; collective, the same on every worker.
 
     Batches of `batch_rows` rows are dealt to the workers in contiguous ranges; each worker's float64 sums are gathered
     and added in rank order.
+
+    Args:
+        share: (which share, of how many, whether I tell of it), where several workers compute one together; default:
+            each worker has its own.
     """
     module = model if isinstance(model, torch.nn.Module) else None
     was_training = module.training if module is not None else False
     if module is not None:
         module.eval()
     batches = -(-len(rows) // batch_rows)
-    mine = divide(batches, [1.0] * world.size)[world.rank]
+    which, shares, tells = share or (world.rank, world.size, True)
+    mine = divide(batches, [1.0] * shares)[which]
     totals: dict[str, torch.Tensor] = {}
     shown = time.monotonic()
     with torch.no_grad(), autocast():
@@ -56,7 +62,7 @@ def evaluate(
                 emit(Evaluating(done=done + 1, total=len(mine)))
     if module is not None:
         module.train(was_training)
-    return task.metrics(_add_up(totals, world), bytes_per_target=rows.bytes_per_target)
+    return task.metrics(_add_up(totals if tells else {}, world), bytes_per_target=rows.bytes_per_target)
 
 
 def _add_up(totals: dict[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:

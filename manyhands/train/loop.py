@@ -216,6 +216,7 @@ class Loop:
                 device=self.feed.device,
                 autocast=self.autocast,
                 emit=self.emit if self.world.rank == 0 else _drop,
+                share=getattr(self.replica.method, "share", None),
             )
         self.tally.eval = metrics
         if self.world.rank == 0:
@@ -237,9 +238,10 @@ class Loop:
             self.saver.wait()
 
     def _submit(self, *, collective: bool) -> None:
-        with self.replica.agreed(collective=collective):
-            if self.saver is not None:
-                self.saver.submit(session.snapshot_of(self.replica, self.state(), self.tokenizer))
+        state = self.state() if self.saver is not None else {}
+        taken = session.snapshot_of(self.replica, state, self.tokenizer, collective=collective)
+        if self.saver is not None and taken is not None:
+            self.saver.submit(taken)
 
     def save_now(self) -> None:
         """After an interruption inside a phase: keep what the last finished step left (rank 0 only, no collective)."""

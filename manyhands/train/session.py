@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import torch
 
 from manyhands.core.environment import Env, read_env
 from manyhands.core.errors import CheckpointError, ManyhandsError, UsageError
-from manyhands.train import checkpoint
+from manyhands.train import checkpoint, exchange_state
 from manyhands.wire.world import World, connect
 
 if TYPE_CHECKING:
@@ -79,26 +79,53 @@ def autocast_for(precision: str, device_type: str) -> Callable[[], contextlib.Ab
     return contextlib.nullcontext
 
 
-def exchange_state(replica: Replica) -> dict[str, torch.Tensor]:
-    """The exchange's state as flat named tensors, world-free."""
-    flat: dict[str, torch.Tensor] = {}
-    for bucket, state in enumerate(replica.states):
-        leaves, _ = torch.utils._pytree.tree_flatten(state)
-        for i, leaf in enumerate(leaves):
-            flat[f"{bucket}.{i}"] = leaf
-    return flat
+def exchange_named(replica: Replica, *, collective: bool = True) -> dict[str, torch.Tensor]:
+    """The state of the exchange and of inner optimizers as flat named tensors: everybody's on rank 0, or mine."""
+    local = replica.method.local_state()
+    if collective:
+        return exchange_state.collect(replica.states, replica.wire, local)
+    return exchange_state.alone(replica.states, replica.wire.rank, local)
 
 
-def snapshot_of(replica: Replica, state: dict[str, Any], tokenizer: Path | None) -> checkpoint.Snapshot:
-    """A CPU copy of everything a checkpoint holds; training may go on. Taken inside `Replica.agreed`."""
-    return checkpoint.snapshot(
-        replica.model,
-        step=replica.steps,
-        state={**state, "step": replica.steps, "tokens": replica.tokens, "skipped": replica.skipped},
-        optimizer=replica.optimizer_state(),
-        exchange=exchange_state(replica),
-        tokenizer_dir=tokenizer,
-    )
+def snapshot_of(
+    replica: Replica, state: dict[str, Any], tokenizer: Path | None, *, collective: bool = True
+) -> checkpoint.Snapshot | None:
+    """On rank 0 a CPU copy of everything a checkpoint holds, else None; training may go on.
+
+    Args:
+        collective: whether all workers call it; without, None where the state is divided among them.
+    """
+    if not collective and getattr(replica.method, "divided", False):
+        return None
+    own = getattr(replica.method, "snapshot", None)
+    if own is not None:
+        taken: checkpoint.Snapshot | None = own(state, tokenizer)
+        return taken
+    optimizer = replica.optimizer_state()
+    exchange = exchange_named(replica, collective=collective)
+    facts: dict[str, Any] = {"step": replica.steps, "tokens": replica.tokens, "skipped": replica.skipped}
+    if exchange:
+        facts["exchange"] = exchange_state.record(exchange, replica.wire.size)
+    with replica.agreed(collective=collective):
+        if replica.wire.rank != 0:
+            return None
+        return checkpoint.snapshot(
+            replica.model,
+            step=replica.steps,
+            state={**state, **facts},
+            optimizer=optimizer,
+            exchange=exchange,
+            tokenizer_dir=tokenizer,
+        )
+
+
+def whole_weights(replica: Replica, *, collective: bool = True) -> Mapping[str, torch.Tensor] | None:
+    """The state dict under all its names; None where it is divided and is not put together on this worker."""
+    whole = getattr(replica.method, "whole_weights", None)
+    if whole is None:
+        return replica.model.state_dict()
+    found: Mapping[str, torch.Tensor] | None = whole() if collective else None
+    return found
 
 
 def save_replica(world: World, replica: Replica, directory: Path, *, tokenizer: Any = None) -> Path:
@@ -110,11 +137,11 @@ def save_replica(world: World, replica: Replica, directory: Path, *, tokenizer: 
     replica.meet()
     replica.check_agreement()
     error: ManyhandsError | None = None
-    with replica.agreed():
-        if world.rank == 0:
+    with _tokenizer_dir(tokenizer if world.rank == 0 else None) as found:
+        taken = snapshot_of(replica, {}, found)
+        if taken is not None:
             try:
-                with _tokenizer_dir(tokenizer) as found:
-                    checkpoint.save(snapshot_of(replica, {}, found), directory, keep=1 << 30)
+                checkpoint.save(taken, directory, keep=1 << 30)
             except ManyhandsError as failure:
                 error = failure
     said = world.gather(str(error) if error else "")[0]
@@ -149,6 +176,11 @@ def restore_replica(replica: Replica, path: Path, *, verified: bool = False) -> 
     found = checkpoint.resolve_resume(str(path), path)
     if not verified:
         checkpoint.verify(found)
+    own = getattr(replica.method, "restore", None)
+    if own is not None:
+        own(found)
+        replica.check_agreement()
+        return replica.steps
     loaded = checkpoint.load_state(found)
     try:
         steps, tokens = int(loaded.state["step"]), int(loaded.state["tokens"])
@@ -159,8 +191,11 @@ def restore_replica(replica: Replica, path: Path, *, verified: bool = False) -> 
             "give a checkpoint-N that manyhands wrote",
         ) from None
     weights = _read_parameters(replica.model, found)
-    states = _read_exchange(replica, loaded.exchange, found)
+    rank, size = replica.wire.rank, replica.wire.size
+    states = exchange_state.restore(replica.states, loaded.exchange, rank=rank, size=size, path=found)
+    local = exchange_state.local(loaded.exchange, rank=rank)
     replica.load_optimizer_state(loaded.optimizer)  # refuses what does not fit, too
+    replica.method.load_local_state(local)
     _copy_parameters(replica.model, weights)
     replica.states[:] = states
     replica.steps, replica.tokens = steps, tokens
@@ -221,21 +256,3 @@ def _same_memory(own: dict[str, torch.Tensor]) -> list[list[str]]:
     for name, tensor in own.items():
         groups.setdefault(tensor.data_ptr() if tensor.numel() else name, []).append(name)
     return list(groups.values())
-
-
-def _read_exchange(replica: Replica, flat: dict[str, torch.Tensor], path: Path) -> list[Any]:
-    """The state of each bucket as the checkpoint has it. Raises `CheckpointError` where it is another exchange's."""
-    own = exchange_state(replica)
-    unlike = sorted(set(own) ^ set(flat)) or [n for n, t in own.items() if t.shape != flat[n].shape]
-    if unlike:
-        raise CheckpointError(
-            f"{path}: the exchange's state {', '.join(unlike[:3])} does not fit",
-            "a checkpoint continues with the exchange it was written with",
-            "give the same --strategy",
-        )
-    states = []
-    for bucket, state in enumerate(replica.states):
-        leaves, spec = torch.utils._pytree.tree_flatten(state)
-        loaded = [flat[f"{bucket}.{i}"].to(leaf.device) for i, leaf in enumerate(leaves)]
-        states.append(torch.utils._pytree.tree_unflatten(loaded, spec))
-    return states

@@ -23,11 +23,12 @@ from manyhands.core import rng
 from manyhands.core.errors import Diverged
 from manyhands.core.request import Gather
 from manyhands.core.types import Summed
+from manyhands.train import sharded_state
 from manyhands.train.method import Header, Part, StepResult, clip_factor, is_finite
 from manyhands.train.sharded_gradients import ShardGradients
 from manyhands.train.sharded_layout import Layout
 from manyhands.train.sharded_passes import Pass, Passes
-from manyhands.train.sharded_pieces import gather_whole, state_pieces
+from manyhands.train.sharded_pieces import Reader, cut, gather_whole, state_pieces
 from manyhands.wire.drive import Interleave
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from manyhands.train.checkpoint import Snapshot
     from manyhands.train.method import Loss
     from manyhands.train.replica import Replica
 
@@ -45,12 +47,14 @@ class ShardedModel:
     agrees = True
     comes_to_rest = True
     at_rest = True
+    divided = True  # what it holds is put together collectively
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
         strategy = replica.strategy
         self._placement: Any = strategy.placement
         self._exchange = strategy.exchange
+        self._config = sharded_state.Config(replica.model)
         self.layout = Layout(replica.model, replica.forward, replica.wire, self._placement)
         replica.forward = self.layout.root
         replica.named[:] = [(n, p) for n, p in replica.model.named_parameters() if p.requires_grad]
@@ -105,9 +109,14 @@ class ShardedModel:
         self.gradients.drop()
         replica.steps += 1
         replica.tokens += told.count
-        return StepResult(
-            mean, told.count, part.rows, norm, lr, not finite, told.stop, told.save, int(count)
-        )
+        return StepResult(mean, told.count, part.rows, norm, lr, not finite, told.stop, told.save, int(count))
+
+    @property
+    def share(self) -> tuple[int, int, bool] | None:
+        """(which share of the data, of how many, whether I tell of it) where several workers compute each layer."""
+        groups, shard, tensor = self.layout.mesh.sizes
+        group, mine, layer = self.layout.mesh.place
+        return (group * shard + mine, groups * shard, layer == 0) if tensor > 1 else None
 
     def meet(self) -> None:
         """Nothing is ever in flight between steps."""
@@ -138,9 +147,10 @@ class ShardedModel:
         found = gather_whole(self._replica.wire, self.layout.weights())
         return found if self._replica.wire.rank == 0 else None
 
-    def load_weights(self, path: Path) -> None:
-        """My pieces of a checkpoint's ``model.safetensors``. Raises `CheckpointError`; then nothing was changed."""
-        self.layout.load(path)
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """The same under all names, tied ones included."""
+        found = self.weights()
+        return None if found is None else self.layout.with_aliases(found)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The whole state by name on rank 0's CPU; empty elsewhere. Collective."""
@@ -150,7 +160,37 @@ class ShardedModel:
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         """From the whole state, of which my pieces are taken."""
-        self.optimizer.load_state_by_name(self.layout.cut(state))
+        self.optimizer.load_state_by_name(cut(state, self.layout.owned, list(self._params)))
+
+    def snapshot(self, state: Mapping[str, Any], tokenizer: Path | None) -> Snapshot | None:
+        """What a checkpoint holds, on rank 0; None elsewhere. Collective."""
+        began = time.perf_counter()
+        return sharded_state.snapshot(
+            self._replica,
+            weights=self.weights(),
+            write_config=self._config.write,
+            exchange=self.exchange_state(),
+            state=state,
+            tokenizer=tokenizer,
+            began=began,
+        )
+
+    def exchange_state(self) -> dict[str, Tensor]:
+        """The exchange's state by parameter on rank 0; empty elsewhere. Collective."""
+        layout = self.layout
+        return sharded_state.gather_exchange(
+            self.states, self.gradients, layout.mesh, layout.owned, self._replica
+        )
+
+    def restore(self, path: Path) -> None:
+        """Continue from a verified checkpoint. Raises `CheckpointError` where it does not fit."""
+        state = sharded_state.counters_of(path)
+        with Reader(path / "training" / "optimizer.safetensors") as file:
+            optimizer = cut(file, self.layout.owned, list(self._params))
+        sharded_state.read_exchange(path, self.states, self.gradients, self.layout.mesh, self.layout.owned)
+        self.optimizer.load_state_by_name(optimizer)
+        self.layout.load(path / "model.safetensors")
+        sharded_state.restored(self._replica, state)
 
     def local_state(self) -> dict[str, Tensor]:
         return {}
@@ -180,7 +220,7 @@ class ShardedModel:
             )
             rng.seed_torch(part.seed, part.step, each.place or 0)
             with replica.autocast():
-                summed = Summed(*loss(replica.forward, each.batch))  # type: ignore[arg-type]
+                summed = Summed(*loss(replica.forward, each.batch))
             (summed.loss_sum / nominal).backward()  # type: ignore[no-untyped-call]
             if each.mine:
                 detached = summed.loss_sum.detach().double()
@@ -233,4 +273,3 @@ class ShardedModel:
         for param in self._params.values():
             param.grad = None
         self.gradients.drop()
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +32,7 @@ class ShardGradients:
     def __init__(self, owned: Sequence[Owned], wire: Wire, *, bucket_mb: float) -> None:
         self._owned, self._wire, self._bucket_mb = owned, wire, bucket_mb
         self._places: list[Tensor] = []
+        self._spans: list[tuple[int, int]] = []  # of each piece: bucket, first element in it
         self.views: list[Tensor] = []
         self.buckets: list[Tensor] = []
 
@@ -41,6 +42,7 @@ class ShardGradients:
         for i, each in enumerate(self._owned):
             groups.setdefault(each.param.dtype, []).append(i)
         places: dict[int, Tensor] = {}
+        spans: dict[int, tuple[int, int]] = {}
         for dtype, members in groups.items():
             align = ALIGN_BYTES // dtype.itemsize
             sizes = [-(-self._owned[i].param.numel() // align) * align for i in members]
@@ -52,18 +54,27 @@ class ShardGradients:
                     self.buckets.append(flat[begin:offset])
                     begin = offset
                 param = self._owned[i].param
+                spans[i] = (len(self.buckets), offset - begin)
                 places[i] = flat[offset : offset + param.numel()].view(param.shape)
                 offset += size
             self.buckets.append(flat[begin:offset])
         self._places = [places[i] for i in range(len(self._owned))]
+        self._spans = [spans[i] for i in range(len(self._owned))]
         return self.buckets
+
+    def cut(self, bucket: int, flat: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """A tensor laid out as a bucket is, as (piece, view in its shape)."""
+        for i, (at, begin) in enumerate(self._spans):
+            if at == bucket:
+                param = self._owned[i].param
+                yield i, flat[begin : begin + param.numel()].view(param.shape)
 
     def collect(self, params: Mapping[str, nn.Parameter]) -> None:
         """Take the gradients from the model's parameters; zero where there is none."""
         self.views = []
         for i, each in enumerate(self._owned):
             param = params[each.name]
-            grad = None if param.grad is None else local(param.grad)
+            grad = None if param.grad is None else local(_placed(param.grad, param))
             if self._places:
                 place = self._places[i]
                 if grad is None:
@@ -80,6 +91,13 @@ class ShardGradients:
         self.views = []
         for each in self._owned:
             each.param.grad = None
+
+
+def _placed(grad: Any, param: Any) -> Any:
+    """A gradient divided as its parameter is. Collective among workers of a layer, alike on all of them."""
+    if hasattr(grad, "placements") and grad.placements != param.placements:
+        return grad.redistribute(placements=param.placements)
+    return grad
 
 
 def local(tensor: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +48,7 @@ class Layout:
         self._handles: list[Any] = []
         self._open = 0
         self._fsdp: Any = None
-        groups, shard, tensor = self.mesh.sizes
+        _, shard, tensor = self.mesh.sizes
         for name, param in model.named_parameters():
             if param.dim() == 0 and shard > 1:
                 raise ModelError(
@@ -57,9 +57,9 @@ class Layout:
                     "give it the shape [1], or use zero1",
                 )
         devices = {p.device.type for p in model.parameters()} or {"cpu"}
-        device_mesh = (
-            sharded_mesh.device_mesh(self.mesh, next(iter(devices))) if shard > 1 or tensor > 1 else None
-        )
+        device_mesh: Any = None
+        if shard > 1 or tensor > 1:
+            device_mesh = sharded_mesh.device_mesh(self.mesh, next(iter(devices)))
         if tensor > 1:
             from manyhands.train.sharded_tensor import parallelize
 
@@ -138,6 +138,10 @@ class Layout:
             found[name] = (piece, tensor)
         return found
 
+    def with_aliases(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the state dict under all names, tied ones included."""
+        return found | {alias: found[n] for n, names in _ties(self.model).items() for alias in names[1:]}
+
     def load(self, path: Path) -> None:
         """My pieces of a safetensors file into the model, after all of them were found to fit."""
         mine = self.weights()
@@ -164,12 +168,6 @@ class Layout:
             with torch.no_grad():
                 for name, (piece, tensor) in mine.items():
                     tensor.copy_(file.piece(found[name], piece))
-
-    def cut(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """My part of a whole optimizer state by name. Raises `CheckpointError` for unknown parameters."""
-        from manyhands.train.sharded_pieces import cut
-
-        return cut(state, self.owned, [n for n, p in self.model.named_parameters() if p.requires_grad])
 
     def fingerprint(self) -> Tensor:
         """Two words over the bits of all that I hold: [2] int64."""
@@ -226,7 +224,7 @@ class Layout:
 
     def _piece(self, box: Piece, param: nn.Parameter) -> Piece:
         """Where my part of a parameter is in the whole, after division along the first dimension."""
-        groups, shard, _ = self.mesh.sizes
+        _, shard, _ = self.mesh.sizes
         group, mine, layer = self.mesh.place
         divided_by_layer = not box.whole
         counts = group == 0 and (divided_by_layer or layer == 0)
@@ -246,7 +244,7 @@ class _Held(nn.Module):
         super().__init__()
         self._tensors = tensors
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self._tensors
 
 

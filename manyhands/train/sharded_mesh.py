@@ -55,7 +55,8 @@ def join(wire: Wire, placement: Sharded) -> Mesh:
     Raises:
         UsageError: their number does not divide so, or the wire is not a process group.
     """
-    groups, shard, tensor = sizes = placement.mesh(wire.size)
+    sizes = placement.mesh(wire.size)
+    _, shard, tensor = sizes
     if wire.size == 1:
         return Mesh(sizes, (0, 0, 0), wire, wire, wire)
     if not hasattr(wire, "within"):
@@ -163,8 +164,9 @@ def shard(root: Root, parts: Sequence[nn.Module], mesh: Any, wire: Wire, *, resh
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # contributions are weighted: their sum is the mean
             module.set_force_sum_reduction_for_comms(True)
-            module.set_custom_all_gather(AllGather(wire))
-            module.set_custom_reduce_scatter(ReduceScatter(wire))
+            comms: tuple[Any, Any] = AllGather(wire), ReduceScatter(wire)
+            module.set_custom_all_gather(comms[0])
+            module.set_custom_reduce_scatter(comms[1])
     fsdp.set_reduce_scatter_unused_params(True)  # workers may use different parameters in a step
     try:
         fsdp._get_fsdp_state()._lazy_init()  # now, so that units may run before the root does

@@ -32,6 +32,8 @@ LOT_BYTES = 1 << 22  # of one worker's rows that travel at once
 class ShardedOptimizer(Synchronous):
     """ZeRO 1: see the module."""
 
+    divided = True  # the optimizer's state is put together collectively
+
     def __init__(self, replica: Replica) -> None:
         spec = replica.strategy.outer
         size = replica.wire.size
@@ -95,7 +97,11 @@ class ShardedOptimizer(Synchronous):
         for turn in range(max(len(lots) for lots in self._lots)):
             lots = [lots[turn] if turn < len(lots) else [] for lots in self._lots]
             mine = lots[wire.rank]
-            flat = torch.cat([v.view(torch.uint8) for v in mine]) if mine else like.new_empty(0, dtype=torch.uint8)
+            flat = (
+                torch.cat([v.view(torch.uint8) for v in mine])
+                if mine
+                else like.new_empty(0, dtype=torch.uint8)
+            )
             for rank, part in enumerate(wire.begin(Gather(flat)).wait()):
                 if rank == wire.rank:
                     continue

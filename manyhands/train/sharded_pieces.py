@@ -88,8 +88,9 @@ def gather_whole(wire: Wire, mine: Mapping[str, tuple[Piece, Tensor]]) -> dict[s
     boxes: dict[str, list[tuple[int, Piece]]] = {}
     dtypes: dict[str, str] = {}
     for rank, rows in enumerate(table):
-        for key, dtype, *box in rows:
-            boxes.setdefault(key, []).append((rank, Piece(key, *(tuple(b) for b in box))))
+        for key, dtype, shape, offset, extent in rows:
+            piece = Piece(key, tuple(shape), tuple(offset), tuple(extent))
+            boxes.setdefault(key, []).append((rank, piece))
             dtypes[key] = dtype
     whole: dict[str, Tensor] = {}
     for keys in _lots(boxes, dtypes):
@@ -178,18 +179,22 @@ class Reader:
         return tensor
 
 
-def cut(state: Mapping[str, Tensor], owned: Sequence[Owned], known: Sequence[str]) -> dict[str, Tensor]:
+def cut(
+    state: Mapping[str, Tensor] | Reader, owned: Sequence[Owned], known: Sequence[str]
+) -> dict[str, Tensor]:
     """My part of an optimizer's whole state, as `NamedOptimizer.load_state_by_name` takes it.
 
     Args:
+        state: by name; from a file only my rows are read.
         known: names of all trainable parameters, mine or not.
 
     Raises:
         CheckpointError: the state of a parameter that is not there.
     """
     mine = {each.name: each.piece for each in owned}
+    shapes = state.shapes() if isinstance(state, Reader) else {k: tuple(t.shape) for k, t in state.items()}
     found = {}
-    for key, tensor in state.items():
+    for key, shape in shapes.items():
         name = key.rpartition(".")[0]
         if name not in known:
             raise CheckpointError(
@@ -198,8 +203,8 @@ def cut(state: Mapping[str, Tensor], owned: Sequence[Owned], known: Sequence[str
                 nearest(name, known),
             )
         if name in mine:
-            piece = mine[name]
-            found[key] = tensor[piece.slices] if tuple(tensor.shape) == piece.shape else tensor
+            piece = mine[name] if shape == mine[name].shape else Piece(key, shape, (0,) * len(shape), shape)
+            found[key] = state.piece(key, piece) if isinstance(state, Reader) else state[key][piece.slices]
     return found
 
 

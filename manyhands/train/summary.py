@@ -37,11 +37,13 @@ def summarize(
         collective: whether the other workers take part; after an interruption they may be gone, and then only this
             worker's own figures are listed.
     """
+    from manyhands.train import session
     from manyhands.train.checkpoint import sha256_of_parameters
 
     replica, tally = loop.replica, loop.tally
     mine = worker_figures(loop)
     workers = loop.world.gather(mine) if collective else [mine]
+    weights = session.whole_weights(replica, collective=collective)
     rate = tally.rate_tokens / tally.rate_s if tally.rate_s > 0 else 0.0
     return {
         "format": FORMAT,
@@ -64,7 +66,7 @@ def summarize(
         "data": as_data(material),
         "precision": plan.precision,
         "compile": plan.compile,
-        "parameters_sha256": sha256_of_parameters(replica.model.state_dict()),
+        "parameters_sha256": sha256_of_parameters(weights) if weights is not None else None,
         "machine": hardware.machine_facts(),
         "workers": workers,
     }

@@ -54,6 +54,7 @@ def main(argument: str) -> int:
 
 def work(order: Order) -> dict[str, Any]:
     """Run my share of the job; returns the summary (on every rank). Raises `ManyhandsError` and `Stopped`."""
+    from manyhands.core import compute
     from manyhands.core.native import enable_allocator
     from manyhands.core.signals import Interrupts
 
@@ -61,6 +62,7 @@ def work(order: Order) -> dict[str, Any]:
     with interrupts:
         with interrupts.phase("start", interruptible=True):
             allocator = enable_allocator()
+            compute.enable()
             world, device = _join(order.job)
         try:
             with _sinks(order.job, world) as emit:
@@ -147,8 +149,10 @@ class _Run:
         reason = "done"
         try:
             loop.run()
-            if self.world.rank == 0:
-                self._sample(loop, plan)
+            if self._samples(loop):
+                with loop.replica.agreed():
+                    if self.world.rank == 0:
+                        self._sample(loop, plan)
         except Stopped as stopped:
             reason = str(stopped)
             loop.save_now()
@@ -178,6 +182,7 @@ class _Run:
 
     def _build(self) -> torch.nn.Module:
         from manyhands.models.build import build
+        from manyhands.train.forward import quicken
 
         model = build(
             self.job.model if self.job.model != "auto" else self.material.default_model,
@@ -195,6 +200,7 @@ class _Run:
         if self.job.precision == "fp64":
             model.double()
         model.train()
+        quicken(model)
         return model.to(self.device)
 
     def _facts(self, model: torch.nn.Module) -> Facts:
@@ -327,12 +333,15 @@ class _Run:
         }
 
     def _restore(self, loop: Loop, path: Path) -> None:
-        from manyhands.train import checkpoint, session
+        from manyhands.train import checkpoint, exchange_state, session
         from manyhands.train.resume import same_order
 
         before = checkpoint.load_state(path).state
         same_order(path, before, self.job, self.material)
         session.restore_replica(loop.replica, path, verified=True)
+        lost = exchange_state.missing(before)
+        if lost and self.world.rank == 0:
+            self.emit(Warned(message=lost, where="resume"))
         earlier = list(before.get("world_sizes", []))
         self.world_sizes = [*earlier, self.world.size]
         if self.world.rank == 0:
@@ -345,13 +354,14 @@ class _Run:
                 )
             )
 
+    def _samples(self, loop: Loop) -> bool:
+        """Whether a continuation is drawn at the end; the same on every worker."""
+        model = loop.replica.model
+        if getattr(loop.replica.method, "share", None) is not None:  # no worker computes alone
+            return False
+        return self.job.task_name == "pretrain" and self.job.prompt != "" and hasattr(model, "generate")
+
     def _sample(self, loop: Loop, plan: Plan) -> None:
-        if (
-            self.job.task_name != "pretrain"
-            or self.job.prompt == ""
-            or not hasattr(loop.replica.model, "generate")
-        ):
-            return
         from manyhands.train.generate import continuation
 
         prompt = self.job.prompt if self.job.prompt is not None else self.material.default_prompt
