@@ -11,10 +11,14 @@ import pytest
 import torch
 from fleet import Fleet
 
+import manyhands
 from manyhands.core import config
 from manyhands.core.errors import CheckpointError
+from manyhands.core.types import Summed
 from manyhands.exchange.combine import leaves
-from manyhands.train import exchange_state, tensors
+from manyhands.strategy import optimizers
+from manyhands.train import exchange_state, session, tensors
+from manyhands.train.replica import Part, Replica
 from manyhands.wire.drive import run
 from manyhands.wire.solo import Solo
 
@@ -155,3 +159,72 @@ def test_a_file_is_read_by_name_and_an_absent_or_broken_one_is_not_trusted(tmp_p
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(CheckpointError, match="holds the exchange's state"):
         exchange_state.Stored(path)
+
+
+def test_an_inner_optimizer_s_moments_are_each_worker_s(fleets: Callable[[int, str], Fleet]) -> None:
+    first, *others = fleets(3, "shared").run(_local)
+    assert others == [[], []]
+    assert first == ["local.w.m@0", "local.w.m@1"]  # worker 2 had nothing to do yet
+    named = {f"local.w.m@{rank}": torch.tensor([float(rank)]) for rank in range(2)} | {
+        "0.round": torch.tensor(1)
+    }
+    for rank, holder in enumerate([0, 1, 0, 1]):
+        assert exchange_state.local(named, rank=rank) == {"w.m": torch.tensor([float(holder)])}
+    assert exchange_state.local({"0.round": torch.tensor(1)}, rank=0) == {}
+    (state,) = exchange_state.restore([{"round": torch.tensor(0)}], named, rank=3, size=4, path="c")
+    assert int(state["round"]) == 1
+
+
+def _local(world: Any) -> list[str]:
+    local = {"w.m": torch.ones(3)} if world.rank < 2 else {}
+    return sorted(exchange_state.collect([], world.wire, local))
+
+
+# ------------------------------------------------------------------------------------------ whole replicas
+
+
+def _strategy(kind: str) -> Any:
+    exchange = config.from_text("exchanges", "error-feedback(chain(sign, then=sign))")
+    if kind == "diloco":
+        inner, outer = optimizers.AdamW(0.02), optimizers.SGD(0.7, momentum=0.9, nesterov=True)
+        cadence = config.from_text("cadences", "every(3)")
+        return manyhands.Strategy(cadence=cadence, exchange=exchange, inner=inner, outer=outer)
+    return manyhands.Strategy(exchange=exchange, outer=optimizers.AdamW(0.02))
+
+
+def _train(world: Any, kind: str, output: str, start: int | None, stop: int, save: bool) -> dict[str, Any]:
+    """Steps up to `stop`, from checkpoint `start` (None: from scratch); what the replica is afterwards."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).double()
+    replica = Replica(model, _strategy(kind), world.wire)
+    if start is not None:
+        session.restore_replica(replica, Path(output, f"checkpoint-{start}"))
+    first = float(sum((t.sum() for p, t in leaves(replica.states) if "residual" in p), torch.tensor(0.0)))
+    while replica.steps < stop:
+        batches = []
+        for place in range(world.rank, 6, world.size):
+            generator = torch.Generator().manual_seed(1000 * replica.steps + place)
+            x = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+            batches.append((place, {"x": x, "y": x.sum(1, keepdim=True).sin()}))
+        part = Part(replica.steps, batches, 6, 24, 0)
+        replica.step(part, lambda m, b: Summed((m(b["x"]) - b["y"]).square().sum(), len(b["x"])))
+    if save:
+        session.save_replica(world, replica, Path(output))
+    held = float(sum((t.sum() for p, t in leaves(replica.states) if "residual" in p), torch.tensor(0.0)))
+    weights = [t.tolist() for t in model.state_dict().values()]
+    replica.close()
+    return {"weights": weights, "first": first, "held": held}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "diloco"])
+def test_a_resumed_job_goes_on_as_if_nothing_had_been_and_resized_loses_nothing(
+    fleets: Callable[[int, str], Fleet], tmp_path: Path, kind: str
+) -> None:
+    whole = fleets(3, "shared").run(_train, kind, str(tmp_path / "a"), None, 12, False)
+    halves = fleets(3, "shared").run(_train, kind, str(tmp_path / "b"), None, 6, True)
+    resumed = fleets(3, "shared").run(_train, kind, str(tmp_path / "b"), 6, 12, False)
+    assert [r["weights"] for r in resumed] == [r["weights"] for r in whole]
+    assert [r["held"] for r in resumed] == [r["held"] for r in whole]
+    assert all(r["first"] == h["held"] != 0 for r, h in zip(resumed, halves, strict=True))
+    fewer = fleets(2, "shared").run(_train, kind, str(tmp_path / "b"), 6, 6, False)
+    assert sum(r["first"] for r in fewer) == pytest.approx(sum(h["held"] for h in halves), rel=1e-12)

@@ -5,12 +5,16 @@ In ``training/exchange.safetensors`` a leaf is called ``<bucket>.<path>``, for e
 matters (promise 4), so worker j of M takes Σ of those of the ranks i ≡ j (mod M): its own if as many workers continue,
 and whatever their number the sum is what it was.
 
+An inner optimizer's state is each worker's, too, and kept as ``local.<name>@<rank>``. Moments are no sums: worker j of M
+continues with those of rank j, or of j modulo the number there were.
+
 Collecting is collective. After an interruption rank 0 saves alone (`alone`): the others' residuals are then missing,
 which ``state.json`` says (`record`) and a run that continues tells (`missing`).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from manyhands.core.errors import CheckpointError
-from manyhands.core.request import Scatter
+from manyhands.core.request import Gather, Scatter
 from manyhands.exchange.combine import is_own, leaves
 
 if TYPE_CHECKING:
@@ -26,19 +30,23 @@ if TYPE_CHECKING:
 
     from manyhands.core.types import Wire
 
+LOCAL = "local"
 PIECE_BYTES = 1 << 26  # residuals travel in pieces: only rank 0's host memory holds everybody's
 
 
 # ------------------------------------------------------------------------------------------------ saving
 
 
-def collect(states: Sequence[Any], wire: Wire) -> dict[str, Tensor]:
+def collect(
+    states: Sequence[Any], wire: Wire, local: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Everybody's state as flat named tensors, on rank 0; empty on all others. Collective. Raises `PeerLost`.
 
     Args:
         states: of each bucket, as `Exchange.init` and `Agreed.state` give them.
+        local: an inner optimizer's state, by name.
     """
-    named: dict[str, Tensor] = {}
+    named = _collect_local(local or {}, wire)
     for name, leaf, own in _named(states):
         if own:
             for rank, part in enumerate(_to_first(leaf, wire)):
@@ -48,14 +56,15 @@ def collect(states: Sequence[Any], wire: Wire) -> dict[str, Tensor]:
     return named
 
 
-def alone(states: Sequence[Any], rank: int) -> dict[str, Tensor]:
+def alone(states: Sequence[Any], rank: int, local: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """What `collect` gives of one worker's state, without asking the others."""
-    return {(f"{name}@{rank}" if own else name): leaf for name, leaf, own in _named(states)}
+    named = {(f"{name}@{rank}" if own else name): leaf for name, leaf, own in _named(states)}
+    return named | {f"{LOCAL}.{name}@{rank}": tensor for name, tensor in (local or {}).items()}
 
 
 def record(named: Mapping[str, Tensor], size: int) -> dict[str, Any]:
     """For ``state.json``: how many workers there were, and whose residuals `named` has (all of them if nobody has any)."""
-    kept = sorted({int(rank) for _, _, rank in map(_split, named) if rank})
+    kept = sorted({int(rank) for bucket, _, rank in map(_split, named) if rank and bucket != LOCAL})
     return {"workers": size, "residuals_of": kept or list(range(size))}
 
 
@@ -70,9 +79,25 @@ def _named(states: Sequence[Any]) -> Iterator[tuple[str, Tensor, bool]]:
             yield ".".join((str(bucket), *path)), leaf.detach(), is_own(path)
 
 
+def _collect_local(local: Mapping[str, Tensor], wire: Wire) -> dict[str, Tensor]:
+    """Everybody's inner optimizer on rank 0. A worker that had nothing to do yet may have less than others."""
+    facts = {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in local.items()}
+    data = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+    everyones = [json.loads(bytes(part.tolist())) for part in wire.begin(Gather(data)).wait()]
+    named: dict[str, Tensor] = {}
+    for name, (shape, kind) in sorted({n: f for facts in everyones for n, f in facts.items()}.items()):
+        mine = local.get(name)
+        if mine is None:
+            mine = torch.zeros(shape, dtype=getattr(torch, kind))
+        for rank, part in enumerate(_to_first(mine.detach(), wire)):
+            if name in everyones[rank]:
+                named[f"{LOCAL}.{name}@{rank}"] = part
+    return named
+
+
 def _split(name: str) -> tuple[str, str, str]:
     """``0.residual.0@2`` as bucket, path and rank."""
-    whole, _, rank = name.partition("@")
+    whole, _, rank = name.rpartition("@") if "@" in name else (name, "", "")
     bucket, _, path = whole.partition(".")
     return bucket, path, rank
 
@@ -112,7 +137,9 @@ def restore(
     wanted = {name: (leaf, own) for name, leaf, own in _named(states)}
     holders: dict[str, dict[int, str]] = {}
     for name in named:
-        plain, _, holder = name.partition("@")
+        plain, _, holder = name.rpartition("@") if "@" in name else (name, "", "")
+        if plain.startswith(f"{LOCAL}."):
+            continue
         holders.setdefault(plain, {})[int(holder or 0)] = name
     shapes = {plain: _shape(named, next(iter(names.values()))) for plain, names in holders.items()}
     _fits({name: tuple(leaf.shape) for name, (leaf, _) in wanted.items()}, shapes, path)
@@ -130,6 +157,20 @@ def restore(
     return [_rebuilt(state, (str(bucket),), found) for bucket, state in enumerate(states)]
 
 
+def local(named: Mapping[str, Tensor], *, rank: int) -> dict[str, Tensor]:
+    """The inner optimizer's state that worker `rank` continues with, by name; empty if none was kept."""
+    found = [name for name in named if name.startswith(f"{LOCAL}.")]
+    ranks = sorted({int(name.rpartition("@")[2]) for name in found})
+    if not ranks:
+        return {}
+    holder = rank if rank in ranks else ranks[rank % len(ranks)]
+    return {
+        name.rpartition("@")[0].removeprefix(f"{LOCAL}."): named[name]
+        for name in found
+        if name.rpartition("@")[2] == str(holder)
+    }
+
+
 def missing(state: Mapping[str, Any]) -> str | None:
     """What a run that continues from ``state.json`` = `state` must be told of lost residuals; None: nothing is lost."""
     facts = state.get("exchange") or {}
@@ -140,7 +181,7 @@ def missing(state: Mapping[str, Any]) -> str | None:
     who = f"worker {lost[0]}" if len(lost) == 1 else f"workers {', '.join(map(str, lost))}"
     return (
         f"the checkpoint was written by worker 0 alone, after an interruption: what {who} of {size} had held back "
-        "of earlier gradients is missing, and training continues without it"
+        "of earlier contributions is missing, and training continues without it"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +28,7 @@ class Loaded(NamedTuple):
 
     state: dict[str, Any]
     optimizer: dict[str, Tensor]
-    exchange: dict[str, Tensor]
+    exchange: Mapping[str, Tensor]
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -151,14 +152,15 @@ def load_state(path: Path) -> Loaded:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from manyhands.train.exchange_state import Stored
+
     training = path / "training"
     try:
         state = json.loads((training / "state.json").read_text(encoding="utf-8"))
-        exchange = training / "exchange.safetensors"
         return Loaded(
             state,
             load_file(training / "optimizer.safetensors"),
-            load_file(exchange) if exchange.exists() else {},
+            Stored(training / "exchange.safetensors"),  # everybody's: read as it is needed
         )
     except (OSError, ValueError, SafetensorError) as error:
         what = f"{training}: {error}"
