@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyhands.core.errors import Diverged, UsageError
-from manyhands.exchange import pack, quantize
+from manyhands.exchange import natural, pack, quantize, sign
 from manyhands.exchange.int2 import Int2
 from manyhands.exchange.int4 import Int4
 from manyhands.exchange.int8 import Int8
@@ -197,6 +197,40 @@ print(quantize.status())
     assert done.stdout.strip() == "PyTorch's operations (MANYHANDS_KERNELS=off: slower)"
 
 
+EXPRESSIONS = {
+    "uniform": (
+        quantize.expression_of_encode,
+        quantize.expression_of_decode,
+        (14, 2, 256),
+    ),
+    "sign": (sign.expression_of_encode, sign.expression_of_decode, (256,)),
+    "natural": (natural.expression_of_encode, natural.expression_of_decode, (256,)),
+}
+
+
+@pytest.mark.parametrize("name", list(EXPRESSIONS))
+def test_expressions_trace_once_for_all_sizes_and_keys(name: str) -> None:
+    """What torch.compile is given on a GPU: whole graphs, the same bits, not made anew for another size or key."""
+    encode, decode, fixed = EXPRESSIONS[name]
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    traced = [torch.compile(f, backend=count, dynamic=True, fullgraph=True) for f in (encode, decode)]
+    for numel, key in ((100_003, 1), (300_000, 2**64 - 1)):
+        x = mixed(numel, 1)
+        random = () if name == "sign" else (quantize.seed(key, x.device),)
+        flags = () if name == "sign" else (True,)
+        payload = traced[0](x, *random, *fixed, *flags)
+        assert torch.equal(payload, encode(x, *random, *fixed, *flags))
+        assert same_bits(traced[1](payload, numel, *fixed), decode(payload, numel, *fixed))
+    assert len(graphs) == 2
+    torch._dynamo.reset()
+
+
 # --- error bounds --------------------------------------------------------------------------------------------------------
 
 
@@ -340,7 +374,8 @@ def test_chance_is_a_function_of_tensor_and_key(codec: Any) -> None:
 def test_random_bits_look_random() -> None:
     n = 1 << 16
     like = torch.empty(n)
-    streams = [quantize.random_bits(like, key) for key in (0, 1, 1 << 32, 0xDEADBEEF12345678)]
+    keys = (0, 1, 1 << 32, 0xDEADBEEF12345678)
+    streams = [quantize.random_bits(like, quantize.seed(key, like.device)) for key in keys]
     for bits in streams:
         ones = torch.stack([(bits >> k & 1).double().mean() for k in range(32)])
         assert ((ones - 0.5).abs() < 5 * 0.5 / n**0.5).all()
@@ -349,7 +384,7 @@ def test_random_bits_look_random() -> None:
         assert 255 - 5 * 22.6 < chi2 < 255 + 5 * 22.6
         centred = (bits >> 8).double() / 2**24 - 0.5
         assert abs(float((centred[1:] * centred[:-1]).mean())) * 12 < 5 / n**0.5
-    u = quantize.dither(like, 0)
+    u = quantize.dither(like, quantize.seed(0, like.device))
     assert ((u > 0) & (u < 1)).all()
     for i, a in enumerate(streams):  # unrelated streams of unequal keys, also after sorting
         for b in streams[:i]:

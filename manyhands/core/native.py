@@ -75,19 +75,30 @@ def figures() -> dict[str, int]:
     return dict(zip(("used", "kept", "peak", "hits", "misses"), values, strict=True))
 
 
-def kernels(source: Path) -> ctypes.CDLL:
+def kernels_wanted() -> bool:
+    """Whether the environment allows compiled kernels (MANYHANDS_KERNELS)."""
+    return os.environ.get("MANYHANDS_KERNELS", "").lower() not in ("off", "0", "no")
+
+
+def kernels(source: Path, *extra: str) -> ctypes.CDLL:
     """The library of a C++ file of plain loops, with this processor's vector instructions; built if need be.
 
-    Floating-point operations are neither fused nor reordered: the same bits on every processor.
+    Floating-point operations are neither fused nor reordered: the same bits on every processor. MANYHANDS_KERNELS=off in the
+    environment does without.
+
+    Args:
+        extra: further options of the compiler, left out where it does not know them.
 
     Raises:
         RuntimeError, OSError, subprocess.SubprocessError: why it cannot be had; the caller computes in another way.
     """
-    if os.environ.get("MANYHANDS_KERNELS", "").lower() in ("off", "0", "no"):
+    if not kernels_wanted():
         raise RuntimeError("MANYHANDS_KERNELS=off")
     options = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-std=c++17"]
     facts = (hardware.cpu_name(), *sorted(hardware.cpu_flags()))
-    return ctypes.CDLL(str(_build(source, [[*options, "-march=native"], options], facts)))
+    native = [*options, "-march=native"]
+    variants = [[*native, *extra], native, [*options, *extra], options] if extra else [native, options]
+    return ctypes.CDLL(str(_build(source, variants, facts)))
 
 
 def _build_allocator() -> Path:

@@ -49,10 +49,11 @@ class Natural:
     def encode(self, tensor: Tensor, key: int) -> Tensor:
         flat = quantize.flatten(tensor)
         loops = quantize.kernels_for(flat)
+        random = self.rounding == "stochastic"
         if loops is None:
-            return self.reference_encode(flat, key)
+            expression = quantize.fused(expression_of_encode, flat)
+            return expression(flat, quantize.seed(key, flat.device), self.block, random)
         payload = quantize.empty_payload(flat, 1, self.block, scale_bytes=1)
-        random = int(self.rounding == "stochastic")
         place = quantize.place(flat, self.block)
         loops.manyhands_natural_encode(*place, payload.data_ptr(), random, rng.mix(key))
         return payload
@@ -63,7 +64,8 @@ class Natural:
         payload = quantize.checked(payload, self.size_bytes(numel))
         loops = quantize.kernels_for(payload)
         if loops is None:
-            return self.reference_decode(payload, numel, dtype)
+            expression = quantize.fused(expression_of_decode, payload)
+            return quantize.as_type(expression(payload, numel, self.block), dtype)
         values = torch.empty(numel, dtype=torch.float32)
         width = quantize.width(numel, self.block)
         loops.manyhands_natural_decode(payload.data_ptr(), numel, width, values.data_ptr())
@@ -74,29 +76,40 @@ class Natural:
 
     def reference_encode(self, tensor: Tensor, key: int) -> Tensor:
         """`encode` in plain PyTorch."""
-        import torch
-
         flat = quantize.flatten(tensor)
-        rows = quantize.in_blocks(flat, self.block)  # [blocks, block]
-        largest = rows.abs().amax(1, keepdim=True)  # [blocks, 1]; NaN wins
-        highest = ((largest.view(torch.int32) >> 23) + 1).clamp(max=254)  # a value may be rounded up to it
-        lower = (highest - 127).clamp(min=0)
-        random = quantize.random_bits(rows, key) >> 9 if self.rounding == "stochastic" else 0x400000
-        magnitude = rows.view(torch.int32).to(torch.int64) & 0x7FFFFFFF
-        exponents = ((magnitude + random) >> 23).clamp(max=254)
-        codes = (exponents - lower).clamp(min=0) | rows.signbit().to(torch.int64) << 7
-        codes = torch.where(largest.isfinite(), codes, 0).view(-1)[: flat.numel()]
-        windows = torch.where(largest.isfinite(), lower, NOT_FINITE).view(-1)
-        return torch.cat([windows, codes]).to(torch.uint8)
+        seed = quantize.seed(key, flat.device)
+        return expression_of_encode(flat, seed, self.block, self.rounding == "stochastic")
 
     def reference_decode(self, payload: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
         """`decode` in plain PyTorch."""
-        import torch
+        payload = quantize.checked(payload, self.size_bytes(numel))
+        return quantize.as_type(expression_of_decode(payload, numel, self.block), dtype)
 
-        payload = quantize.checked(payload, self.size_bytes(numel)).to(torch.int32)
-        blocks = quantize.blocks_of(numel, self.block)
-        window, codes = quantize.spread(payload[:blocks], numel, self.block), payload[blocks:]
-        level = codes & 127
-        magnitude = torch.where(level == 0, 0, level + window << 23).view(torch.float32)
-        values = torch.where(codes > 127, -magnitude, magnitude)
-        return quantize.as_type(torch.where(window == NOT_FINITE, torch.nan, values), dtype)
+
+def expression_of_encode(flat: Tensor, seed: Tensor, block: int, stochastic: bool) -> Tensor:
+    """The payload of a float32 [n]."""
+    import torch
+
+    rows = quantize.in_blocks(flat, block)  # [blocks, block]
+    largest = rows.abs().amax(1, keepdim=True)  # [blocks, 1]; NaN wins
+    highest = ((largest.view(torch.int32) >> 23) + 1).clamp(max=254)  # a value may be rounded up to it
+    lower = (highest - 127).clamp(min=0)
+    add = quantize.random_bits(rows, seed) >> 9 if stochastic else 0x400000
+    magnitude = rows.view(torch.int32).to(torch.int64) & 0x7FFFFFFF
+    exponents = ((magnitude + add) >> 23).clamp(max=254)
+    codes = (exponents - lower).clamp(min=0) | rows.signbit().to(torch.int64) << 7
+    codes = torch.where(largest.isfinite(), codes, 0).view(-1)[: flat.numel()]
+    windows = torch.where(largest.isfinite(), lower, NOT_FINITE).view(-1)
+    return torch.cat([windows, codes]).to(torch.uint8)
+
+
+def expression_of_decode(payload: Tensor, numel: int, block: int) -> Tensor:
+    """The float32 [numel] of a payload."""
+    import torch
+
+    blocks = quantize.blocks_of(numel, block)
+    windows, codes = payload[:blocks].to(torch.int32), payload[blocks:].to(torch.int32)
+    window, level = quantize.spread(windows, numel, block), codes & 127
+    magnitude = torch.where(level == 0, 0, (level + window) << 23).view(torch.float32)
+    values = torch.where(codes > 127, -magnitude, magnitude)
+    return torch.where(window == NOT_FINITE, torch.nan, values)

@@ -11,9 +11,10 @@ Nearest: |x̂ − x| ≤ step/2. Stochastic: |x̂ − x| < step, E[x̂] = x to 2
 step is at most 2⁻⁷ larger than the quotient; it is at least 2⁻¹²⁶, or 0 where all values are 0, which come out as 0. A
 block with NaN or infinity, or a value beyond float32, is NaN as a whole: everybody sees it.
 
-`u` is a function of (key, index of the value): equal inputs give equal bytes, on any device and for any number of threads.
-Each reference (plain PyTorch, any device) gives what the loops of ``quantize.cpp`` give, bit for bit; decoding multiplies
-once, so replicas agree wherever they decode. Loops need a CPU and, once, a compiler; otherwise the reference computes.
+`u` is a function of (key, index of the value): equal inputs give equal bytes, for any number of threads. Each reference (plain
+PyTorch, any device) gives what the loops of ``quantize.cpp`` give, bit for bit; decoding multiplies once, so replicas agree
+wherever they decode. Loops need a CPU and, once, a compiler; otherwise the reference computes, on a GPU fused by torch.compile
+where Triton is there (which may fuse a product with a sum: then a code can differ by one from the CPU's).
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from manyhands.core.errors import Diverged, UsageError
 from manyhands.exchange import pack
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import Tensor
 
@@ -36,6 +39,7 @@ Rounding = Literal["nearest", "stochastic"]
 SOURCE = Path(__file__).with_name("quantize.cpp")
 SMALLEST_STEP = 2.0**-126  # the smallest normal float32: its inverse is finite
 LARGEST_SCALE = 3.3895313892515355e38  # of bf16
+FUSED_FROM = 1 << 16  # values; shorter tensors on a GPU are not worth a compilation of their own
 
 
 class Grid(NamedTuple):
@@ -85,7 +89,8 @@ def encode(tensor: Tensor, key: int, *, grid: Grid, block: int, rounding: Roundi
     flat = flatten(tensor)
     loops = kernels_for(flat)
     if loops is None:
-        return reference_encode(flat, key, grid=grid, block=block, rounding=rounding)
+        expression = fused(expression_of_encode, flat)
+        return expression(flat, seed(key, flat.device), grid.top, grid.per, block, rounding == "stochastic")
     payload = empty_payload(flat, grid.per, block)
     random = int(rounding == "stochastic")
     loops.manyhands_uniform_encode(
@@ -101,7 +106,7 @@ def decode(payload: Tensor, numel: int, dtype: torch.dtype, *, grid: Grid, block
     payload = checked(payload, size_bytes(numel, grid.per, block))
     loops = kernels_for(payload)
     if loops is None:
-        return reference_decode(payload, numel, dtype, grid=grid, block=block)
+        return as_type(fused(expression_of_decode, payload)(payload, numel, grid.top, grid.per, block), dtype)
     values = torch.empty(numel, dtype=torch.float32)
     loops.manyhands_uniform_decode(
         payload.data_ptr(), numel, width(numel, block), values.data_ptr(), grid.per, grid.top
@@ -111,29 +116,43 @@ def decode(payload: Tensor, numel: int, dtype: torch.dtype, *, grid: Grid, block
 
 def reference_encode(tensor: Tensor, key: int, *, grid: Grid, block: int, rounding: Rounding) -> Tensor:
     """`encode` in plain PyTorch."""
-    import torch
-
     flat = flatten(tensor)
-    rows = in_blocks(flat, block)  # [blocks, block]
-    offset = grid.top / 2
-    largest = rows.abs().amax(1, keepdim=True)  # [blocks, 1]; NaN wins
-    step = _rounded_up(largest / offset).clamp(SMALLEST_STEP, LARGEST_SCALE)
-    step = torch.where(largest == 0, 0.0, torch.where(largest.isfinite(), step, torch.nan))
-    inverse = torch.where(step > 0, 1 / step, 0.0)
-    shift = offset + (dither(rows, key) if rounding == "stochastic" else 0.5)
-    codes = (rows * inverse + shift).to(torch.int32).clamp(max=grid.top)
-    codes = torch.where(step.isfinite(), codes, 0).view(-1)[: flat.numel()]
-    return torch.cat([to_bytes(step.view(-1)), pack.pack(codes, grid.per)])
+    return expression_of_encode(
+        flat, seed(key, flat.device), grid.top, grid.per, block, rounding == "stochastic"
+    )
 
 
 def reference_decode(payload: Tensor, numel: int, dtype: torch.dtype, *, grid: Grid, block: int) -> Tensor:
     """`decode` in plain PyTorch."""
+    payload = checked(payload, size_bytes(numel, grid.per, block))
+    return as_type(expression_of_decode(payload, numel, grid.top, grid.per, block), dtype)
+
+
+def expression_of_encode(
+    flat: Tensor, seed: Tensor, top: int, per: int, block: int, stochastic: bool
+) -> Tensor:
+    """The payload of a float32 [n]."""
     import torch
 
-    scales, codes = halves(checked(payload, size_bytes(numel, grid.per, block)), numel, block)
-    levels = pack.unpack(codes, numel, grid.per).to(torch.float32) - grid.top / 2
+    rows = in_blocks(flat, block)  # [blocks, block]
+    largest = rows.abs().amax(1, keepdim=True)  # [blocks, 1]; NaN wins
+    step = _rounded_up(largest / (top / 2)).clamp(SMALLEST_STEP, LARGEST_SCALE)
+    step = torch.where(largest == 0, 0.0, torch.where(largest.isfinite(), step, torch.nan))
+    inverse = torch.where(step > 0, 1 / step, 0.0)
+    u = dither(rows, seed) if stochastic else 0.5
+    codes = (rows * inverse + (top / 2 + u)).to(torch.int32).clamp(max=top)
+    codes = torch.where(step.isfinite(), codes, 0).view(-1)[: flat.numel()]
+    return torch.cat([to_bytes(step.view(-1)), pack.pack(codes, per)])
+
+
+def expression_of_decode(payload: Tensor, numel: int, top: int, per: int, block: int) -> Tensor:
+    """The float32 [numel] of a payload."""
+    import torch
+
+    scales, codes = halves(payload, numel, block)
+    levels = pack.unpack(codes, numel, per).to(torch.float32) - top / 2
     bound = torch.finfo(torch.float32).max
-    return as_type((levels * spread(scales, numel, block)).clamp_(-bound, bound), dtype)
+    return (levels * spread(scales, numel, block)).clamp(-bound, bound)
 
 
 # --- parts ---------------------------------------------------------------------------------------------------------------
@@ -194,25 +213,32 @@ def _rounded_up(x: Tensor) -> Tensor:
     return ((x.view(torch.int32).to(torch.int64) + 0xFFFF) & ~0xFFFF).to(torch.int32).view(torch.float32)
 
 
-def random_bits(like: Tensor, key: int) -> Tensor:
+def seed(key: int, device: torch.device) -> Tensor:
+    """The halves of the mixed key, int64 [2]: a tensor, so that nothing is compiled anew for another key."""
+    import torch
+
+    mixed = rng.mix(key)
+    return torch.tensor([mixed & 0xFFFFFFFF, mixed >> 32], device=device)
+
+
+def random_bits(like: Tensor, seed: Tensor) -> Tensor:
     """32 random bits for each element, as int64 of `like`'s shape: a hash of (key, index).
 
     Wellons' *lowbias32* (two multiplications), with half of the mixed key put in before each of them.
     """
     import torch
 
-    low, high = rng.mix(key) & 0xFFFFFFFF, rng.mix(key) >> 32
-    x = (torch.arange(like.numel(), device=like.device) & 0xFFFFFFFF) ^ low
-    x = ((x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF) ^ high
+    x = (torch.arange(like.numel(), device=like.device) & 0xFFFFFFFF) ^ seed[0]
+    x = ((x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF) ^ seed[1]
     x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
     return (x ^ (x >> 16)).view(like.shape)
 
 
-def dither(like: Tensor, key: int) -> Tensor:
+def dither(like: Tensor, seed: Tensor) -> Tensor:
     """A float32 in (0, 1) for each element: the odd multiples of 2⁻¹⁷, with equal probability."""
     import torch
 
-    return (random_bits(like, key) >> 16).to(torch.float32) * 2.0**-16 + 2.0**-17
+    return (random_bits(like, seed) >> 16).to(torch.float32) * 2.0**-16 + 2.0**-17
 
 
 def checked(payload: Tensor, expected: int) -> Tensor:
@@ -257,6 +283,39 @@ def _loops() -> tuple[ctypes.CDLL | None, str]:
 def kernels_for(tensor: Tensor) -> ctypes.CDLL | None:
     """The compiled loops, where `tensor` is one for them."""
     return _loops()[0] if tensor.device.type == "cpu" and tensor.numel() else None
+
+
+def fused(expression: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor]:
+    """The expression, compiled for a long tensor on a GPU; itself for all others."""
+    long = like.device.type == "cuda" and like.numel() >= FUSED_FROM
+    return _compiled(expression) if long else expression
+
+
+@functools.cache
+def _compiled(expression: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    import importlib.util
+    import warnings
+
+    import torch
+
+    from manyhands.core.native import kernels_wanted
+
+    if importlib.util.find_spec("triton") is None or not kernels_wanted():
+        return expression
+    working = [torch.compile(expression, dynamic=True), expression]
+
+    def run(*arguments: Any) -> Tensor:
+        if len(working) > 1:
+            try:
+                return working[0](*arguments)
+            except (
+                Exception
+            ) as error:  # whatever Triton or its own compiler lacks; the expression needs neither
+                warnings.warn(f"quantizing by PyTorch's single operations, slower: {error}", stacklevel=2)
+                del working[0]
+        return expression(*arguments)
+
+    return run
 
 
 def status() -> str:

@@ -45,7 +45,7 @@ class Sign:
         flat = quantize.flatten(tensor)
         loops = quantize.kernels_for(flat)
         if loops is None:
-            return self.reference_encode(flat, key)
+            return quantize.fused(expression_of_encode, flat)(flat, self.block)
         payload = quantize.empty_payload(flat, PER, self.block)
         loops.manyhands_sign_encode(*quantize.place(flat, self.block), payload.data_ptr())
         return payload
@@ -56,7 +56,8 @@ class Sign:
         payload = quantize.checked(payload, self.size_bytes(numel))
         loops = quantize.kernels_for(payload)
         if loops is None:
-            return self.reference_decode(payload, numel, dtype)
+            expression = quantize.fused(expression_of_decode, payload)
+            return quantize.as_type(expression(payload, numel, self.block), dtype)
         values = torch.empty(numel, dtype=torch.float32)
         width = quantize.width(numel, self.block)
         loops.manyhands_sign_decode(payload.data_ptr(), numel, width, values.data_ptr())
@@ -67,22 +68,32 @@ class Sign:
 
     def reference_encode(self, tensor: Tensor, key: int) -> Tensor:
         """`encode` in plain PyTorch."""
-        import torch
-
-        flat = quantize.flatten(tensor)
-        sums = quantize.in_blocks(flat, self.block).abs().double().sum(1)  # [blocks]
-        ends = quantize.width(flat.numel(), self.block) * torch.arange(1, len(sums) + 1, device=flat.device)
-        counts = quantize.width(flat.numel(), self.block) - (ends - flat.numel()).clamp(min=0)
-        finite = quantize.in_blocks(flat, self.block).isfinite().all(1)
-        means = (sums / counts).float().clamp(max=quantize.LARGEST_SCALE).bfloat16().float()
-        scales = torch.where(finite, means, torch.nan)
-        return torch.cat([quantize.to_bytes(scales), pack.pack(flat.signbit(), PER)])
+        return expression_of_encode(quantize.flatten(tensor), self.block)
 
     def reference_decode(self, payload: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
         """`decode` in plain PyTorch."""
-        import torch
-
         payload = quantize.checked(payload, self.size_bytes(numel))
-        scales, bits = quantize.halves(payload, numel, self.block)
-        values = quantize.spread(scales, numel, self.block)
-        return quantize.as_type(torch.where(pack.unpack(bits, numel, PER).bool(), -values, values), dtype)
+        return quantize.as_type(expression_of_decode(payload, numel, self.block), dtype)
+
+
+def expression_of_encode(flat: Tensor, block: int) -> Tensor:
+    """The payload of a float32 [n]."""
+    import torch
+
+    rows = quantize.in_blocks(flat, block)  # [blocks, block]
+    each = quantize.width(flat.numel(), block)
+    begins = each * torch.arange(rows.shape[0], device=flat.device)
+    counts = (flat.numel() - begins).clamp(max=each)  # the last block may be shorter
+    means = (rows.abs().double().sum(1) / counts).float()
+    means = means.clamp(max=quantize.LARGEST_SCALE).bfloat16().float()
+    scales = torch.where(rows.isfinite().all(1), means, torch.nan)
+    return torch.cat([quantize.to_bytes(scales), pack.pack(flat.signbit(), PER)])
+
+
+def expression_of_decode(payload: Tensor, numel: int, block: int) -> Tensor:
+    """The float32 [numel] of a payload."""
+    import torch
+
+    scales, bits = quantize.halves(payload, numel, block)
+    values = quantize.spread(scales, numel, block)
+    return torch.where(pack.unpack(bits, numel, PER).bool(), -values, values)
