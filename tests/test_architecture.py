@@ -19,6 +19,7 @@ FLOORS = {
     "models": 2,
     "strategy": 3,
     "train": 4,
+    "serve": 4,
     "api": 4,
     "launch": 5,
     "cli": 5,

@@ -15,6 +15,7 @@ VERBS = {
     "prepare": ("manyhands.cli.prepare", "turn text into memory-mapped shards of tokens, once"),
     "evaluate": ("manyhands.cli.evaluate", "score a trained model on held-out data"),
     "generate": ("manyhands.cli.generate", "continue a prompt with a trained model"),
+    "serve-parameters": ("manyhands.cli.serve", "keep parameters for workers of a parameter-server strategy"),
     "list": (
         "manyhands.cli.listing",
         "names: strategies, exchanges, cadences, optimizers, tasks, models, launchers, …",
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    verbs = "\n".join(f"  {name:<10} {text}" for name, (_, text) in VERBS.items())
+    verbs = "\n".join(f"  {name:<16} {text}" for name, (_, text) in VERBS.items())
     return (
         "usage: manyhands VERB [options]\n\n"
         "Data-parallel training and inference of language models on the machines you have.\n\n"

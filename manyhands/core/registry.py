@@ -77,6 +77,10 @@ REGISTRY: dict[str, dict[str, Entry]] = {
         "zero3": Entry(
             "manyhands.strategy.zero:zero3", "parameters, gradients and optimizer state divided (FSDP2)"
         ),
+        "parameter-server": Entry(
+            "manyhands.strategy.served:parameter_server",
+            "parameters on servers: sync, bounded(s) or async; several servers, TLS, durable",
+        ),
     },
     "exchanges": {
         "all-reduce": Entry(

@@ -7,13 +7,16 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from manyhands.core import config, hardware
 from manyhands.core.environment import read_env
 from manyhands.core.errors import CheckpointError, UsageError
 from manyhands.train.job import Job
 from manyhands.train.worker import Order
+
+if TYPE_CHECKING:
+    from manyhands.launch.served import ServerProcesses
 
 Layer = tuple[str, Mapping[str, Any]]
 ENTRY = "manyhands.train.worker:main"
@@ -67,7 +70,22 @@ def begin(entry: str, argument: str, job: Job) -> int:
         workers=workers_of(job),
         output=Path(job.output),
         threads=1 if job.reproducible else job.threads,
+        servers=servers_of(job),
     )
+
+
+def servers_of(job: Job) -> ServerProcesses | None:
+    """The parameter servers that the job's workers will need beside them. Raises `UsageError`: gRPC is absent."""
+    from manyhands.placement.served import Served
+
+    placement = job.strategy.placement
+    if not isinstance(placement, Served) or placement.address:
+        return None
+    from manyhands.launch.served import ServerProcesses
+    from manyhands.serve.server import grpc_module
+
+    grpc_module()
+    return ServerProcesses(placement, Path(job.output))
 
 
 BUILT_IN: Mapping[str, Any] = {"steps": 600, "strategy": "ddp(lr=3e-3)"}  # about two minutes on two cores

@@ -18,12 +18,16 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from manyhands.core import hardware
 from manyhands.core.errors import UsageError
 from manyhands.launch import child, guard
 from manyhands.launch.terminal import Console, Requests
 from manyhands.launch.verdict import End, judge, read_record, read_tail
+
+if TYPE_CHECKING:
+    from manyhands.launch.served import ServerProcesses
 
 GRACE_S = 10.0  # between SIGTERM and SIGKILL for the peers of a failed worker
 POLL_S = 0.02
@@ -37,6 +41,7 @@ def launch(
     output: Path,
     threads: int | None = None,
     env: Mapping[str, str] | None = None,
+    servers: ServerProcesses | None = None,
 ) -> int:
     """Run `entry` (``module:function``) with `argument` on `workers` new processes; returns the exit code.
 
@@ -44,6 +49,7 @@ def launch(
         output: logs go to ``output/logs``.
         threads: of each worker; None: the allowed cores divided among them.
         env: further environment variables.
+        servers: parameter servers that run beside the workers.
 
     Returns:
         0; 128 + signal after SIGINT or SIGTERM; else the first failure's code (2 for usage, 1 otherwise), which is
@@ -56,9 +62,11 @@ def launch(
     logs = _make_logs(output)
     with Requests() as requests, _scratch() as (store, watcher), Console() as console:
         (Path(store) / "argument").write_text(argument, encoding="utf-8")
-        run = _Run(requests, watcher)
+        run = _Run(requests, watcher, servers)
         seats = hardware.seats(workers, threads)
         try:
+            if servers is not None:
+                servers.start(store, {**os.environ, **hardware.cpu_environment(1), **(env or {})}, run.tell)
             for rank, seat in enumerate(seats):
                 if not requests.stop:
                     variables = _variables(rank, workers, seat, store, env or {})
@@ -107,6 +115,7 @@ class _Run:
 
     requests: Requests
     watcher: subprocess.Popen[bytes]
+    servers: ServerProcesses | None = None
     workers: list[_Worker] = field(default_factory=list)
     told_s: float | None = None
     _kills_before: int = field(default_factory=lambda: _oom_kills())
@@ -131,7 +140,7 @@ class _Run:
                 start_new_session=True,  # a Ctrl-C reaches us alone, and we hand it on once
             )
         self.workers.append(_Worker(rank, process, log, begin, error))
-        self._tell(f"started {process.pid}")
+        self.tell(f"started {process.pid}")
 
     def watch(self) -> None:
         """Until all have ended; after a first failure the others get SIGTERM and, later, SIGKILL."""
@@ -145,6 +154,8 @@ class _Run:
             if all(worker.ended_s is not None for worker in self.workers):
                 return
             self._serve()
+            if self.servers is not None:
+                self.servers.watch()
             if self.told_s is not None and time.time() - self.told_s > GRACE_S:
                 self._signal(signal.SIGKILL)
             time.sleep(POLL_S)
@@ -156,7 +167,9 @@ class _Run:
             worker.process.wait()
             worker.ended_s = worker.ended_s or time.time()
             guard.end_group(worker.process.pid)
-            self._tell(f"ended {worker.process.pid}")
+            self.tell(f"ended {worker.process.pid}")
+        if self.servers is not None:
+            self.servers.end()
         guard.clear(worker.process.pid for worker in self.workers)
 
     def out_of_memory(self) -> bool:
@@ -183,7 +196,7 @@ class _Run:
                 with contextlib.suppress(ProcessLookupError):
                     worker.process.send_signal(signum)
 
-    def _tell(self, line: str) -> None:
+    def tell(self, line: str) -> None:
         assert self.watcher.stdin is not None
         with contextlib.suppress(OSError):  # somebody killed it
             self.watcher.stdin.write(line.encode() + b"\n")

@@ -1,0 +1,319 @@
+"""A worker's connection to its parameter servers.
+
+`Link` is one connection: it pins the server's certificate, sends the token, and calls again while a server is gone (a
+server under the launcher is started anew and continues). `Servers` is all of them: parameters are divided among them by
+bytes, and every request goes to all at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from manyhands.core import errors
+from manyhands.core.errors import ManyhandsError, PeerLost, UsageError
+from manyhands.serve import protocol, tls
+from manyhands.serve.layout import Layout, divide
+from manyhands.serve.server import OPTIONS, grpc_module
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FIRST_S, LONGEST_S = 0.05, 1.0  # between calls to a server that is gone
+
+
+class Endpoint(NamedTuple):
+    """Where a server is: HOST:PORT or unix:PATH, and its certificate's fingerprint (empty: plain)."""
+
+    address: str
+    fingerprint: str = ""
+
+
+class Answer(NamedTuple):
+    """A reply: its header and its payload (uint8)."""
+
+    header: dict[str, Any]
+    payload: Tensor
+
+
+class Link:
+    """One connection to one server.
+
+    Args:
+        where: asked at each (re)connection: a restarted server may be elsewhere. May raise `OSError`: not yet there.
+        token: the server's.
+        patience_s: how long to try to reach a server that is gone.
+    """
+
+    def __init__(self, where: Callable[[], Endpoint], token: str, *, patience_s: float = 60.0) -> None:
+        self._grpc = grpc_module()
+        self._where, self._patience_s = where, patience_s
+        self._metadata = (("authorization", f"Bearer {token}"),)
+        self._lock = threading.Lock()
+        self._channel: Any = None
+        self._method: Any = None
+        self._closed = False
+        self.sent_bytes = self.received_bytes = 0
+
+    def call(
+        self, header: Mapping[str, Any], payload: Sequence[memoryview] = (), *, out: Tensor | None = None
+    ) -> Answer:
+        """Ask and wait for the answer.
+
+        Args:
+            out: where the answer's payload goes (uint8 of its size); None: into a new tensor.
+
+        Raises:
+            PeerLost: the server could not be reached for `patience_s`.
+            ManyhandsError: what the server says, in its own type.
+        """
+        codes = self._grpc.StatusCode
+        gone = (codes.UNAVAILABLE, codes.CANCELLED, codes.INTERNAL, codes.UNKNOWN, codes.ABORTED)
+        deadline, pause = time.monotonic() + self._patience_s, FIRST_S
+        while True:
+            try:
+                return self._once(header, payload, out)
+            except self._grpc.RpcError as error:
+                code, detail = error.code(), error.details() or ""
+                if code is codes.UNAUTHENTICATED:
+                    raise UsageError(
+                        "the parameter server refused the token", detail, "give the token_file of that server"
+                    ) from None
+                if code not in gone:
+                    raise _raised(code.name, detail) from None
+                reason = f"{code.name}: {detail}"
+            except OSError as error:
+                reason = str(error)
+            if time.monotonic() > deadline or self._closed:
+                raise PeerLost(None, f"a call to the parameter server ({header.get('op')})", reason[:300])
+            self._disconnect()
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_S)
+
+    def close(self) -> None:
+        self._closed = True
+        self._disconnect()
+
+    def _once(self, header: Mapping[str, Any], payload: Sequence[memoryview], out: Tensor | None) -> Answer:
+        method = self._connect()
+        replies = method(protocol.messages(header, payload), metadata=self._metadata)
+        try:
+            opening = protocol.opening(replies)
+            size = opening.size_bytes
+            if out is None or not size:
+                out, view = protocol.buffer(size)
+            elif out.numel() != size:
+                raise protocol.Garbage(f"an answer of {size:,} bytes", f"{out.numel():,} were expected", "")
+            else:
+                view = protocol.view(out)
+            protocol.receive(replies, view)
+        finally:
+            replies.cancel()
+        self.sent_bytes += sum(len(part) for part in payload)
+        self.received_bytes += size
+        return Answer(opening.header, out)
+
+    def _connect(self) -> Any:
+        with self._lock:
+            if self._method is None:
+                endpoint = self._where()
+                if endpoint.fingerprint:
+                    host, _, port = endpoint.address.rpartition(":")
+                    pem = tls.pinned(host.strip("[]"), int(port), endpoint.fingerprint, timeout_s=10.0)
+                    self._channel = self._grpc.secure_channel(
+                        endpoint.address,
+                        self._grpc.ssl_channel_credentials(pem),
+                        options=(("grpc.ssl_target_name_override", tls.NAME), *OPTIONS),
+                    )
+                else:
+                    self._channel = self._grpc.insecure_channel(endpoint.address, options=OPTIONS)
+                self._method = self._channel.stream_stream(protocol.METHOD)
+            return self._method
+
+    def _disconnect(self) -> None:
+        with self._lock:
+            if self._channel is not None:
+                self._channel.close()
+            self._channel = self._method = None
+
+
+class Servers:
+    """All servers of a job, as one worker sees them.
+
+    Args:
+        links: one per server.
+        member: this worker's name.
+        job: the job's, equal on all its workers.
+        lease_s: the servers'; a sign of life is sent three times as often.
+    """
+
+    def __init__(self, links: Sequence[Link], *, member: str, job: str, lease_s: float = 30.0) -> None:
+        self._links, self.member, self.job = list(links), member, job
+        self._pool = ThreadPoolExecutor(len(links), thread_name_prefix="server")
+        self._ended = threading.Event()
+        self._heart = threading.Thread(target=self._beat, args=(lease_s / 3,), name="heart", daemon=True)
+        self.layouts: list[Layout] = []
+        self._entries: list[list[protocol.Entry]] = []
+
+    def lay_out(self, params: Mapping[str, Tensor]) -> None:
+        """Decide which server keeps which parameters. Raises `UsageError`: more servers than parameters."""
+        entries = [protocol.entry_of(name, p) for name, p in params.items()]
+        self._entries = divide(entries, len(self._links))
+        self.layouts = [Layout.of(part) for part in self._entries]
+
+    def begin(
+        self,
+        rules: Mapping[str, Any],
+        params: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        *,
+        serial: int,
+        steps: int,
+        tokens: int,
+    ) -> None:
+        """Give the servers the job's rules, parameters and (of a checkpoint) optimizer state by name."""
+        owners = {e.name: server for server, part in enumerate(self._entries) for e in part}
+        unknown = sorted({name.rpartition(".")[0] for name in optimizer} - set(owners))
+        if unknown:
+            raise errors.CheckpointError(
+                f"optimizer state of {unknown[0]!r}",
+                "the model has no such trainable parameter",
+                errors.nearest(unknown[0], owners),
+            )
+
+        def one(server: int) -> Answer:
+            mine = {f"parameters/{e.name}": params[e.name].detach().to("cpu") for e in self._entries[server]}
+            for name, tensor in optimizer.items():
+                if owners[name.rpartition(".")[0]] == server:
+                    mine[f"optimizer/{name}"] = tensor.detach().to("cpu")
+            described, parts = protocol.described(mine)
+            header = {
+                **self._who("begin"),
+                "serial": serial,
+                "steps": steps,
+                "tokens": tokens,
+                "rules": {**rules, "alone": len(self._links) == 1},
+                "tensors": described,
+            }
+            return self._links[server].call(header, parts)
+
+        self._all(one)
+
+    def join(self, step: int) -> int:
+        """Take part from now on; the step to take part in next."""
+        answers = self._all(lambda i: self._links[i].call({**self._who("join"), "step": step}))
+        if not self._heart.is_alive() and not self._ended.is_set():
+            self._heart.start()
+        return max(int(a.header["step"]) for a in answers)
+
+    def push(
+        self,
+        header: Mapping[str, Any],
+        used: Mapping[str, bool],
+        payloads: Sequence[Tensor],
+        out: Sequence[Tensor],
+    ) -> dict[str, Any]:
+        """Push my contribution, pull fresh parameters into `out` (uint8, as laid out); the first server's answer.
+
+        Args:
+            header: the fields of `rules.Push` but `member` and `used`.
+            payloads: for each server uint8, raw or encoded.
+        """
+
+        def one(server: int) -> Answer:
+            flags = "".join("1" if used[e.name] else "0" for e in self.layouts[server].entries)
+            full = {**header, **self._who("push"), "used": flags}
+            return self._links[server].call(full, [protocol.view(payloads[server])], out=out[server])
+
+        answers = self._all(one)
+        if any(
+            "norm_sq" in a.header for a in answers
+        ):  # the round is complete: now the norm of the whole is known
+            answers = self._agree(answers, int(header["step"]), out)
+        return answers[0].header
+
+    def pull(self, out: Sequence[Tensor], *, flush: bool = False) -> dict[str, Any]:
+        """The parameters as they are now, into `out`; with `flush`, gathered pushes are applied before."""
+        ask = {**self._who("pull"), "flush": flush}
+        return self._all(lambda i: self._links[i].call(ask, out=out[i]))[0].header
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+        """(the first server's answer, parameters, optimizer state), by name."""
+        params: dict[str, Tensor] = {}
+        optimizer: dict[str, Tensor] = {}
+        answers = self._all(lambda i: self._links[i].call(self._who("state")))
+        for answer in answers:
+            entries = protocol.entries_of(answer.header["tensors"])
+            for full, tensor in protocol.carved(entries, answer.payload).items():
+                kind, _, name = full.partition("/")
+                (params if kind == "parameters" else optimizer)[name] = tensor
+        return answers[0].header, params, dict(sorted(optimizer.items()))
+
+    def status(self) -> list[dict[str, Any]]:
+        """Each server's figures."""
+        return [a.header for a in self._all(lambda i: self._links[i].call(self._who("status")))]
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Payload bytes sent and received so far."""
+        return sum(li.sent_bytes for li in self._links), sum(li.received_bytes for li in self._links)
+
+    def close(self) -> None:
+        """Leave (as far as servers can be reached) and hang up."""
+        self._ended.set()
+        for link in self._links:
+            link._patience_s = 0.0
+            with contextlib.suppress(ManyhandsError):
+                link.call(self._who("leave"))
+            link.close()
+        if self._heart.is_alive():
+            self._heart.join()
+        self._pool.shutdown()
+
+    def _who(self, op: str) -> dict[str, Any]:
+        return {"op": op, "member": self.member, "job": self.job}
+
+    def _agree(self, answers: Sequence[Answer], step: int, out: Sequence[Tensor]) -> list[Answer]:
+        """Second half of a round over several servers. One that has finished it has said so already."""
+        norm_sq = sum(float(a.header.get("norm_sq", 0.0)) for a in answers)
+        ask = {**self._who("agree"), "step": step, "norm_sq": norm_sq}
+        return self._all(lambda i: self._links[i].call(ask, out=out[i]))
+
+    def _all(self, one: Callable[[int], Answer]) -> list[Answer]:
+        if len(self._links) == 1:
+            return [one(0)]
+        return list(self._pool.map(one, range(len(self._links))))
+
+    def _beat(self, every_s: float) -> None:
+        while not self._ended.wait(every_s):
+            for link in self._links:
+                with contextlib.suppress(ManyhandsError):
+                    link.call(self._who("beat"))
+
+
+def endpoints(file: str) -> Iterator[Endpoint]:
+    """The servers that a launcher's file names: one JSON object a line. Raises `OSError` while it is not there."""
+    with open(file, encoding="utf-8") as lines:
+        for line in lines:
+            found = json.loads(line)
+            yield Endpoint(found["address"], found["fingerprint"])
+
+
+def _raised(code: str, detail: str) -> ManyhandsError:
+    """The error that a server told of."""
+    try:
+        told = json.loads(detail)
+        kind = getattr(errors, told["type"], ManyhandsError)
+        if kind in (errors.PeerLost, errors.Stopped) or not issubclass(kind, ManyhandsError):
+            kind = ManyhandsError
+        found: ManyhandsError = kind(told["value"], told["rule"], told["remedy"])
+        return found
+    except (ValueError, KeyError, TypeError):
+        return ManyhandsError(
+            f"the parameter server answered {code}: {detail[:300]}", "", "see the server's log"
+        )

@@ -1,0 +1,167 @@
+"""How a shard survives: events to the journal, snapshots beside the work, and the way back from both."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from manyhands.core.errors import ManyhandsError
+from manyhands.serve import protocol
+from manyhands.serve.journal import Journal, Level, replayed
+from manyhands.serve.members import Member
+from manyhands.serve.rules import Push, Rules
+from manyhands.serve.store import Store, split
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from manyhands.serve.shard import Shard
+
+LOG_FACTOR = 12  # a log of so many parameters' sizes is folded into a snapshot
+LOG_LEAST = 256 << 20
+FIGURES = ("version", "step", "progress", "tokens", "loss", "count", "discarded", "skipped", "last")
+
+
+class Keeper:
+    """Writes what a shard must not forget.
+
+    Args:
+        interval_s: between snapshots.
+    """
+
+    def __init__(self, journal: Journal, interval_s: float, log: Callable[[str], None]) -> None:
+        self._journal, self._interval_s, self._log = journal, interval_s, log
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
+        self._writing: Future[None] | None = None
+        self._snapshot_s = time.monotonic()
+
+    def record(self, header: Mapping[str, Any], payload: Tensor | None, level: Level) -> None:
+        """Append an event. Raises `CheckpointError`."""
+        self._journal.record(header, None if payload is None else protocol.view(payload), level)
+
+    def due(self, size_bytes: int) -> bool:
+        """Whether it is time for a snapshot of parameters of this size."""
+        if self._writing is not None and not self._writing.done():
+            return False
+        old = time.monotonic() - self._snapshot_s > self._interval_s
+        return old or self._journal.log_bytes > max(LOG_LEAST, LOG_FACTOR * size_bytes)
+
+    def snapshot(self, shard: Shard, *, wait: bool = False) -> None:
+        """Copy everything now (under the shard's lock); write it on a thread of its own, or `wait` for it."""
+        if self._writing is not None:
+            self._writing.exception()  # waits; a failure was logged
+        store = shard.ready()
+        number, state, tensors = self._journal.rotate(), state_of(shard), store.tensors()
+        self._snapshot_s = time.monotonic()
+        self._writing = self._writer.submit(self._write, number, state, tensors, wait)
+        if wait:
+            self._writing.result()
+
+    def close(self) -> None:
+        self._writer.shutdown()
+        self._journal.close()
+
+    def _write(self, number: int, state: dict[str, Any], tensors: dict[str, Tensor], strict: bool) -> None:
+        try:
+            self._journal.install(number, state, tensors)
+        except ManyhandsError as error:
+            self._log(f"snapshot {number} failed, the log goes on: {error}")
+            if strict:
+                raise
+
+
+def opened(shard: Shard, journal: Journal, interval_s: float, log: Callable[[str], None]) -> Keeper:
+    """Bring `shard` to where the journal ends, and keep it from then on. Raises `CheckpointError`."""
+    keeper = Keeper(journal, interval_s, log)
+    try:
+        with shard.cond:
+            if recover(shard, journal):
+                journal.rotate()
+                log(f"continues with update {shard.version}, {len(shard.members)} members")
+    except BaseException:
+        keeper.close()
+        raise
+    return keeper
+
+
+def status_of(shard: Shard) -> dict[str, Any]:
+    """Figures for people."""
+    return {
+        "job": shard.header.get("job", ""),
+        "version": shard.version,
+        "members": {who: m.clock for who, m in sorted(shard.members.items())},
+        "tokens": shard.tokens,
+        "staleness": {str(k): n for k, n in sorted(shard.staleness.items())},
+        "discarded": shard.discarded,
+        "skipped": shard.skipped,
+        "parameter_bytes": shard.size_bytes,
+    }
+
+
+def state_of(shard: Shard) -> dict[str, Any]:
+    """Everything but the tensors, as JSON data."""
+    return {
+        **shard.header,
+        **{name: getattr(shard, name) for name in FIGURES},
+        "staleness": {str(k): n for k, n in shard.staleness.items()},
+        "wishes": vars(shard.wishes),
+        "order": list(shard.ready().params),
+        "members": {who: [m.clock, m.loss, m.count] for who, m in shard.members.items()},
+    }
+
+
+def recover(shard: Shard, journal: Journal) -> bool:
+    """Bring `shard` to where the journal ends; False where nothing was kept.
+
+    Raises:
+        CheckpointError: the snapshot is damaged.
+    """
+    found = journal.recover()
+    if found is None:
+        return False
+    state, tensors, logs = found
+    params, optimizer, backups = split(tensors)
+    shard.store = Store(Rules.read(state["rules"]), {n: params[n] for n in state["order"]}, optimizer)
+    shard.store.backups = backups
+    shard.header = {key: state[key] for key in ("job", "serial", "rules")}
+    for figure in FIGURES:
+        setattr(shard, figure, state[figure])
+    shard.staleness = Counter({int(k): n for k, n in state["staleness"].items()})
+    vars(shard.wishes).update(state["wishes"])
+    shard.members = {
+        who: Member(clock, loss=loss, count=count) for who, (clock, loss, count) in state["members"].items()
+    }
+    for header, payload in replayed(logs):
+        replay(shard, header, payload)
+    return True
+
+
+def replay(shard: Shard, event: Mapping[str, Any], payload: Tensor) -> None:
+    """Do once more what the journal tells."""
+    store, op = shard.ready(), event["op"]
+    if op == "join":
+        shard.members[event["member"]] = Member(event["step"], loss=shard.loss, count=shard.count)
+    elif op == "leave":
+        shard.members.pop(event["member"], None)
+        store.backups.pop(event["member"], None)
+    elif op == "pull":
+        store.keep_backup(event["member"])
+    elif op == "flush":
+        shard.flush()
+    elif op == "push":
+        push = Push.read(event, len(store.layout.entries))
+        shard.wishes.hear(push.step, stop=push.stop, save=push.save)
+        shard.wishes.answered = max(shard.wishes.answered, push.step)
+        if store.rules.sync:
+            shard.pending[push.member] = (push, payload)
+        else:
+            shard.take(push, payload)
+    elif op == "round":
+        shard.step = event["step"]
+        for who in event["members"]:
+            store.add(*shard.pending[who])
+        shard.folded = list(event["members"])
+        shard.apply_round(event["norm_sq"])

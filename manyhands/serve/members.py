@@ -1,0 +1,53 @@
+"""Who takes part in a shard's work, and what they wish."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Member:
+    """A worker that takes part.
+
+    Attributes:
+        clock: the step of its next push.
+        loss, count: totals at its last answer.
+    """
+
+    clock: int
+    seen: float = field(default_factory=time.monotonic)
+    loss: float = 0.0
+    count: int = 0
+
+
+@dataclass
+class Wishes:
+    """A wish to stop or to save, of one worker, is fulfilled by all after the same step of theirs.
+
+    That step is one that no worker has been answered yet: every worker hears of it in the answer to that very step.
+
+    Attributes:
+        answered: the latest step that any worker was answered.
+        stop: the signal's number; `stop_at` the step after which all stop.
+        save_at: the step after which all save.
+    """
+
+    answered: int = -1
+    stop: int = 0
+    stop_at: int = -1
+    save_at: int = -1
+
+    def hear(self, step: int, *, stop: int, save: bool) -> None:
+        """A worker pushes `step` with its wishes."""
+        after = max(self.answered + 1, step)
+        if stop and not self.stop:
+            self.stop, self.stop_at = stop, after
+        if save and step > self.save_at:
+            self.save_at = after
+
+    def answer(self, step: int) -> dict[str, object]:
+        """What the answer to a push of `step` says."""
+        self.answered = max(self.answered, step)
+        due = self.stop and step >= self.stop_at
+        return {"stop": self.stop if due else 0, "save": step == self.save_at}

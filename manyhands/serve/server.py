@@ -1,0 +1,239 @@
+"""The server process's network side: gRPC streams of raw bytes, a token on every call, and a log of what was refused.
+
+gRPC brings flow control (a slow server slows its workers down instead of filling its memory), TLS and keep-alive; the
+bytes are `manyhands.serve.protocol`'s. What is no request of a worker that knows the token is refused, logged, and
+changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from manyhands.core.errors import ManyhandsError, UsageError
+from manyhands.serve import protocol, tls
+from manyhands.serve.protocol import Garbage
+from manyhands.serve.rules import Push
+from manyhands.serve.shard import Shard
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from manyhands.serve.journal import Durability
+
+THREADS = 256  # one for each call that waits for others; started as they are needed
+RECEIVING = (
+    8  # payloads in memory at once that are not yet part of a round; further ones wait in flow control
+)
+OPTIONS = (
+    ("grpc.max_receive_message_length", protocol.MESSAGE_BYTES),
+    ("grpc.max_send_message_length", protocol.MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+
+Reply = tuple[Mapping[str, Any], Sequence[memoryview]]
+
+
+def grpc_module() -> Any:
+    """The package grpc. Raises `UsageError` naming the extra where it is absent."""
+    try:
+        import grpc
+    except ImportError:
+        raise UsageError(
+            "a parameter server without the package grpcio",
+            "servers and their workers talk over gRPC",
+            "install manyhands[server]",
+        ) from None
+    return grpc
+
+
+class Server:
+    """Serves one `Shard` at an address until stopped.
+
+    Args:
+        listen: HOST:PORT (port 0: any free one) or unix:PATH.
+        token: what a caller must know.
+        identity: certificate for TLS; None: plain, for this machine alone.
+        state: directory of snapshots and log; None: nothing survives a restart.
+
+    Attributes:
+        address: where it can be reached.
+
+    Raises:
+        UsageError: the address cannot be used.
+        CheckpointError: the state is damaged or in use.
+    """
+
+    def __init__(
+        self,
+        *,
+        listen: str,
+        token: str,
+        identity: tls.Identity | None = None,
+        state: Path | None = None,
+        durability: Durability = "each",
+        interval_s: float = 60.0,
+        lease_s: float = 30.0,
+        log: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        from manyhands.serve.journal import Journal
+
+        grpc = grpc_module()
+        self._grpc, self._token, self._log, self._lease_s = grpc, token, log, lease_s
+        journal = Journal(state, durability) if state is not None else None
+        self.shard = Shard(journal, lease_s=lease_s, interval_s=interval_s, log=log)
+        self._receiving = threading.BoundedSemaphore(RECEIVING)
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="call")
+        self._server = grpc.server(self._pool, options=(("grpc.so_reuseport", 0), *OPTIONS))
+        handler = grpc.stream_stream_rpc_method_handler(self._call)
+        service, _, method = protocol.METHOD.strip("/").partition("/")
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(service, {method: handler}),)
+        )
+        if listen.startswith("unix:"):
+            Path(listen.removeprefix("unix:")).unlink(missing_ok=True)  # of a server that was killed
+        port = self._bind(listen, identity)
+        host = listen.rpartition(":")[0]
+        self.address = listen if listen.startswith("unix:") else f"{host}:{port}"
+        self.fingerprint = identity.fingerprint if identity is not None else ""
+        self._ended = threading.Event()
+        self._janitor = threading.Thread(target=self._expire, name="leases", daemon=True)
+
+    def start(self) -> None:
+        self._server.start()
+        self._janitor.start()
+
+    def stop(self, grace_s: float = 1.0) -> None:
+        """Finish calls within `grace_s`, then write what is not yet written."""
+        self._ended.set()
+        self._server.stop(grace_s).wait()
+        self._janitor.join()
+        self._pool.shutdown(wait=True)
+        self.shard.close()
+
+    # -- how
+
+    def _bind(self, listen: str, identity: tls.Identity | None) -> int:
+        try:
+            if identity is None:
+                port = self._server.add_insecure_port(listen)
+            else:
+                credentials = self._grpc.ssl_server_credentials([(identity.key, identity.certificate)])
+                port = self._server.add_secure_port(listen, credentials)
+        except RuntimeError as error:
+            port, reason = 0, str(error).split("\n")[0]
+        else:
+            reason = "it cannot be bound"
+        if not port:
+            self.shard.close()
+            raise UsageError(f"listen = {listen!r}: {reason}", "it is a free HOST:PORT of this machine", "")
+        return int(port)
+
+    def _expire(self) -> None:
+        while not self._ended.wait(min(1.0, self._lease_s / 4)):
+            with contextlib.suppress(ManyhandsError):  # a full disk: said when it is met by a push
+                self.shard.expire()
+
+    def _call(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        """One call of a worker, or of somebody else."""
+        code = self._grpc.StatusCode
+        peer = context.peer()
+        metadata = dict(context.invocation_metadata())
+        if not tls.same_token(str(metadata.get("authorization", "")), f"Bearer {self._token}"):
+            self._log(f"refused {peer}: wrong token")
+            context.abort(code.UNAUTHENTICATED, "the token is not this server's")
+        try:
+            opening = protocol.opening(requests)
+            header, parts = self._do(opening, requests, context.is_active)
+        except Garbage as error:
+            self._log(f"refused {peer}: {error}")
+            context.abort(code.INVALID_ARGUMENT, _told(error))
+        except ManyhandsError as error:
+            if not context.is_active():
+                return
+            self._log(f"could not serve {peer}: {error}")
+            context.abort(code.FAILED_PRECONDITION, _told(error))
+        except self._grpc.RpcError:
+            self._log(f"refused {peer}: the call broke off, or a message was longer than allowed")
+            raise
+        except (
+            Exception
+        ) as error:  # a defect, or a header that lies in a way not foreseen: nobody else suffers
+            self._log(f"refused {peer}: {type(error).__name__}: {error}")
+            context.abort(code.INVALID_ARGUMENT, _told(Garbage(f"{type(error).__name__}: {error}")))
+        else:
+            yield from protocol.messages(header, parts)
+
+    def _do(self, opening: protocol.Opening, requests: Iterator[bytes], alive: Callable[[], bool]) -> Reply:
+        header, size = opening
+        op, shard = header.get("op"), self.shard
+        start = time.perf_counter()
+        if op == "push":
+            return _timed(shard.push(*self._push(header, size, requests), alive), start)
+        if op == "begin":
+            tensors = self._tensors(header, size, requests)
+            return shard.begin(header, tensors), ()
+        if size:
+            raise Garbage(f"a payload of {size:,} bytes for {str(op)[:40]!r}", "it has none", "")
+        protocol.nothing_more(requests)
+        plain: dict[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {
+            "join": shard.join,
+            "leave": shard.leave,
+            "beat": shard.beat,
+            "status": lambda _: shard.status(),
+        }
+        if op in plain:
+            return plain[op](header), ()
+        if op == "agree":
+            return _timed(shard.agree(header), start)
+        if op == "pull":
+            return _timed(shard.pull(header), start)
+        if op == "state":
+            answer, tensors = shard.state()
+            entries, parts = protocol.described(tensors)
+            return {**answer, "tensors": entries}, parts
+        raise Garbage(
+            f"op = {str(op)[:40]!r}", "push, pull, agree, begin, join, leave, beat, state, status", ""
+        )
+
+    def _push(self, header: Mapping[str, Any], size: int, requests: Iterator[bytes]) -> tuple[Push, Tensor]:
+        store = self.shard.ready()
+        push = Push.read(header, len(store.layout.entries))
+        if size != store.payload_bytes:
+            raise Garbage(f"a push of {size:,} bytes", f"this server's have {store.payload_bytes:,}", "")
+        with self._receiving:
+            payload, view = protocol.buffer(size)
+            protocol.receive(requests, view)
+        return push, payload
+
+    def _tensors(self, header: Mapping[str, Any], size: int, requests: Iterator[bytes]) -> dict[str, Tensor]:
+        entries = protocol.entries_of(header.get("tensors"))
+        described = sum(entry.size_bytes for entry in entries)
+        if size != described:
+            raise Garbage(f"a payload of {size:,} bytes", f"its tensors have {described:,}", "")
+        payload, view = protocol.buffer(size)
+        protocol.receive(requests, view)
+        return protocol.carved(entries, payload)
+
+
+def _timed(found: tuple[Mapping[str, Any], Tensor | None], start: float) -> Reply:
+    """An answer with parameters, and how long the server took to have it."""
+    answer, image = found
+    parts = () if image is None else (protocol.view(image),)
+    return {**answer, "served_s": time.perf_counter() - start}, parts
+
+
+def _told(error: ManyhandsError) -> str:
+    """An error as a status's detail: JSON, from which the worker raises the same."""
+    text = {"type": type(error).__name__, "value": error.value, "rule": error.rule, "remedy": error.remedy}
+    return json.dumps({k: v[:500] for k, v in text.items()})
