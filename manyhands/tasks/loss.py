@@ -1,11 +1,13 @@
 """Cross entropy as a sum, for large vocabularies: exact in float32 without float32 copies of the logits.
 
 loss = Σ over rows with a valid target of (logsumexp(xᵢ) − xᵢ[targetᵢ]); its gradient softmax(xᵢ) −
-onehot(targetᵢ) is written directly in the logits' type. Rows are taken in blocks that stay in the cache (on a
-CPU) or bound the extra memory (on a GPU). `torch.nn.functional.cross_entropy` is the reference that the tests
+onehot(targetᵢ) is written directly in the logits' type. On a CPU each is one
+pass of a kernel of ours (``core/compute.cpp``);
+elsewhere, and in float64, rows are taken in blocks that stay in the cache or bound the
+extra memory. `torch.nn.functional.cross_entropy` is the reference that the tests
 compare with; for bfloat16 logits it first makes float32 copies of logits, log-probabilities and gradient. On
-one core with bfloat16 logits this one took 22 ms against 63 at 1,024 rows × 8,192, and 94 ms against 243 at
-512 × 50,304.
+one core with bfloat16 logits the blocks took 22 ms against 63 at 1,024 rows × 8,192, and 94 ms against 243 at
+512 × 50,304; the kernels a third of that (docs/log.md).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from manyhands.core import compute
 from manyhands.core.types import Summed
 
 IGNORED = -100
@@ -41,10 +44,14 @@ class _CrossEntropySum(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         rows = logits.shape[0]
-        block = _block_rows(logits, dtype)
-        norm = torch.empty(rows, dtype=dtype, device=logits.device)  # [rows] log of the sum of exponentials
-        for i in range(0, rows, block):
-            torch.logsumexp(logits[i : i + block].to(dtype), 1, out=norm[i : i + block])
+        kind = compute.kind_of(logits)
+        if kind is not None:
+            norm = compute.log_norms(logits, kind)  # [rows] log of the sum of exponentials
+        else:
+            block = _block_rows(logits, dtype)
+            norm = torch.empty(rows, dtype=dtype, device=logits.device)
+            for i in range(0, rows, block):
+                torch.logsumexp(logits[i : i + block].to(dtype), 1, out=norm[i : i + block])
         valid = targets != IGNORED
         index = targets.masked_fill(~valid, 0).unsqueeze(1)  # [rows, 1]
         picked = logits.gather(1, index).squeeze(1).to(dtype)
@@ -55,6 +62,10 @@ class _CrossEntropySum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
         logits, index, valid, norm = ctx.saved_tensors
+        kind = compute.kind_of(logits)
+        if kind is not None:
+            weight = (valid * grad_loss).to(norm.dtype)  # [rows]
+            return compute.cross_entropy_gradient(logits, index, weight, norm, kind), None
         rows = logits.shape[0]
         block = _block_rows(logits, norm.dtype)
         grad = torch.empty_like(logits)
