@@ -1,12 +1,11 @@
-"""Preparation: tokens/s beside the `tokenizers` library's own batch encoder on the same cores, and peak memory by corpus.
+"""Preparation: tokens/s beside the `tokenizers` library's own batch encoder on the same cores.
 
-    python benchmarks/prepare_speed.py [speed] [memory] [--rounds 5]
+    python benchmarks/prepare_speed.py [--rounds 5]
 
-Speed: `manyhands prepare` with two processes reads files, encodes, and writes checked shards into a fresh cache; the library
+`manyhands prepare` with two processes reads files, encodes, and writes checked shards into a fresh cache; the library
 reads the same files and encodes them with `encode_batch_fast` on two threads, and keeps nothing. The same byte-pair encoding, about
 60 MB, in turn, each run a process of its own; import and start of the processes count for both. The library's time inside
-`encode_batch_fast` alone, its text in memory already, is given too. Memory: the largest resident size of a preparing
-process for 64 MB and for 512 MB of text. Writes ``results/prepare_speed.json`` and ``results/prepare_memory.json``.
+`encode_batch_fast` alone, its text in memory already, is given too. Writes ``results/prepare_speed.json`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,7 +26,6 @@ import harness
 
 CORES = 2
 SPEED_BYTES = 60_000_000
-MEMORY_BYTES = (64_000_000, 512_000_000)
 VOCABULARY = 8192
 TRAIN_FILES = 32  # of the corpus, for the tokenizer
 
@@ -37,19 +34,15 @@ TRAIN_FILES = 32  # of the corpus, for the tokenizer
 
 
 def run_ours(data: Path, tokenizer: Path) -> dict[str, Any]:
-    """Prepare `data` into a fresh cache; tokens and the largest resident sizes in bytes."""
+    """Prepare `data` into a fresh cache."""
     from manyhands.data.prepare import prepare
     from manyhands.data.source import DataSpec
 
     with tempfile.TemporaryDirectory(prefix="manyhands-prepare-", dir=data.parent) as cache:
         spec = DataSpec(data=(f"{data}/*.txt",), tokenizer=str(tokenizer))
         made = prepare(spec, cache=Path(cache), processes=CORES)
-    return {
-        "tokens": made.tokens - made.documents,  # an end of text after each document is ours alone
-        "text_bytes": made.text_bytes,
-        "peak_bytes_parent": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "peak_bytes_preparing": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
-    }
+    # an end of text after each document is ours alone
+    return {"tokens": made.tokens - made.documents, "text_bytes": made.text_bytes}
 
 
 def run_library(data: Path, tokenizer: Path) -> dict[str, Any]:
@@ -74,10 +67,17 @@ def measure(kind: str, data: Path, tokenizer: Path) -> dict[str, Any]:
     if kind == "ours":  # as `manyhands prepare` finds it
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAYON", "TOKENIZERS"))}
     command = [sys.executable, __file__, "--one", kind, str(data), str(tokenizer)]
-    load, start = os.getloadavg()[0], time.perf_counter()
+    busy, used, start = harness.busy_seconds(), _cpu_seconds(), time.perf_counter()
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    wall = time.perf_counter() - start
-    return {**json.loads(done.stdout.splitlines()[-1]), "wall_s": wall, "load_before": load}
+    wall, cpu = time.perf_counter() - start, _cpu_seconds() - used
+    others = max(0.0, (harness.busy_seconds() - busy - cpu) / wall / (os.cpu_count() or 1))
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {**found, "wall_s": wall, "cpu_s": cpu, "others_share": others}
+
+
+def _cpu_seconds() -> float:
+    """Of this process and its ended children."""
+    return sum(os.times()[:4])
 
 
 # -- what is compared
@@ -100,8 +100,7 @@ def speed(work: Path, rounds: int) -> dict[str, Any]:
         for kind in ("ours", "library") if number % 2 == 0 else ("library", "ours"):
             runs[kind].append(measure(kind, data, tokenizer))
         ours, library = runs["ours"][-1], runs["library"][-1]
-        # a document of more than 256 KiB is fed in fragments here, cut at line ends: a token or two of difference
-        if abs(ours["tokens"] - library["tokens"]) > 1e-4 * library["tokens"]:
+        if ours["tokens"] != library["tokens"]:
             raise SystemExit(f"{ours['tokens']} tokens here, {library['tokens']} from the library")
         print(f"round {number + 1}: {ours['wall_s']:.1f} s, library {library['wall_s']:.1f} s", flush=True)
     rates = {
@@ -126,25 +125,12 @@ def speed(work: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def memory(work: Path) -> dict[str, Any]:
-    tokenizer = None
-    runs = []
-    for size in MEMORY_BYTES:
-        data = corpus.make(work / f"corpus-{size}", size)
-        tokenizer = tokenizer or train_tokenizer(data, work / "prepare-tokenizer")
-        runs.append(measure("ours", data, tokenizer))
-        print(f"{size:,} bytes: {runs[-1]['peak_bytes_preparing'] / 2**20:.0f} MiB", flush=True)
-    small, large = (run["peak_bytes_preparing"] for run in runs)
-    return {"corpus_bytes": list(MEMORY_BYTES), "growth": large / small, "runs": runs}
-
-
 def main() -> int:
     from manyhands.core.hardware import cache_directory
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="*", help="speed, memory; none: both")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, default=cache_directory() / "benchmarks")
     parser.add_argument("--output", type=Path, default=harness.RESULTS, help="directory of the result files")
@@ -156,16 +142,45 @@ def main() -> int:
             json.dumps((run_ours if kind == "ours" else run_library)(Path(data).resolve(), Path(tokenizer)))
         )
         return 0
-    if unknown := set(given.what) - {"speed", "memory"}:
-        parser.error(f"{sorted(unknown)}: there are speed and memory")
-    work = given.work.resolve()
-    for what in given.what or ("speed", "memory"):
-        found = speed(work, given.rounds) if what == "speed" else memory(work)
-        rounds = f" --rounds {given.rounds}" if what == "speed" else ""
-        command = f"python benchmarks/prepare_speed.py {what}{rounds}"
-        data = {"command": command, "machine": harness.facts_of_machine(), **found}
-        harness.write_json(given.output / f"prepare_{what}.json", data)
+    found = speed(given.work.resolve(), given.rounds)
+    command = f"python benchmarks/prepare_speed.py --rounds {given.rounds}"
+    data = {"command": command, "machine": harness.facts_of_machine(), **found}
+    harness.write_json(given.output / "prepare_speed.json", data)
+    (given.output / "prepare_speed.md").write_text(table(data))
     return 0
+
+
+def table(data: dict[str, Any]) -> str:
+    """The figures for people."""
+    machine, versions = data["machine"], data["machine"]["versions"]
+    rows = [
+        f"| {name} | {rate:,.0f} | "
+        + (
+            ""
+            if name == "manyhands"
+            else "{median:.2f} ({min:.2f} to {max:.2f})".format(**data["ratio"][name])
+        )
+        + " |"
+        for name, rate in data["tokens_per_s"].items()
+    ]
+    others = max(run["others_share"] for runs in data["runs"].values() for run in runs)
+    about = (
+        f"`{data['command']}`: {data['text_bytes'] / 1e6:.0f} MB of text, {data['tokens']:,} tokens of bpe:{VOCABULARY}, "
+        f"{CORES} cores ({machine['cpu']}), tokenizers {versions['tokenizers']}, Python {machine['python']}; "
+        f"{len(data['runs']['ours'])} alternating rounds, medians; others used at most {others:.0%} of the machine."
+    )
+    return "\n".join(
+        [
+            "# Preparation beside the tokenizers library",
+            "",
+            about,
+            "",
+            "| who | tokens/s | manyhands over it: median (min to max) |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":

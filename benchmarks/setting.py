@@ -24,7 +24,7 @@ SEQ_LEN = 256
 GLOBAL_BATCH = 16
 MAX_STEPS = 256
 VOCABULARY = 8192
-FORMAT = 1
+FORMAT = 2  # of the directory, and of the data floor that made its rows
 
 JOB = """\
 # The job of the speed comparison, as `manyhands train` reads it.

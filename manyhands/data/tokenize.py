@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 END, UNKNOWN, PAD = "<|endoftext|>", "<|unk|>", "<|pad|>"
 MAX_CHARS = 1 << 20  # of one text encoded at a time
+TRAIN_CHARS = 1 << 14  # of one text trained on; the library holds a thousand and more of them
 _CUT = re.compile(r"\S(?=\s)")
 KINDS = ("byte", "char", "bpe:N", "word:N", "a directory")
 
@@ -71,6 +72,7 @@ def train(spec: str, texts: Iterable[str], directory: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     kind, size = parse(spec)
+    texts = (part for text in texts for part in _parts(text, TRAIN_CHARS))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = {"eos_token": END, "bos_token": END, "pad_token": END}
     if kind == "byte":
@@ -163,7 +165,7 @@ class Encoder:
 
         A text of more than `MAX_CHARS` is encoded in parts, cut before white space.
         """
-        parts = [_parts(text) for text in texts]
+        parts = [_parts(text, MAX_CHARS) for text in texts]
         if sum(map(len, parts)) == len(texts):
             return self._encode(texts)
         encoded = [[self._encode([part])[0] for part in each] for each in parts]
@@ -224,14 +226,14 @@ class Encoder:
         return None
 
 
-def _parts(text: str) -> list[str]:
-    """The text, in parts of at most about `MAX_CHARS`."""
-    if len(text) <= MAX_CHARS:
+def _parts(text: str, size: int) -> list[str]:
+    """The text, in parts of at most `size` characters."""
+    if len(text) <= size:
         return [text]
     parts, begin = [], 0
-    while len(text) - begin > MAX_CHARS:
-        found = _CUT.search(text, begin + MAX_CHARS - (MAX_CHARS >> 3), begin + MAX_CHARS)
-        end = found.end() if found else begin + MAX_CHARS
+    while len(text) - begin > size:
+        found = _CUT.search(text, begin + size - (size >> 3), begin + size)
+        end = found.end() if found else begin + size
         parts.append(text[begin:end])
         begin = end
     return [*parts, text[begin:]]
