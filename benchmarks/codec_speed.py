@@ -6,7 +6,7 @@ All codecs of the registry as they come, the quantizers by both ways of rounding
 rate is the gradient's bytes (4 a value) divided by the seconds of `encode` and `decode` together. In every round each subject
 runs once, the order turns by one, and ratios are formed within a round. *Copy* is ``tensor.clone()``, a fresh tensor just as
 `decode` makes one; memory comes from the caching allocator, as in training. *Naive* is ``reference_encode`` and
-``reference_decode`` where a codec has them; ``torch.topk`` of the magnitudes, 1% of them, stands in a line of its own.
+``reference_decode`` where a codec has them; for top-k it is ``torch.topk`` of the magnitudes, 1% of them.
 Writes ``results/codec_speed.json`` and ``.md``.
 """
 
@@ -52,6 +52,7 @@ def subjects(only: Sequence[str]) -> dict[str, Any]:
         if "rounding" in fields:
             other = "stochastic" if codec.rounding == "nearest" else "nearest"
             found[f"{name}(rounding={other!r})"] = kind(rounding=other)
+    found["topk(chunk=0)"] = config.from_text("exchanges", "topk(chunk=0)")  # by a sampled threshold
     return found
 
 
@@ -153,8 +154,9 @@ def summary(seconds: Mapping[str, list[Timed]], facts: Mapping[str, Mapping[str,
             },
             "share_of_copy": {"min": min(shares), "median": statistics.median(shares), "max": max(shares)},
         }
-        if seconds.get(f"naive {name}"):
-            naive = min(s["both"] for s in seconds[f"naive {name}"])
+        slow = "torch.topk" if name.startswith("topk") else f"naive {name}"
+        if seconds.get(slow):
+            naive = min(s["both"] for s in seconds[slow])
             row["naive"] = size / naive / 1e9
             row["times_naive"] = row["both"] / row["naive"]
         rows[name] = row
