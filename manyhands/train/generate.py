@@ -50,6 +50,7 @@ def continuation(
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
+            synced_gpus=False,  # one worker alone: else a divided model's generation waits for all
             max_new_tokens=new_tokens,
             pad_token_id=tokenizer.pad_token_id
             if tokenizer.pad_token_id is not None
