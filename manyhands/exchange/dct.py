@@ -87,22 +87,22 @@ class DctTopK:
 
         _, size = yield Where()
         groups = self._groups([t.shape for t in delta])
+        if not groups:
+            return Agreed(list(delta), list(delta), state)
         exact = [_widest([delta[i] for i, _ in members]) for members in groups]
         payloads = [
             self._encode([delta[i] for i, _ in members], [g for _, g in members], dtype)
             for members, dtype in zip(groups, exact, strict=True)
         ]
         lengths = [p.numel() for p in payloads]
-        alone = size == 1 or not sum(lengths)
-        message = torch.cat(payloads) if payloads else torch.zeros(0, dtype=torch.uint8)
-        everyones = [message] if alone else (yield Gather(message, even=True))
+        everyones = [torch.cat(payloads)] if size == 1 else (yield Gather(torch.cat(payloads), even=True))
         parts = list(zip(*(torch.split(p, lengths) for p in everyones), strict=True))  # [group][worker]
         sent: list[Tensor] = [t.detach() for t in delta]  # empty ones stay
         mean = list(sent)
         for members, dtype, mine, everybodys in zip(groups, exact, payloads, parts, strict=True):
             grids = [g for _, g in members]
             own = self._decode([mine], grids, dtype)
-            whole = own if alone else self._decode(everybodys, grids, dtype)
+            whole = own if size == 1 else self._decode(everybodys, grids, dtype)
             for (i, _), one, all_ in zip(members, own, whole, strict=True):
                 sent[i] = one.reshape(delta[i].shape).to(delta[i].dtype)
                 mean[i] = all_.reshape(delta[i].shape).to(delta[i].dtype)

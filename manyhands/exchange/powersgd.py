@@ -83,7 +83,9 @@ class PowerSGD:
         factored = [self._factored(*_matrix(t)) for t in delta]
         plain = [t.detach() for t, yes in zip(delta, factored, strict=True) if not yes]
         matrices = [
-            t.detach().reshape(_matrix(t)).to(exact) for t, yes in zip(delta, factored, strict=True) if yes
+            t.detach().reshape(_matrix(t)).to(exact).contiguous()
+            for t, yes in zip(delta, factored, strict=True)
+            if yes
         ]  # [n, m] each
         before = [q.to(exact) for q in state["q"]]
 
