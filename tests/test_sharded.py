@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from runs import TINY, events, losses, manyhands, summary
 from safetensors.torch import load_file
 from test_exactness import SEQ, N, Rows, assert_close, make, plain_run, summed
 
+from manyhands.core.config import from_text
+from manyhands.core.errors import UsageError
 from manyhands.data.sample import Order
 from manyhands.exchange.allreduce import AllReduce
 from manyhands.exchange.feedback import ErrorFeedback
@@ -232,3 +236,103 @@ def test_layers_computed_together_equal_one_process(fleets: Any, size: int, shar
         )
         assert_close(answers[0], alone)
         assert answers[0]["held"] < alone["held"] * (0.75 if shard == 1 else 0.45)
+
+
+# -- as a user runs it
+
+
+def test_zero3_runs_evaluates_samples_and_resumes_as_zero1_on_other_workers(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("Many hands make light work; too many cooks spoil the broth.\n" * 400)
+
+    def train(output: Path, strategy: str, workers: int, steps: int, *more: object) -> None:
+        manyhands(
+            *("train", "--data", text, *TINY, "--strategy", strategy, "--output", output, *more),
+            *("--cache", tmp_path / "cache", "--eval-fraction", 0.2, "--workers", workers),
+            *("--steps", steps, "--eval-every", 3, "--save-every", 4, "--prompt", "Many"),
+        )
+
+    ours, plain = tmp_path / "ours", tmp_path / "plain"
+    train(ours, "zero3(lr=3e-3, schedule=constant)", 2, 5)
+    assert events(ours, "sampled")
+    train(ours, "zero1(lr=3e-3, schedule=constant)", 3, 8, "--resume", ours)
+    train(plain, "ddp(lr=3e-3, schedule=constant)", 2, 8)
+    assert losses(ours).keys() == losses(plain).keys()
+    for step, loss in losses(plain).items():
+        assert losses(ours)[step] == pytest.approx(loss, rel=1e-4)
+    assert summary(ours)["eval"]["loss"] == pytest.approx(summary(plain)["eval"]["loss"], rel=1e-4)
+    assert summary(ours)["world_sizes"] == [2, 3]
+
+
+# -- refusals, and one worker
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("zero3(shard=2, exchange=powersgd)", "zero1"),
+        ("zero3(exchange=int8)", "shard=2"),
+        ("zero2(optimizer=muon)", "zero1"),
+        ("zero3(optimizer=adafactor)", "adamw"),
+        ("zero3(accumulate=never)", "'whole'"),
+        ("zero3(tensor_parallel=0)", "tensor_parallel"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_configuration(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        from_text("strategies", text)
+
+
+def test_workers_that_do_not_divide_are_refused_with_the_nearest_number() -> None:
+    with pytest.raises(UsageError, match="give 2, or 0"):
+        Sharded(shard=3).mesh(4)
+    with pytest.raises(UsageError, match="give 1"):
+        Sharded(tensor_parallel=2).mesh(3)
+    assert Sharded(shard=2, tensor_parallel=2).mesh(8) == (2, 2, 2)
+    for stage in (0, 4):
+        with pytest.raises(UsageError, match="stage"):
+            Sharded(stage=stage)
+    with pytest.raises(UsageError, match="stage = 2 or 3"):
+        Sharded(stage=1, shard=2)
+
+
+def test_a_model_without_a_plan_is_refused_by_name() -> None:
+    from manyhands.train.sharded_tensor import plan_of
+
+    with pytest.raises(UsageError, match="Net"):
+        plan_of(make(), 2)
+    with pytest.raises(UsageError, match="num_key_value_heads = 2"):
+        plan_of(llama(False), 4)
+    assert not any("embed" in name or "head" in name for name in plan_of(llama(True), 2))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_worker_is_plain_training(stage: int) -> None:
+    from manyhands.wire.solo import Solo
+    from manyhands.wire.world import Member, World
+
+    world = World(Solo(), (Member(0, "here", "cpu"),), "solo")
+    case = {**BASE, "placement": Sharded(stage=stage)}
+    assert_close(sharded_run(world, case), plain_run(case))
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_by_all(fleets: Any) -> None:
+    for placement in (Sharded(stage=1), Sharded(stage=3), Sharded(shard=1)):
+        for answer in fleets(2, "group").run(poisoned_run, {**BASE, "placement": placement}):
+            assert answer == {"skipped": [False, True, False], "same": True}
+
+
+def poisoned_run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
+    replica, feed = begin(world, case)
+    skipped = []
+    for step in range(3):
+        before = replica.check_agreement()
+
+        def loss(model: Any, batch: Any, step: int = step) -> Any:
+            total, count = summed(model, batch)
+            return (total * float("nan") if step == 1 and world.rank == 1 else total), count
+
+        skipped.append(replica.step(feed.part(step), loss).skipped)
+        if step == 1:
+            same = replica.check_agreement() == before
+    return {"skipped": skipped, "same": same}
