@@ -15,7 +15,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from manyhands.placement.sharded import Sharded
     from manyhands.train.checkpoint import Snapshot
     from manyhands.train.method import Loss
     from manyhands.train.replica import Replica
@@ -52,7 +53,7 @@ class ShardedModel:
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
         strategy = replica.strategy
-        self._placement: Any = strategy.placement
+        self._placement = cast("Sharded", strategy.placement)
         self._exchange = strategy.exchange
         self._config = sharded_state.Config(replica.model)
         self.layout = Layout(replica.model, replica.forward, replica.wire, self._placement)
