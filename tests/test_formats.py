@@ -117,6 +117,45 @@ def test_an_encoding_whose_lines_cannot_be_found_is_refused(encoding: str, remed
         DataSpec(data=("x",), encoding=encoding)
 
 
+@pytest.mark.parametrize("packing", ["gzip", "zstd"])
+def test_packed_files_in_several_parts_and_cut_off(packing: str, tmp_path: Path) -> None:
+    import gzip
+
+    import zstandard
+
+    pack = gzip.compress if packing == "gzip" else zstandard.ZstdCompressor().compress
+    raw = [b"many hands %d\n" % i * 3000 for i in range(5)]
+    raw[2] = b""
+    whole = b"".join(map(pack, raw))
+    path = tmp_path / "a"
+    file = SourceFile(str(path), "text", packing, 1, "")
+
+    def read() -> bytes:
+        rows = formats.read(file, Span(0), DataSpec(data=("x",)))
+        return b"".join(row.text.encode() for row in rows if isinstance(row, formats.Row))
+
+    path.write_bytes(whole)
+    assert read() == b"".join(raw)
+    for damaged in (whole[:-9], whole[: len(whole) // 2], b"no such thing"):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=re.escape(str(path))):
+            read()
+
+
+def test_what_is_no_text_or_has_no_label_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.7\n")
+    (tmp_path / "b").write_bytes(b"\x7fELF\0\0")
+    (tmp_path / "c.txt").write_text("fine")
+    for name, label, words in (
+        ("a.pdf", None, "is no text"),
+        ("b", None, "is no text"),
+        ("c.txt", "y", "is plain text"),
+    ):
+        with pytest.raises(DataError, match=words):
+            prepare(DataSpec(data=(str(tmp_path / name),), label=label), cache=tmp_path / "cache")
+    assert prepare(DataSpec(data=(str(tmp_path / "c.txt"),)), cache=tmp_path / "cache").documents == 1
+
+
 def test_half_a_pair_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude42"}\n{"text": "half \\ud83d"}\n')
     fine, bad = _read(tmp_path / "a.jsonl", "jsonl")

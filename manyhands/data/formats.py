@@ -20,7 +20,7 @@ def read(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
     """The rows of a span. Raises `DataError` where the file as a whole cannot be read."""
     try:
         yield from READERS[file.format](file, span, spec)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, NotImplementedError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -30,6 +30,12 @@ def read(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
 
 
 def _text(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
+    if spec.label is not None:
+        raise DataError(
+            f"{file.url} is plain text",
+            f"it has no column {spec.label!r}",
+            "labels come from CSV, TSV, JSON, Parquet or Arrow; give --format if it is one of these",
+        )
     if spec.document == "line":
         place = Place.before(file, span)
         for _, raw in lines(file, span):
@@ -65,8 +71,11 @@ def _jsonl(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
-            yield Bad(str(place), "json", f"not JSON: {error}")
+        except json.JSONDecodeError as error:
+            yield Bad(str(place), "json", f"not JSON: {error.msg} at column {error.pos + 1}")
+            continue
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits; brackets in brackets
+            yield Bad(str(place), "json", f"not JSON that can be read: {str(error).partition(';')[0]}")
             continue
         yield _whole(pick(value, spec, place), raw, place)
 

@@ -211,6 +211,8 @@ def _describe(fs: Any, path: str, spec: DataSpec, index: _Identities, *, explici
         if local:
             identity = index.of(path)
             url = path
+            if spec.format == "auto" and suffix not in SUFFIXES and compression is None:
+                _refuse_binary(path)
         else:
             identity = hashlib.sha256(str(fs.ukey(path)).encode()).hexdigest()
             url = fs.unstrip_protocol(path)
@@ -219,6 +221,18 @@ def _describe(fs: Any, path: str, spec: DataSpec, index: _Identities, *, explici
         raise DataError(
             f"{path}: {error.strerror or error}", "it must be readable", "check its rights"
         ) from error
+
+
+def _refuse_binary(path: str) -> None:
+    """A file of no known suffix is read as text, unless its beginning says that it is none."""
+    with open(path, "rb") as file:
+        begin = file.read(8192)
+    if b"\0" in begin or begin.startswith(b"%PDF-"):
+        raise DataError(
+            f"{path} is no text",
+            f"known suffixes: {', '.join(SUFFIXES)}, also with .gz, .zst",
+            "convert it, or say what it is with --format",
+        )
 
 
 class _Identities:

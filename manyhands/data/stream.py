@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from manyhands.data.row import Bad
 from manyhands.data.source import DataSpec, SourceFile, Span
@@ -18,13 +19,14 @@ from manyhands.data.source import DataSpec, SourceFile, Span
 BLOCK_BYTES = 512 << 10  # of one fragment of a long document
 LINE_BYTES = 64 << 20  # longest line of JSON or CSV
 WINDOW_BYTES = 64 << 10  # in which a good place to cut a text is looked for
+PACKED_BYTES = 16 << 10  # fed to zstd at a time; a thousandfold of it may come out
 BOM = b"\xef\xbb\xbf"
 _CANDIDATES = re.compile(rb"[^ \t\r\n\v\f](?=[ \n])")
 
 
 @contextlib.contextmanager
 def opened(file: SourceFile) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed."""
+    """The file's bytes, decompressed. Raises `OSError` or `EOFError` where they cannot be had whole."""
     import fsspec
 
     # fsspec's own local files are wrapped in Python, line by line
@@ -33,18 +35,53 @@ def opened(file: SourceFile) -> Iterator[BinaryIO]:
         if file.compression == "gzip":
             import gzip
 
-            with gzip.open(raw) as plain:
-                yield plain  # type: ignore[misc]
+            try:
+                with gzip.open(raw) as plain:
+                    yield plain  # type: ignore[misc]
+            except zlib.error as error:
+                raise OSError(str(error)) from error
         elif file.compression == "zstd":
-            import zstandard
-
-            with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as plain:
-                if file.format in ("parquet", "arrow"):  # read by position, which a zstd stream cannot
-                    yield io.BytesIO(plain.read())
+            with io.BufferedReader(_Zstd(raw), 1 << 20) as stream:
+                if file.format in ("parquet", "arrow"):  # read by position, which a packed stream cannot be
+                    yield io.BytesIO(stream.read())
                 else:
-                    yield io.BufferedReader(plain, 1 << 20)
+                    yield stream  # type: ignore[misc]
         else:
             yield raw
+
+
+class _Zstd(io.RawIOBase):
+    """Frames of zstandard one after the other; unlike the package's own reader it notices that the last is cut off."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        self._raw, self._error = raw, zstandard.ZstdError
+        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._held = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._held:
+            packed = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+            packed = packed or self._raw.read(PACKED_BYTES)
+            if not packed:
+                if self._frame is not None and not self._frame.eof:
+                    raise EOFError("the zstd file ends in the middle")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._new()
+            try:
+                self._held = memoryview(self._frame.decompress(packed))
+            except self._error as error:
+                raise OSError(str(error)) from error
+        size = min(len(buffer), len(self._held))
+        buffer[:size] = self._held[:size]
+        self._held = self._held[size:]
+        return size
 
 
 def lines(file: SourceFile, span: Span) -> Iterator[tuple[int, bytes]]:
