@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -219,12 +219,13 @@ def main() -> int:
     }
     say(f"bf16 matrix peak: {', '.join(f'{k} {v / 1e12:.2f} TFLOP/s' for k, v in peaks.items())}")
     started = time.time()
-    samples: dict[str, list[Sample]] = {one.name: [] for one in chosen}
+    samples = _earlier(given, chosen)
+    done = max((s.round + 1 for taken in samples.values() for s in taken), default=0)
     common = {"TORCHINDUCTOR_CACHE_DIR": str(place / "inductor")}
     if not given.cold:
         warm(chosen, common, say)
     for one, sample in harness.alternate(chosen, rounds=given.rounds, common=common, say=say):
-        samples[one.name].append(sample)
+        samples[one.name].append(replace(sample, round=sample.round + done))
         data = {
             "command": "python benchmarks/train_speed.py " + " ".join(_shown(sys.argv[1:])),
             "machine": harness.facts_of_machine(),
@@ -276,6 +277,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="of each run, those of --warmup included")
     parser.add_argument("--warmup", type=int, default=3, help="first steps that are not timed")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders whose name begins so")
+    parser.add_argument("--append", action="store_true", help="add rounds to those of an existing output")
     parser.add_argument("--cold", action="store_true", help="do not fill the compile caches first")
     parser.add_argument(
         "--work", type=Path, default=cache_directory() / "benchmarks", help="the setting, and compile caches"
@@ -287,6 +289,21 @@ def _arguments() -> argparse.Namespace:
     if not 0 <= given.warmup < given.steps <= setting.MAX_STEPS or given.rounds < 1:
         parser.error(f"needs 0 <= warmup < steps <= {setting.MAX_STEPS} and a round at least")
     return given
+
+
+def _earlier(given: argparse.Namespace, chosen: Sequence[Contender]) -> dict[str, list[Sample]]:
+    """With --append, the runs of these contenders that the output already holds; they count as rounds of their own."""
+    samples: dict[str, list[Sample]] = {one.name: [] for one in chosen}
+    path = given.output.with_suffix(".json")
+    if given.append and path.exists():
+        data = json.loads(path.read_text())
+        same = ("steps", "warmup")
+        if any(data["setting"][key] != getattr(given, key) for key in same):
+            raise SystemExit(f"{path} holds runs with other {' or '.join(same)}: append with the same")
+        for one in data["contenders"]:
+            if one["name"] in samples:
+                samples[one["name"]] = [Sample(**run) for run in one["runs"]]
+    return samples
 
 
 def _choose(every: Sequence[Contender], only: Sequence[str] | None) -> list[Contender]:
