@@ -1,7 +1,7 @@
 """The CPU's passes over activations that are worth a kernel of our own (``compute.cpp``), and where they replace PyTorch's.
 
-Measured on one core with AMX, bf16, 2,048 tokens (docs/log.md): attention's backward 9 ms against 47, GELU with tanh forward and
-backward 5 against 19 to 28, cross entropy 15 against 47. Where they cannot be had (no compiler, another type, another
+Measured on one core with AMX, bf16, 2,048 tokens (docs/log.md): attention's backward 16 ms against 30, GELU with tanh forward and
+backward 8 against 19 to 28, cross entropy 27 against 47. Where they cannot be had (no compiler, another type, another
 device, a mask) PyTorch's own are used: the same function, another rounding.
 
 `enable` puts attention's backward in the place of PyTorch's kernel for the whole process, under torch.compile too, and is

@@ -7,7 +7,7 @@ elsewhere, and in float64, rows are taken in blocks that stay in the cache or bo
 extra memory. `torch.nn.functional.cross_entropy` is the reference that the tests
 compare with; for bfloat16 logits it first makes float32 copies of logits, log-probabilities and gradient. On
 one core with bfloat16 logits the blocks took 22 ms against 63 at 1,024 rows × 8,192, and 94 ms against 243 at
-512 × 50,304; the kernels a third of that (docs/log.md).
+512 × 50,304; the kernels take about half (docs/log.md).
 """
 
 from __future__ import annotations
