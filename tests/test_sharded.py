@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from pathlib import Path
@@ -26,6 +27,8 @@ from manyhands.strategy.optimizers import SGD, Adafactor, AdamW, Muon
 from manyhands.tasks.pretrain import Pretrain
 from manyhands.train import session
 from manyhands.train.feed import Feed
+from manyhands.train.job import Job
+from manyhands.train.plan import Facts, derive
 from manyhands.train.replica import Part, Replica
 from manyhands.train.sharded_gradients import local
 
@@ -336,3 +339,24 @@ def poisoned_run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
         if step == 1:
             same = replica.check_agreement() == before
     return {"skipped": skipped, "same": same}
+
+
+def test_a_divided_model_is_not_compiled() -> None:
+    facts = Facts(
+        rows=100,
+        world_size=2,
+        hosts=["a"],
+        device_type="cpu",
+        device_name="a CPU",
+        threads=1,
+        has_bf16=True,
+        draws_random=False,
+        parameters=1,
+        flops_per_token=1e12,
+        peak_flops=1.0,
+    )
+    job = Job(data=("x",), strategy=from_text("strategies", "zero3"))
+    assert not derive(job, facts).compile
+    assert derive(dataclasses.replace(job, strategy=from_text("strategies", "zero1")), facts).compile
+    with pytest.raises(UsageError, match="leave it out"):
+        derive(dataclasses.replace(job, compile="on"), facts)

@@ -127,6 +127,14 @@ def _device_batch(job: Job, facts: Facts) -> tuple[int, str]:
 
 
 def _compile(job: Job, facts: Facts, steps: int) -> tuple[bool, str]:
+    if getattr(job.strategy.placement, "needs_group", False):  # hooks gather its parameters, unit by unit
+        if job.compile == "on":
+            raise UsageError(
+                "compile = 'on' with a divided model",
+                "its parameters are gathered by hooks that compiling would have to keep",
+                "leave it out, or use zero1 or ddp",
+            )
+        return False, "a divided model runs eagerly"
     if job.compile != "auto":
         return job.compile == "on", "given"
     if job.reproducible:
