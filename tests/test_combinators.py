@@ -13,11 +13,10 @@ from talks import converse
 
 from manyhands.core import config
 from manyhands.core.errors import UsageError
-from manyhands.core.request import ACROSS, NODE, Gather, Scatter, Sum, Where
-from manyhands.exchange import auto
+from manyhands.core.request import ACROSS, NODE, Gather, Sum
 from manyhands.exchange.combine import leaves
 from manyhands.exchange.twophase import lengths
-from manyhands.wire.drive import Interleave, run
+from manyhands.wire.drive import run
 
 EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -252,89 +251,6 @@ def test_a_chain_sends_what_was_left() -> None:
     assert second < first / 100
     assert third < second / 100
     assert _value("chain(bf16, then=fp16)").size_bytes(7) == 28
-
-
-# ------------------------------------------------------------------------------------------------- auto
-
-
-class Link:
-    """A simulated link and its clock: requests take their bytes' time, encoding a constant."""
-
-    def __init__(self, bytes_per_s: float) -> None:
-        self.bytes_per_s, self.s = bytes_per_s, 0.0
-
-    def tap(self, rank: int, request: Any) -> None:
-        if isinstance(request, (Sum, Gather)):
-            self.s += request.tensor.numel() * request.tensor.element_size() / self.bytes_per_s
-        elif isinstance(request, Scatter):
-            self.s += sum(t.numel() for t in request.tensors) / self.bytes_per_s
-        elif isinstance(request, Where):  # a codec begins
-            self.s += 1e-3
-
-
-@pytest.mark.parametrize(("mbit", "compresses"), [(10_000.0, False), (1.0, True)])
-def test_auto_declines_on_a_fast_link(monkeypatch: pytest.MonkeyPatch, mbit: float, compresses: bool) -> None:
-    link = Link(mbit * 1e6 / 8)
-    monkeypatch.setattr(auto, "now", lambda: link.s)
-    exchange = _value("auto(error-feedback(bf16), every=10)")
-    states = [exchange.init(d) for d in _grads(3)]
-    came, went, exact = torch.zeros(60).double(), torch.zeros(60).double(), []
-    for turn in range(40):
-        deltas = _grads(3, seed=turn)
-        agreed = _round(exchange, deltas, states, tap=link.tap)
-        states = [each.state for each in agreed]
-        came, went = came + _total(deltas), went + agreed[0].mean[0]
-        exact.append(torch.equal(agreed[0].mean[0], _total(deltas)))
-    assert [bool(s["compress"]) for s in states] == [compresses] * 3
-    held = sum(s["inner"]["residual"][0] for s in states)
-    torch.testing.assert_close(went + held, came, **EXACT)
-    assert exact[-8:] == [not compresses] * 8
-    assert bool(held.any()) == compresses  # on declining, what was owed has been sent
-
-
-def test_auto_follows_a_link_that_changes_and_measures_no_more_than_it_may(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    link = Link(1e12)
-    monkeypatch.setattr(auto, "now", lambda: link.s)
-    exchange = _value("auto(error-feedback(bf16), every=5)")
-    states = [exchange.init(d) for d in _grads(2)]
-    ways = []
-    for turn in range(1200):
-        if turn == 400:
-            link.bytes_per_s = 1e4
-        asked: list[Any] = []
-
-        def tap(rank: int, request: Any, asked: list[Any] = asked) -> None:
-            link.tap(rank, request)
-            asked.append(request)
-
-        agreed = _round(exchange, _grads(2, seed=turn), states, tap=tap)
-        states = [each.state for each in agreed]
-        ways.append(any(isinstance(q, Where) for q in asked))  # a codec ran
-    assert sum(ways[:400]) < 40  # declined, measured now and then
-    assert sum(ways[-300:]) > 280  # taken up, all-reduce measured now and then
-
-
-def test_auto_s_workers_decide_the_same_by_real_clocks(fleets: Callable[[int, str], Fleet]) -> None:
-    results = fleets(2, "group").run(_real_auto)
-    assert results[0] == results[1]
-
-
-def _real_auto(world: Any) -> list[Any]:
-    exchange = _value("auto(error-feedback(bf16), every=2)")
-    states = [exchange.init([torch.zeros(500)]) for _ in range(2)]
-    seen: list[Any] = []
-    for turn in range(20):
-        talks = Interleave(world.wire)
-        for bucket, state in enumerate(states):
-            generator = torch.Generator().manual_seed(100 * turn + 10 * bucket + world.rank)
-            talks.start(exchange.talk([torch.randn(500, generator=generator)], state))
-        agreed = talks.finish()
-        states = [each.state for each in agreed]
-        seen.append([each.mean[0].tolist() for each in agreed])
-        seen.append([leaf.tolist() for path, leaf in leaves(states) if "residual" not in path])
-    return seen
 
 
 # ----------------------------------------------------------------------------------------- real wires

@@ -64,7 +64,7 @@ class Auto:
     holds = passed("holds")
     conserves = passed("conserves")
 
-    inner: Exchange = choice("exchanges", "error-feedback(bf16)", help="where it is faster than all-reduce")
+    inner: Exchange = choice("exchanges", "error-feedback(int8)", help="where it is faster than all-reduce")
     _: KW_ONLY
     every: int = option(500, help="rounds from one measurement to the next, at least")
     bucket_mb: float = option(25.0, help="size of a bucket in MiB")

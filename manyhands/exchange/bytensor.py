@@ -39,7 +39,7 @@ class ByTensor:
     holds = passed("holds", "large", "small")
     conserves = passed("conserves", "large", "small")
 
-    large: Exchange = choice("exchanges", "bf16", help="for large tensors")
+    large: Exchange = choice("exchanges", "int8", help="for large tensors")
     _: KW_ONLY
     small: Exchange = choice("exchanges", "all-reduce", help="for small tensors")
     numel: int = option(4096, help="fewer values are small")

@@ -37,9 +37,9 @@ class Chain:
     init = rounds
     talk = gathered
 
-    first: Exchange = choice("exchanges", "bf16", help="sends what it can")
+    first: Exchange = choice("exchanges", "topk", help="sends what it can")
     _: KW_ONLY
-    then: Exchange = choice("exchanges", "bf16", help="sends what is left")
+    then: Exchange = choice("exchanges", "int4", help="sends what is left")
 
     def __post_init__(self) -> None:
         for field in ("first", "then"):

@@ -41,7 +41,7 @@ class EF21:
     by_tensor = passed("by_tensor")
     bucket_mb = passed("bucket_mb")
 
-    inner: Exchange = choice("exchanges", "bf16", help="how the change is sent")
+    inner: Exchange = choice("exchanges", "topk", help="how the change is sent")
 
     def __post_init__(self) -> None:
         refuse("ef21", "inner", self.inner, holds=False, exact=True)

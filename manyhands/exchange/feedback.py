@@ -49,7 +49,7 @@ class ErrorFeedback:
     by_tensor = passed("by_tensor")
     bucket_mb = passed("bucket_mb")
 
-    inner: Exchange = choice("exchanges", "bf16", help="what is sent")
+    inner: Exchange = choice("exchanges", "int8", help="what is sent")
     _: KW_ONLY
     decay: float = option(1.0, help="how much of what was held back is added to the next contribution")
 

@@ -48,7 +48,7 @@ class Momentum:
     by_tensor = passed("by_tensor")
     bucket_mb = passed("bucket_mb")
 
-    inner: Exchange = choice("exchanges", "bf16", help="what is sent")
+    inner: Exchange = choice("exchanges", "topk", help="what is sent")
     _: KW_ONLY
     momentum: float = option(0.9, help="of the velocity, before what is held back")
     mask: bool = option(True, help="no momentum where something was sent")

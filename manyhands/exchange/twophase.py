@@ -46,7 +46,7 @@ class TwoPhase:
 
     init = rounds
 
-    inner: Exchange = choice("exchanges", "bf16", help="how chunks are encoded")
+    inner: Exchange = choice("exchanges", "int8", help="how chunks are encoded")
 
     def __post_init__(self) -> None:
         refuse("two-phase", "inner", self.inner, holds=False, tensors=False, exact=True)

@@ -44,7 +44,7 @@ class Warmup:
     holds = passed("holds")
     conserves = passed("conserves")
 
-    inner: Exchange = choice("exchanges", "bf16", help="after the warm-up")
+    inner: Exchange = choice("exchanges", "error-feedback(int8)", help="after the warm-up")
     _: KW_ONLY
     rounds: int = option(100, help="lossless rounds at first")
     ramp: int = option(0, help="rounds in which a density comes down to its value; 0: at once")
