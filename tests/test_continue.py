@@ -184,8 +184,8 @@ def test_a_restored_replica_continues_as_if_nothing_had_been(name: str, tmp_path
     for one, two in ((resumed, replica), (replica, resumed)):
         for key, tensor in one.model.state_dict().items():
             assert torch.equal(tensor, two.model.state_dict()[key])
-        for key, tensor in one.optimizer.state_by_name().items():
-            assert torch.equal(tensor, two.optimizer.state_by_name()[key])
+        for key, tensor in one.optimizer_state().items():
+            assert torch.equal(tensor, two.optimizer_state()[key])
 
 
 def test_a_checkpoint_of_something_else_changes_nothing(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from manyhands.core.errors import Diverged
-from manyhands.core.request import Gather, Place, Request, Scatter, Sum, Swap, Where, partner
+from manyhands.core.request import ACROSS, Gather, Place, Request, Scatter, Sum, Swap, Where, partner
 from manyhands.core.types import Agreed
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Interleave:
 
 
 def lockstep(talks: Sequence[Talk]) -> list[Agreed]:
-    """All workers' talks, rank by rank, in this process.
+    """All workers' talks, rank by rank, in this process, as if on one host: across hosts each is alone.
 
     Raises:
         Diverged: the workers asked for different things, or some had ended and others not.
@@ -94,6 +94,8 @@ def _answer(requests: Sequence[Request | None]) -> list[Any]:
             )
     given: list[Any] = [request for request in requests if request is not None]
     size = len(given)
+    if size > 1 and first is not None and first.axis == ACROSS:
+        return [_answer([request])[0] for request in given]
     if isinstance(first, Where):
         return [Place(rank, size) for rank in range(size)]
     if isinstance(first, Sum):
