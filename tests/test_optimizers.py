@@ -18,6 +18,7 @@ from torch import nn
 from manyhands.core.config import from_choice, from_text, to_data
 from manyhands.core.errors import CheckpointError, UsageError
 from manyhands.core.registry import REGISTRY
+from manyhands.strategy.delayed_nesterov import DelayedNesterov
 from manyhands.strategy.optimizers import SGD, Adafactor, Adagrad, Adam, AdamW, Muon, RMSprop
 from manyhands.strategy.schedules import WSD, Constant, Cosine, Linear
 
@@ -32,6 +33,7 @@ SPECS: dict[str, Any] = {
     "rmsprop-plain": RMSprop(1e-2),
     "adafactor": Adafactor(1e-2, weight_decay=0.01),
     "muon": Muon(1e-2),
+    "delayed-nesterov": DelayedNesterov(0.005, every=3, activation=0.1, weight_decay=0.01),
 }
 HIDDEN = {"hidden.weight", "late.weight", "never.weight"}
 
@@ -282,7 +284,9 @@ def test_a_spec_is_its_text_and_its_table(spec: Any) -> None:
 
 
 def test_each_registered_optimizer_and_schedule_is_tested_here() -> None:
-    assert {type(s).__name__.lower() for s in SPECS.values()} == set(REGISTRY["optimizers"])
+    assert {type(s).__name__.lower() for s in SPECS.values()} == {
+        name.replace("-", "") for name in REGISTRY["optimizers"]
+    }
     assert set(CURVES) >= {f"{name}" for name in REGISTRY["schedules"]}
     assert AdamW(3e-4) == from_text("optimizers", "adamw(3e-4)") == AdamW()
     assert from_text("optimizers", "sgd(0.1, schedule=none)").schedule == Constant()

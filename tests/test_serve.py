@@ -26,6 +26,7 @@ from manyhands.serve import protocol, tls
 from manyhands.serve.client import Endpoint, Link, Servers
 from manyhands.serve.layout import Layout, divide
 from manyhands.serve.server import Server
+from manyhands.strategy.delayed_nesterov import DelayedNesterov
 from manyhands.strategy.optimizers import SGD, AdamW
 
 TOKEN = "a token that only the tests know"
@@ -276,6 +277,28 @@ def test_delay_compensation_is_equation_10(serve: Any) -> None:
         g = gradient(0, 1)[name] / 4
         expected = now[name] - 0.05 * (g + 0.3 * g * g * (now[name] - then[name]))
         assert torch.allclose(b.params[name], expected, rtol=0, atol=1e-12)
+
+
+def test_delayed_nesterov_renews_momentum_after_every_nth_push(serve: Any) -> None:
+    """Algorithm by hand for N = 2 workers; for N = 1 it is PyTorch's Nesterov momentum."""
+    a, b = serve.workers([serve()], 2)
+    beta, c, rate = 0.9, 0.2, 0.1
+    a.begin(DelayedNesterov(rate, every=2, momentum=beta, activation=c), consistency="async")
+    theta, m, delta = initial(), dict.fromkeys(SHAPES, 0.0), dict.fromkeys(SHAPES, 0.0)
+    for t in range(6):
+        (a, b)[t % 2].push(t // 2, gradient(t, 0), count=4, share=0.5)
+        renewed = (t + 1) % 2 == 0
+        for name in SHAPES:
+            g = gradient(t, 0)[name] / 4
+            delta[name] = delta[name] + g
+            if renewed:
+                m[name], delta[name] = beta * m[name] + delta[name] / 2, 0.0
+            active = 1 - c * 2 + c if renewed else c
+            theta[name] = theta[name] - rate * (active * beta * m[name] + g / 2)
+    close_to(b.params, theta)
+    means = [gradient(step, 1) for step in range(4)]
+    nesterov = plain(SGD(0.1, momentum=0.9, nesterov=True), means)
+    close_to(plain(DelayedNesterov(0.1, every=1, momentum=0.9), means), nesterov)
 
 
 def test_pushes_may_be_encoded(serve: Any) -> None:

@@ -126,6 +126,16 @@ class Sampled(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Served(Event):
+    """What parameter servers did. `staleness`: how many pushes came so many updates after their parameters."""
+
+    consistency: str
+    updates: int
+    discarded: int
+    staleness: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finished(Event):
     """The end of a job. `reason` is "done" or the signal's name."""
 

@@ -204,6 +204,10 @@ REGISTRY: dict[str, dict[str, Entry]] = {
             "manyhands.strategy.optimizers:Muon",
             "orthogonalised momentum for matrices, AdamW for the rest (Jordan 2024)",
         ),
+        "delayed-nesterov": Entry(
+            "manyhands.strategy.delayed_nesterov:DelayedNesterov",
+            "momentum renewed after every N-th update: for asynchronous pushes (arXiv:2401.09135)",
+        ),
     },
     "schedules": {
         "constant": Entry("manyhands.strategy.schedules:Constant", "warm-up, then a constant rate"),

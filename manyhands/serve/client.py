@@ -76,6 +76,8 @@ class Link:
         gone = (codes.UNAVAILABLE, codes.CANCELLED, codes.INTERNAL, codes.UNKNOWN, codes.ABORTED)
         deadline, pause = time.monotonic() + self._patience_s, FIRST_S
         while True:
+            if self._closed:
+                raise PeerLost(None, f"a call to the parameter server ({header.get('op')})", "hung up")
             try:
                 return self._once(header, payload, out)
             except self._grpc.RpcError as error:
@@ -89,7 +91,7 @@ class Link:
                 reason = f"{code.name}: {detail}"
             except OSError as error:
                 reason = str(error)
-            if time.monotonic() > deadline or self._closed:
+            if time.monotonic() > deadline:
                 raise PeerLost(None, f"a call to the parameter server ({header.get('op')})", reason[:300])
             self._disconnect()
             time.sleep(pause)
@@ -231,10 +233,8 @@ class Servers:
             return self._links[server].call(full, [protocol.view(payloads[server])], out=out[server])
 
         answers = self._all(one)
-        if any(
-            "norm_sq" in a.header for a in answers
-        ):  # the round is complete: now the norm of the whole is known
-            answers = self._agree(answers, int(header["step"]), out)
+        if any("version" not in a.header for a in answers):  # a round over several servers is complete
+            answers = self._agree(answers, int(header["step"]), out, one)
         return answers[0].header
 
     def pull(self, out: Sequence[Tensor], *, flush: bool = False) -> dict[str, Any]:
@@ -278,11 +278,21 @@ class Servers:
     def _who(self, op: str) -> dict[str, Any]:
         return {"op": op, "member": self.member, "job": self.job}
 
-    def _agree(self, answers: Sequence[Answer], step: int, out: Sequence[Tensor]) -> list[Answer]:
-        """Second half of a round over several servers. One that has finished it has said so already."""
-        norm_sq = sum(float(a.header.get("norm_sq", 0.0)) for a in answers)
+    def _agree(
+        self, answers: Sequence[Answer], step: int, out: Sequence[Tensor], push: Callable[[int], Answer]
+    ) -> list[Answer]:
+        """Its second half, with the norm of the whole; a server that lost the pushes in a restart gets them again."""
+        norm_sq = sum(float(a.header.get("norm_sq") or 0.0) for a in answers)
         ask = {**self._who("agree"), "step": step, "norm_sq": norm_sq}
-        return self._all(lambda i: self._links[i].call(ask, out=out[i]))
+
+        def one(server: int) -> Answer:
+            answer = self._links[server].call(ask, out=out[server])
+            while answer.header.get("again"):
+                push(server)
+                answer = self._links[server].call(ask, out=out[server])
+            return answer
+
+        return self._all(one)
 
     def _all(self, one: Callable[[int], Answer]) -> list[Answer]:
         if len(self._links) == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -19,6 +20,11 @@ class Member:
     seen: float = field(default_factory=time.monotonic)
     loss: float = 0.0
     count: int = 0
+
+
+def slowest(members: Mapping[str, Member]) -> int:
+    """The step at which the last of them is; endless where there is nobody."""
+    return min((m.clock for m in members.values()), default=1 << 62)
 
 
 @dataclass

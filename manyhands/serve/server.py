@@ -179,7 +179,9 @@ class Server:
         op, shard = header.get("op"), self.shard
         start = time.perf_counter()
         if op == "push":
-            return _timed(shard.push(*self._push(header, size, requests), alive), start)
+            push, payload = self._push(header, size, requests)
+            received = time.perf_counter()
+            return _timed(shard.push(push, payload, alive), received)
         if op == "begin":
             tensors = self._tensors(header, size, requests)
             return shard.begin(header, tensors), ()
@@ -227,7 +229,7 @@ class Server:
 
 
 def _timed(found: tuple[Mapping[str, Any], Tensor | None], start: float) -> Reply:
-    """An answer with parameters, and how long the server took to have it."""
+    """An answer with parameters, and how long the server took to have it (waiting included, not the transfer)."""
     answer, image = found
     parts = () if image is None else (protocol.view(image),)
     return {**answer, "served_s": time.perf_counter() - start}, parts

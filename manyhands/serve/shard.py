@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from manyhands.core.errors import ManyhandsError, UsageError
 from manyhands.serve.keeper import Keeper, opened, status_of
-from manyhands.serve.members import Member, Wishes
+from manyhands.serve.members import Member, Wishes, slowest
 from manyhands.serve.rules import Push, Rules, integer, name, number
 from manyhands.serve.store import Store, finite, split
 
@@ -58,6 +58,8 @@ class Shard:
         self._reset(0, 0)
         if journal is not None:
             self._keeper = opened(self, journal, interval_s, log)
+            with self.cond:
+                self._gather()  # a round that was complete when the server before died
 
     def _reset(self, steps: int, tokens: int) -> None:
         self.members: dict[str, Member] = {}
@@ -70,13 +72,9 @@ class Shard:
         self.discarded = self.skipped = 0
         self.pending: dict[str, tuple[Push, Tensor]] = {}
         self.folded: list[str] = []
-        self._partial: float | None = (
-            None  # sync, several servers: this one's Σ of squares of a complete round
-        )
+        self._partial: float | None = None  # sync, several servers: Σ of squares here of a complete round
         self.last: Answer = {"step": steps - 1}  # sync: what the last round came to
-        self._gathered: list[
-            tuple[int, float, float]
-        ] = []  # (count, share, nominal) of pushes not yet applied
+        self._gathered: list[Push] = []  # not yet applied
         self.wishes = Wishes(answered=steps - 1)
         self._image: tuple[int, Tensor] | None = None
 
@@ -86,10 +84,7 @@ class Shard:
         """Take over a job: its rules, parameters and (of a checkpoint) optimizer state. Durable when it returns."""
         rules = Rules.read(header.get("rules"))
         params, state, _ = split(tensors)
-        key: dict[str, Any] = {
-            "job": str(header.get("job", ""))[:200],
-            "serial": integer(header, "serial", 0),
-        }
+        key: dict[str, Any] = {"job": str(header.get("job", "")), "serial": integer(header, "serial", 0)}
         with self.cond:
             if self.store is not None and key == {k: self.header.get(k) for k in key}:
                 return {"version": self.version}  # asked again after a lost answer
@@ -113,7 +108,11 @@ class Shard:
         """A worker comes (or comes back). Answers the step that it takes part in next."""
         who = name(header)
         with self.cond:
-            self._job(header)
+            self.ready()
+            if header.get("job") != self.header.get("job"):
+                raise UsageError(
+                    "the server works for another job", "one job at a time", "start another server"
+                )
             if who not in self.members:
                 self._enter(who, self._first_step(header))
             self.members[who].seen = time.monotonic()
@@ -121,17 +120,15 @@ class Shard:
 
     def leave(self, header: Mapping[str, Any]) -> Answer:
         """A worker goes; nobody waits for it any more."""
-        with self.cond:
-            self._drop(name(header), "left")
-            return {}
+        self.expire(name(header))
+        return {}
 
     def beat(self, header: Mapping[str, Any]) -> Answer:
         """A worker is still there, though it computes."""
         with self.cond:
-            known = self.members.get(name(header))
-            if known is not None:
-                known.seen = time.monotonic()
-            return {"known": known is not None}
+            if name(header) in self.members:
+                self.members[name(header)].seen = time.monotonic()
+        return {}
 
     def push(self, push: Push, payload: Tensor, alive: Alive) -> tuple[Answer, Tensor | None]:
         """Apply a worker's push (or keep it for the round) and answer with fresh parameters when it may go on.
@@ -141,8 +138,7 @@ class Shard:
             alive: whether the worker still waits for the answer.
 
         Returns:
-            The answer, and the parameters as they are laid out (None after the first half of a round over several
-            servers, whose second half is `agree`).
+            The answer, and the parameters (None after the first half of a round over several servers: see `agree`).
         """
         with self.cond:
             store = self.ready()
@@ -159,26 +155,28 @@ class Shard:
                 self.cond.notify_all()
                 self._snapshot_if_due()
             bound = store.rules.bound
-            self._wait(lambda: bound is None or push.step + 1 - self._slowest() <= bound, member, alive)
+            self._wait(lambda: bound is None or push.step + 1 - slowest(self.members) <= bound, member, alive)
             return self._answer_alone(push, member), self._pulled(push.member)
 
-    def agree(self, header: Mapping[str, Any]) -> tuple[Answer, Tensor]:
+    def agree(self, header: Mapping[str, Any]) -> tuple[Answer, Tensor | None]:
         """The second half of a round over several servers: the norm of the whole gradient is known now."""
         with self.cond:
             step = integer(header, "step")
-            if step == self.step and self._partial is not None:
+            if step >= self.step:
+                self._gather()
+                if self._partial is None:  # this server has lost the pushes in a restart
+                    return {"again": True}, None
                 self.apply_round(number(header, "norm_sq"))
             return self._round_answer(step), self._pulled(name(header))
 
     def pull(self, header: Mapping[str, Any]) -> tuple[Answer, Tensor]:
         """The parameters as they are now; pushes that wait for company (`accumulate`) are applied first on demand."""
         with self.cond:
-            store = self.ready()
-            if header.get("flush") and store.gathered and not store.rules.sync:
+            self.ready()
+            if header.get("flush") and self._gathered:
                 self._record({"op": "flush"}, "state")
                 self.flush()
-            answer = {"version": self.version, "step": self.step, "tokens": self.tokens}
-            return answer, self._pulled(name(header))
+            return {"version": self.version, "tokens": self.tokens}, self._pulled(name(header))
 
     def state(self) -> tuple[Answer, dict[str, Tensor]]:
         """Copies of parameters and optimizer state."""
@@ -192,10 +190,12 @@ class Shard:
         with self.cond:
             return status_of(self)
 
-    def expire(self) -> None:
-        """Stop waiting for members whose lease has run out."""
+    def expire(self, leaver: str = "") -> None:
+        """Stop waiting for members whose lease has run out, and for one that leaves."""
         with self.cond:
             now = time.monotonic()
+            if leaver:
+                self._drop(leaver, "left")
             for who in [n for n, m in self.members.items() if now - m.seen > self.lease_s]:
                 self._drop(who, f"silent for {self.lease_s:g} s")
 
@@ -218,12 +218,17 @@ class Shard:
             self._record({"op": "push", **push.header()}, "push", payload)
             self.pending[push.member] = (push, payload)
             self.cond.notify_all()
-        self._fold()
-        self._advance()
+        self._gather()
         self._wait(lambda: self.step > push.step or self._partial is not None, member, alive)
         if self.step <= push.step:
             return {"norm_sq": self._partial, "step": push.step}, None
         return self._round_answer(push.step), self._pulled(push.member)
+
+    def _gather(self) -> None:
+        """Go on with the round as far as the pushes go."""
+        if self.pending:
+            self._fold()
+            self._advance()
 
     def _fold(self) -> None:
         """Add what has come, in the order of names, so that every run adds in the same order."""
@@ -239,7 +244,7 @@ class Shard:
 
     def _advance(self) -> None:
         """Finish the round if all members have pushed."""
-        if not self.pending or self._partial is not None or not set(self.members) <= set(self.pending):
+        if self._partial is not None or not set(self.members) <= set(self.pending):
             return
         store = self.ready()
         step = min(push.step for push, _ in self.pending.values())
@@ -278,7 +283,7 @@ class Shard:
         self.tokens += count
         self.step += 1
         self.progress += 1.0
-        self.folded, self._partial = [], None
+        own, self.folded, self._partial = self._partial, [], None
         for push in pushes:
             if push.member in self.members:
                 self.members[push.member].clock = self.step
@@ -287,6 +292,7 @@ class Shard:
             "loss": loss,
             "count": count,
             "norm": norm,
+            "norm_sq": own,
             "skipped": skipped,
             "lr": factor * store.rules.optimizer.lr * (not skipped),
         }
@@ -317,19 +323,19 @@ class Shard:
         self.loss += push.loss
         self.count += push.count
         clip = min(1.0, store.rules.max_norm / (push.norm + 1e-6))
-        nominal = self._gathered[0][2] if self._gathered else push.nominal
+        nominal = self._gathered[0].nominal if self._gathered else push.nominal
         store.add(push, payload, weight=clip * push.nominal / nominal)
-        self._gathered.append((push.count, push.share, push.nominal))
+        self._gathered.append(push)
         if len(self._gathered) >= store.rules.accumulate:
             self.flush()
 
     def flush(self) -> None:
         """One update of the gathered pushes, at their share of the rate (at most the whole)."""
         store = self.ready()
-        count = sum(c for c, _, _ in self._gathered)
-        share = math.fsum(s for _, s, _ in self._gathered)
+        count = sum(p.count for p in self._gathered)
+        share = math.fsum(p.share for p in self._gathered)
         factor = store.rules.factor(max(0.0, self.progress - share), self.tokens - count)
-        store.update(self._gathered[0][2] / count, factor * min(1.0, share))
+        store.update(self._gathered[0].nominal / count, factor * min(1.0, share))
         self._gathered = []
         self.version += 1
 
@@ -347,22 +353,14 @@ class Shard:
         member.loss, member.count = self.loss, self.count
         return answer
 
-    def _slowest(self) -> int:
-        return min((m.clock for m in self.members.values()), default=1 << 62)
-
     # -- members
-
-    def _job(self, header: Mapping[str, Any]) -> None:
-        self.ready()
-        if header.get("job") != self.header.get("job"):
-            raise UsageError("the server works for another job", "one job at a time", "start another server")
 
     def _first_step(self, header: Mapping[str, Any]) -> int:
         store = self.ready()
         if store.rules.sync:
             return self.step
         wanted = integer(header, "step", 0)
-        return max(wanted, self._slowest()) if self.members else max(wanted, int(self.progress))
+        return max(wanted, slowest(self.members)) if self.members else max(wanted, int(self.progress))
 
     def _enter(self, who: str, step: int) -> None:
         self._record({"op": "join", "member": who, "step": step}, "member")
@@ -378,9 +376,7 @@ class Shard:
             self.store.backups.pop(who, None)
         self.log(f"{who} is no longer waited for: {why}")
         if self.store is not None and self.store.rules.sync:
-            if self.pending:
-                self._fold()
-            self._advance()
+            self._gather()
         self.cond.notify_all()
 
     def _wait(self, until: Callable[[], bool], member: Member, alive: Alive) -> None:

@@ -158,11 +158,14 @@ class Served:
             self._barrier()
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The servers' state; this worker's parameters are then those of the same moment."""
+        """The servers' state, on rank 0; its parameters are then those of the same moment."""
+        if self._replica.wire.rank != 0:
+            return {}
         _, params, optimizer = self._servers.state()
         with torch.no_grad():
             for name, param in self._replica.named:
                 param.copy_(params[name])
+        self._rested = True
         return optimizer
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
@@ -274,7 +277,7 @@ class Served:
             payload = self._codec.encode(value, key)
             parts.append(payload)
             if self._decay is not None:
-                left = value - self._codec.decode(payload, value.numel(), value.dtype)
+                left = value - self._codec.decode(payload, flat.numel(), flat.dtype).to(value.dtype)
                 if bool(torch.isfinite(left).all()):  # else the server skips the push, and so do we
                     residuals[i].copy_(left)
         return torch.cat(parts) if len(parts) != 1 else parts[0]

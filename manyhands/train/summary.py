@@ -69,7 +69,14 @@ def summarize(
         "parameters_sha256": sha256_of_parameters(weights) if weights is not None else None,
         "machine": hardware.machine_facts(),
         "workers": workers,
+        **served_figures(loop),
     }
+
+
+def served_figures(loop: Loop) -> dict[str, Any]:
+    """What parameter servers say of themselves, on rank 0 where there are some: ``served``."""
+    figures = getattr(loop.replica.method, "figures", None)
+    return {"served": figures()} if figures is not None and loop.world.rank == 0 else {}
 
 
 def worker_figures(loop: Loop) -> dict[str, Any]:

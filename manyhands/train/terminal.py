@@ -125,6 +125,15 @@ class Terminal:
         for line in (event.prompt + event.text).strip("\n").split("\n"):
             self._say(f"  {line}")
 
+    def _served(self, event: e.Served) -> None:
+        self._stop(keep=True)
+        total = sum(event.staleness.values())
+        dropped = f", {event.discarded:,} discarded" if event.discarded else ""
+        self._say(f"staleness of {total:,} pushes ({event.consistency}), {event.updates:,} updates{dropped}:")
+        for staleness, pushes in sorted(event.staleness.items(), key=lambda item: int(item[0])):
+            share = pushes / max(1, total)
+            self._say(f"  {staleness:>5} {'#' * round(40 * share):<40} {share:6.1%}")
+
     def _finished(self, event: e.Finished) -> None:
         self._stop(keep=True)
         self._say(

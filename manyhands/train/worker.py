@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from manyhands.core import config, rng
 from manyhands.core.errors import Stopped, UsageError
-from manyhands.core.events import Emit, Finished, Planned, Resumed, Sampled, Warned
+from manyhands.core.events import Emit, Finished, Planned, Resumed, Sampled, Served, Warned
 from manyhands.train.job import Job
 
 if TYPE_CHECKING:
@@ -161,7 +161,9 @@ class _Run:
         finally:
             if loop.saver is not None:
                 loop.saver.close()
-        return self._finish(loop, facts, plan, reason, collective=True)
+        summary = self._finish(loop, facts, plan, reason, collective=True)
+        loop.replica.close()
+        return summary
 
     # -- parts
 
@@ -391,6 +393,10 @@ class _Run:
 
             path = self.output / "summary.json"
             write_text(path, json.dumps(summary, indent=2) + "\n")
+            if "served" in summary:
+                told = summary["served"]
+                names = ("consistency", "updates", "discarded", "staleness")
+                self.emit(Served(**{name: told[name] for name in names}))
             self.emit(
                 Finished(step=loop.replica.steps, reason=reason, wall_s=summary["wall_s"], summary=str(path))
             )

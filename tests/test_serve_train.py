@@ -1,0 +1,242 @@
+"""Training through a parameter server: what must be equal is equal, what is stale is measured, a killed server costs seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from runs import TINY, command, environment, events, summary
+from test_exactness import SEQ, N, Rows, make, summed
+
+from manyhands.core.errors import UsageError
+from manyhands.data.sample import Order
+from manyhands.exchange.feedback import ErrorFeedback
+from manyhands.exchange.half import BF16
+from manyhands.placement.served import Served
+from manyhands.serve.server import Server
+from manyhands.strategy.base import Strategy
+from manyhands.strategy.optimizers import SGD, AdamW
+from manyhands.train import session
+from manyhands.train.feed import Feed
+from manyhands.train.replica import Part, Replica
+from manyhands.wire.solo import Solo
+from manyhands.wire.world import Member, World
+
+TOKEN = "a token that only the tests know"
+
+
+def run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
+    """Steps of a small model in float64; parameters, losses and figures."""
+    torch.set_num_threads(1)
+    model = make()
+    placement = {"placement": case["placement"]} if case.get("placement") else {}
+    strategy = Strategy(outer=case["optimizer"], **placement)
+    replica = Replica(model, strategy, world.wire, max_grad_norm=0.5, targets_per_row=SEQ, total=20)
+    feed = Feed(
+        rows=Rows(),
+        order=Order(N, 6, 3, False),
+        rank=world.rank,
+        weights=[2.0, 1.0, 1.0][: world.size],
+        micro_batch=1,
+        device_batch=3,
+        coalesce=True,
+        device=torch.device("cpu"),
+        seed=3,
+    )
+    if case.get("resume"):
+        session.restore_replica(replica, Path(case["resume"]))
+    results = []
+    while replica.steps < case["steps"]:
+        results.append(replica.step(feed.part(replica.steps), summed))
+    replica.meet()
+    replica.check_agreement()
+    if case.get("save"):
+        session.save_replica(world, replica, Path(case["save"]))
+    figures = replica.method.figures() if case.get("placement") else {}
+    weights = {name: t.detach().clone().numpy() for name, t in model.state_dict().items()}
+    with replica.agreed():  # nobody leaves before all have asked
+        pass
+    replica.close()
+    return {
+        "losses": [r.loss for r in results],
+        "norms": [r.grad_norm for r in results],
+        "weights": weights,
+        "figures": figures,
+    }
+
+
+def alone() -> World:
+    return World(Solo(), (Member(0, "here", "cpu"),), "solo")
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    """`serving(n, **fields)`: n fresh servers in this process, and the placement that names them."""
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    with contextlib.ExitStack() as stack:
+        made = 0
+
+        def start(n: int = 1, **fields: Any) -> Served:
+            nonlocal made
+            addresses = []
+            for _ in range(n):
+                made += 1
+                server = Server(listen=f"unix:{tmp_path}/{made}", token=TOKEN, lease_s=1000.0)
+                server.start()
+                stack.callback(server.stop, 0)
+                addresses.append(server.address)
+            return Served(address=",".join(addresses), token_file=str(token), lease_s=1000.0, **fields)
+
+        yield start
+
+
+def equal(a: dict[str, Any], b: dict[str, Any], tolerance: float = 1e-10) -> None:
+    for name, array in b.items():
+        assert np.allclose(a[name], array, rtol=0, atol=tolerance), name
+
+
+@pytest.mark.parametrize(
+    ("size", "n_servers", "consistency"), [(2, 1, "sync"), (3, 2, "sync"), (2, 2, "bounded(0)")]
+)
+def test_without_staleness_it_is_all_reduce(
+    fleets: Any, serving: Any, size: int, n_servers: int, consistency: str
+) -> None:
+    fleet = fleets(size)
+    for optimizer in (AdamW(0.01), SGD(0.1, momentum=0.9, nesterov=True)):
+        case = {"optimizer": optimizer, "steps": 5}
+        reference = fleet.run(run, case)[0]
+        found = fleet.run(run, {**case, "placement": serving(n_servers, consistency=consistency)})
+        for worker in found:
+            equal(worker["weights"], reference["weights"])
+            assert worker["losses"] == pytest.approx(reference["losses"], abs=1e-10)
+            assert worker["norms"] == pytest.approx(reference["norms"], abs=1e-10)
+        assert set(found[0]["figures"]["staleness"]) == {"0"}
+
+
+@pytest.mark.parametrize("consistency", ["sync", "bounded(3)", "async"])
+def test_one_worker_is_plain_training(serving: Any, consistency: str) -> None:
+    case = {"optimizer": AdamW(0.01), "steps": 5}
+    reference = run(alone(), case)
+    found = run(alone(), {**case, "placement": serving(2, consistency=consistency)})
+    equal(found["weights"], reference["weights"])
+    assert found["losses"] == pytest.approx(reference["losses"], abs=1e-10)
+
+
+def test_without_order_workers_still_end_with_the_same_bits(fleets: Any, serving: Any) -> None:
+    for fields in ({"consistency": "async", "accumulate": 3}, {"consistency": "bounded(1)", "discard": 2}):
+        case = {"optimizer": SGD(0.05), "steps": 12, "placement": serving(**fields)}
+        found = fleets(2).run(run, case)
+        equal(found[0]["weights"], found[1]["weights"], 0.0)
+        figures = found[0]["figures"]
+        assert sum(figures["staleness"].values()) <= 24
+        assert figures["updates"] > 0
+        assert figures["consistency"] == fields["consistency"]
+        assert all(np.isfinite(t).all() for t in found[0]["weights"].values())
+
+
+@pytest.mark.parametrize("served_first", [True, False])
+def test_a_run_moves_between_all_reduce_and_a_server(
+    fleets: Any, serving: Any, tmp_path: Path, served_first: bool
+) -> None:
+    """Four steps of two workers one way, four of three workers the other way, against eight steps of all-reduce."""
+    optimizer = AdamW(0.01)
+    reference = fleets(2).run(run, {"optimizer": optimizer, "steps": 8})[0]
+    placements = [serving(2) if served_first else None, None if served_first else serving(3)]
+    saved = str(tmp_path / "run")
+    fleets(2).run(run, {"optimizer": optimizer, "steps": 4, "save": saved, "placement": placements[0]})
+    case = {"optimizer": optimizer, "steps": 8, "resume": saved, "placement": placements[1]}
+    equal(fleets(3).run(run, case)[2]["weights"], reference["weights"])
+
+
+def test_nothing_is_lost_in_encoded_pushes(serving: Any) -> None:
+    """With a constant gradient c: start − end = rate · (T c − what is still held back)."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(40, 3).double()
+    slope = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    strategy = Strategy(placement=serving(2), exchange=ErrorFeedback(BF16()), outer=SGD(0.5))
+    replica = Replica(model, strategy, Solo())
+
+    def loss(forward: Any, batch: Any) -> tuple[torch.Tensor, int]:
+        return sum((p * slope[name]).sum() for name, p in forward.named_parameters()), 1  # type: ignore[return-value]
+
+    for step in range(7):
+        replica.step(Part(step, [(0, {"x": torch.zeros(1)})], 1, 1, 0), loss)
+    for server, layout in enumerate(replica.method._servers.layouts):  # type: ignore[attr-defined]
+        held = torch.cat(replica.states[server]["residual"])
+        assert held.abs().max() > 0
+        for entry, at in zip(layout.entries, layout.offsets, strict=True):
+            kept = held[at // 8 : at // 8 + entry.numel].view(entry.shape)
+            moved = start[entry.name] - dict(model.named_parameters())[entry.name].detach()
+            assert torch.allclose(moved / 0.5 + kept, 7 * slope[entry.name], rtol=0, atol=1e-12)
+    replica.close()
+
+
+def test_impossible_pairings_are_refused(serving: Any) -> None:
+    from manyhands.cadence.every import Every
+    from manyhands.exchange.allreduce import AllReduce
+
+    placement = serving()
+    for strategy, words in (
+        (Strategy(placement=placement, cadence=Every(4)), "pushes at every step"),
+        (Strategy(placement=placement, exchange=AllReduce(precision="bf16")), "a push goes one way"),
+        (Strategy(placement=Served()), "only manyhands' own launcher starts servers"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            Replica(make(), strategy, Solo())
+    with pytest.raises(UsageError, match="inner optimizer"):
+        Strategy(placement=placement, inner=AdamW(0.1))
+
+
+def test_a_killed_server_is_started_again(tmp_path: Path) -> None:
+    """The main job as a user runs it: two servers, one of them killed between two steps."""
+    words, rng = ["hand", "many", "light", "work"], random.Random(1)
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(" ".join(rng.choice(words) for _ in range(9)) for _ in range(300)))
+    output = tmp_path / "run"
+    strategy = "parameter-server(consistency=bounded(2), servers=2, exchange=error-feedback(int8), lr=1e-3)"
+    arguments = ["--data", corpus, *TINY, "--steps", 60, "--workers", 2, "--save-every", 30]
+    process = subprocess.Popen(
+        command("train", *arguments, "--strategy", strategy, "--output", output),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+    )
+    assert process.stdout is not None
+    said, killed = "", 0
+    for line in process.stdout:
+        said += line
+        if line.startswith("step ") and not killed:
+            killed = server_pid(output / "servers" / "server-1")
+            os.kill(killed, signal.SIGKILL)
+    assert process.wait() == 0, said
+    assert killed
+    assert "parameter server 1 ended (SIGKILL); starting it again" in said
+    found = summary(output)
+    assert found["steps"] == 60
+    assert found["samples"] == sum(worker["samples"] for worker in found["workers"])
+    assert found["served"]["updates"] == 120
+    assert not (output / "servers").exists()
+    assert "continues with update" in (output / "logs" / "server-1.log").read_text()
+    losses = [e["loss"] for e in events(output, "stepped")]
+    assert losses[-1] < losses[0]
+
+
+def server_pid(state: Path) -> int:
+    """The process that serves from this directory."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(state) in path.read_bytes().decode(errors="replace").split("\0"):
+                return int(path.parent.name)
+    raise AssertionError(f"nobody serves from {state}")
