@@ -96,7 +96,8 @@ def _gelu_operator() -> Any:
     import torch
     import torch.nn.functional as F
 
-    ours = torch.library.Library("manyhands", "FRAGMENT")
+    library_of: Any = torch.library.Library  # untyped in torch
+    ours = library_of("manyhands", "FRAGMENT")
     ours.define("gelu_tanh(Tensor x) -> Tensor")
     ours.define("gelu_tanh_backward(Tensor grad, Tensor x) -> Tensor")
 
@@ -179,7 +180,8 @@ def _enable_attention() -> bool:
             )
         return attention_backward(grad, q, k, v, out, lse, causal, scale)
 
-    ours = torch.library.Library("aten", "IMPL")
+    library_of: Any = torch.library.Library  # untyped in torch
+    ours = library_of("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that a kernel is replaced
         ours.impl(name.removeprefix("aten::"), backward, "CPU", with_keyset=True)

@@ -45,7 +45,7 @@ def opened(file: SourceFile) -> Iterator[BinaryIO]:
                 if file.format in ("parquet", "arrow"):  # read by position, which a packed stream cannot be
                     yield io.BytesIO(stream.read())
                 else:
-                    yield stream  # type: ignore[misc]
+                    yield stream
         else:
             yield raw
 

@@ -141,7 +141,9 @@ def restore(
         if plain.startswith(f"{LOCAL}."):
             continue
         holders.setdefault(plain, {})[int(holder or 0)] = name
-    if not holders:  # of an exchange that keeps nothing, such as all-reduce: nothing is lost by beginning anew
+    if (
+        not holders
+    ):  # of an exchange that keeps nothing, such as all-reduce: nothing is lost by beginning anew
         return list(states)
     shapes = {plain: _shape(named, next(iter(names.values()))) for plain, names in holders.items()}
     _fits({name: tuple(leaf.shape) for name, (leaf, _) in wanted.items()}, shapes, path)

@@ -80,7 +80,8 @@ def lockstep(talks: Sequence[Talk]) -> list[Agreed]:
                 ended.append(_agreed(end))
         if all(agreed is not None for agreed in ended):
             return [agreed for agreed in ended if agreed is not None]
-        replies = _answer(requests)
+        alone = all(request is not None and request.axis == ACROSS for request in requests)
+        replies = [_answer([r])[0] for r in requests] if alone else _answer(requests)
 
 
 def _answer(requests: Sequence[Request | None]) -> list[Any]:
@@ -94,8 +95,6 @@ def _answer(requests: Sequence[Request | None]) -> list[Any]:
             )
     given: list[Any] = [request for request in requests if request is not None]
     size = len(given)
-    if size > 1 and first is not None and first.axis == ACROSS:
-        return [_answer([request])[0] for request in given]
     if isinstance(first, Where):
         return [Place(rank, size) for rank in range(size)]
     if isinstance(first, Sum):
