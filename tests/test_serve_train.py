@@ -215,11 +215,12 @@ def test_a_killed_server_is_started_again(tmp_path: Path) -> None:
     )
     assert process.stdout is not None
     said, killed = "", 0
-    for line in process.stdout:
-        said += line
-        if line.startswith("step ") and not killed:
-            killed = server_pid(output / "servers" / "server-1")
-            os.kill(killed, signal.SIGKILL)
+    with process.stdout:
+        for line in process.stdout:
+            said += line
+            if line.startswith("step ") and not killed:
+                killed = server_pid(output / "servers" / "server-1")
+                os.kill(killed, signal.SIGKILL)
     assert process.wait() == 0, said
     assert killed
     assert "parameter server 1 ended (SIGKILL); starting it again" in said

@@ -72,7 +72,9 @@ REGISTRY: dict[str, dict[str, Entry]] = {
         "hogwild": Entry(
             "manyhands.strategy.presets:hogwild", "one copy of the parameters, lock-free (arXiv:1106.5730)"
         ),
-        "zero1": Entry("manyhands.strategy.zero:zero1", "ddp with the optimizer's state divided among workers"),
+        "zero1": Entry(
+            "manyhands.strategy.zero:zero1", "ddp with the optimizer's state divided among workers"
+        ),
         "zero2": Entry("manyhands.strategy.zero:zero2", "gradients and optimizer state divided (FSDP2)"),
         "zero3": Entry(
             "manyhands.strategy.zero:zero3", "parameters, gradients and optimizer state divided (FSDP2)"
@@ -133,10 +135,12 @@ REGISTRY: dict[str, dict[str, Entry]] = {
         "gossip": Entry("manyhands.exchange.gossip:Gossip", "pairs average their models (arXiv:2506.10911)"),
         "auto": Entry("manyhands.exchange.auto:Auto", "compress only where measurement says it is faster"),
         "topk": Entry(
-            "manyhands.exchange.topk:TopK", "the largest entries of each chunk, or of all by a sampled threshold"
+            "manyhands.exchange.topk:TopK",
+            "the largest entries of each chunk, or of all by a sampled threshold",
         ),
         "randomk": Entry(
-            "manyhands.exchange.randomk:RandomK", "the same random entries on all workers: values travel alone"
+            "manyhands.exchange.randomk:RandomK",
+            "the same random entries on all workers: values travel alone",
         ),
         "threshold": Entry(
             "manyhands.exchange.threshold:Threshold", "all entries that reach a value, absolute or relative"
@@ -177,7 +181,8 @@ REGISTRY: dict[str, dict[str, Entry]] = {
             "manyhands.placement.sharded:Sharded", "one model divided among the workers of a group (ZeRO)"
         ),
         "served": Entry(
-            "manyhands.placement.served:Served", "on parameter servers: workers push gradients and pull parameters"
+            "manyhands.placement.served:Served",
+            "on parameter servers: workers push gradients and pull parameters",
         ),
     },
     "optimizers": {
