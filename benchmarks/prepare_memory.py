@@ -32,12 +32,12 @@ POLL_S = 0.02
 
 
 def make(work: Path, size_bytes: int, kind: str) -> Path:
-    """One file of about that size, unless it is there."""
+    """One file of about that size, unless it is there. Raises `SystemExit` where it came out otherwise."""
     path = work / f"memory-{size_bytes}.{kind}"
     if path.exists():
         return path
     temporary = path.with_suffix(".tmp")
-    parts = sorted(corpus.make(work / "memory-parts", size_bytes).glob("*.txt"))
+    parts = sorted(corpus.make(work / f"memory-parts-{size_bytes}", size_bytes).glob("*.txt"))
     written = 0
     with temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -53,6 +53,10 @@ def make(work: Path, size_bytes: int, kind: str) -> Path:
                 lines = text.splitlines(keepends=True)
                 writer.writerows(["".join(lines[i : i + 40]), number] for i in range(0, len(lines), 40))
             written += len(text.encode())
+    if written < 0.95 * size_bytes:
+        raise SystemExit(
+            f"{temporary} has {written} bytes instead of {size_bytes}: remove {work} and try again"
+        )
     temporary.replace(path)
     return path
 
