@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -42,6 +43,7 @@ def merge(path: Path, kind: str, records: Sequence[dict[str, Any]]) -> None:
 
 def main() -> int:
     given = _arguments()
+    signal.signal(signal.SIGTERM, _leave)  # workers and namespaces go with us
     if given.what == "report":
         methods_report.write(given.output)
         return 0
@@ -53,6 +55,10 @@ def main() -> int:
         return 0
     chosen = choose(methods_catalogue.catalogue(given.torchft), given.only)
     return (_rates if given.what == "rates" else _quality)(given, chosen)
+
+
+def _leave(number: int, _frame: Any) -> None:
+    raise SystemExit(128 + number)
 
 
 def choose(every: Sequence[Method], only: Sequence[str] | None) -> list[Method]:

@@ -119,29 +119,57 @@ def peer(
 
 
 BASE = "lr=LR, weight_decay=0.1, schedule='WARM'"
+EVERY = 16  # steps between two conversations of the local methods
 
 
-def catalogue(torchft_python: str | None) -> list[Method]:
+def local(name: str, strategy: str, *, every: int = EVERY, settle: int = 0, note: str = "") -> Method:
+    """One of ours whose workers speak every `every` steps."""
+    return ours(name, strategy, dict.fromkeys(RATES, every), period=every, settle=settle, note=note)
+
+
+def catalogue(torchft_python: str | None = None) -> list[Method]:
     """Everybody, in the order of the tables."""
-    found = [
+    codec = f"ddp({BASE}, exchange='%s')"
+    pushes, rarely = f"{BASE}, every={EVERY}", f"{BASE}, every=256"
+    gentle = "outer_lr=0.8, outer_momentum=0.6"  # few rounds: less momentum than in papers of long runs
+    return [
         ours("no communication", f"ddp({BASE})", THIN, apart=True, note="each worker for itself"),
         peer("PyTorch, no communication", "ddp_hooks.py", "--hook", "alone", timed=THIN, apart=True),
         peer("PyTorch DDP", "ddp_hooks.py", timed=DENSE),
         peer("PyTorch DDP, bf16 hook", "ddp_hooks.py", "--hook", "bf16", timed=DENSE),
         peer("PyTorch DDP, PowerSGD hook", "ddp_hooks.py", "--hook", "powersgd", timed=THIN, settle=1),
+        *([_torchft(torchft_python)] if torchft_python else []),
         ours("ddp", f"ddp({BASE})", DENSE),
         ours("ddp, bf16", f"ddp({BASE}, precision='bf16')", DENSE),
+        ours("ddp, int8 with feedback", codec % "error-feedback(two-phase(int8))", DENSE),
+        ours("ddp, int4 with feedback", codec % "error-feedback(two-phase(int4))", DENSE),
+        ours("ddp, top 1% with feedback", codec % "error-feedback(topk(density=0.01))", THIN),
+        ours("powersgd", f"powersgd({BASE})", THIN),
+        ours("demo", "demo(lr=3e-4, schedule='WARM')", THIN),
+        ours("eager", f"eager({BASE})", DENSE, settle=1),
+        ours("zero1", f"zero1({BASE})", DENSE),
+        local("local-sgd", f"local-sgd({pushes})"),
+        local("slowmo", f"slowmo({pushes})"),
+        local("gossip", f"gossip({pushes})"),
+        local(
+            "local-sgd, int4, every 256", f"local-sgd({rarely}, exchange='error-feedback(int4)')", every=256
+        ),
+        local("diloco", f"diloco({pushes}, {gentle})"),
+        local("diloco, int4", f"diloco({pushes}, {gentle}, exchange='error-feedback(int4)')"),
+        local("streaming-diloco", f"streaming-diloco({pushes}, delay=2, {gentle})", settle=4),
+        local("muloco", f"muloco({pushes}, {gentle})"),
+        local("sparseloco", f"sparseloco({pushes})"),
     ]
-    if torchft_python is not None:
-        found.append(
-            peer(
-                "torchft DiLoCo",
-                "torchft_diloco.py",
-                "--every",
-                "20",
-                timed=dict.fromkeys(RATES, 20),
-                period=20,
-                python=torchft_python,
-            )
-        )
-    return found
+
+
+def _torchft(python: str) -> Method:
+    every = str(EVERY)
+    return peer(
+        "torchft DiLoCo",
+        "torchft_diloco.py",
+        "--every",
+        every,
+        timed=dict.fromkeys(RATES, EVERY),
+        period=EVERY,
+        python=python,
+    )

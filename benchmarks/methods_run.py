@@ -273,28 +273,20 @@ def quality(
             steps=steps,
             output=Path(scratch) / "run",
             global_batch=size.global_batch,
-            eval_every=max(1, steps // 10),
+            eval_every=max(1, steps // 8),
         )
         begun = time.time()
+        outs = [Path(scratch) / f"out-{rank}" for rank in range(workers)]
+        stream = Stream(work.output / "metrics.jsonl" if method.ours else outs[0])
         if method.ours:
-            stream = Stream(work.output / "metrics.jsonl")
-            command = [*method.command(work), "--workers", str(workers)]
             env = {k: v for k, v in os.environ.items() if not k.startswith(harness.REMOVED)} | harness.ADDED
-            _end_well(
-                [subprocess.Popen(command, env=env, **_to(Path(scratch) / "out-0"))],
-                method,
-                scratch,
-                timeout_s,
-            )
+            processes = [_start([*method.command(work), "--workers", str(workers)], env, outs[0])]
         else:
-            stream, port, processes = Stream(Path(scratch) / "out-0"), _free_port(), []
-            for rank in range(workers):
+            port, processes = _free_port(), []
+            for rank, out in enumerate(outs):
                 env = environment(rank, workers, "127.0.0.1", port, f"host-{rank}")
-                env |= {"GLOO_SOCKET_IFNAME": "lo"}
-                processes.append(
-                    subprocess.Popen(method.command(work), env=env, **_to(Path(scratch) / f"out-{rank}"))
-                )
-            _end_well(processes, method, scratch, timeout_s)
+                processes.append(_start(method.command(work), {**env, "GLOO_SOCKET_IFNAME": "lo"}, out))
+        _end_well(processes, method, scratch, timeout_s)
         stream.read()
         if not stream.evaluations or len(stream.losses) < steps:
             raise RunFailed(_told(method, Path(scratch), timeout_s))
@@ -325,8 +317,11 @@ def _sent_bytes(output: Path) -> float | None:
     return float(sum(r["sent_bytes"] for r in rows) / len(rows))
 
 
-def _to(path: Path) -> dict[str, Any]:
-    return {"stdout": path.open("wb"), "stderr": subprocess.STDOUT, "start_new_session": True}
+def _start(command: Sequence[str], env: Mapping[str, str], out: Path) -> subprocess.Popen[bytes]:
+    with out.open("wb") as file:
+        return subprocess.Popen(
+            command, env=dict(env), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def _end_well(processes: Sequence[Any], method: Method, scratch: str, timeout_s: float) -> None:
