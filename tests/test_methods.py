@@ -23,7 +23,7 @@ from manyhands.strategy import presets
 from manyhands.strategy.base import Strategy
 from manyhands.strategy.optimizers import SGD, AdamW
 from manyhands.train.feed import Feed
-from manyhands.train.local import split
+from manyhands.train.fragments import split
 from manyhands.train.replica import Replica
 from manyhands.wire.solo import Solo
 from manyhands.wire.world import Member, World

@@ -1,4 +1,4 @@
-"""Gossip: workers agree in pairs that change from round to round; no collective of all, nobody waits for all.
+"""Gossip: workers agree in pairs that change from round to round; a round waits for the partner, not for all.
 
 NoLoCo (arXiv:2506.10911, section 3.2): with slow weights φ (anchors) and pseudo-gradients Δ = φ − θ, worker i and its
 partner j of this round (n = 2, or the one left over: n = 1) make the outer step

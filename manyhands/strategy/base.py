@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -59,6 +60,21 @@ class Strategy:
                 f"exchange = {self.exchange!r} with placement = {self.placement!r}",
                 "there nothing is exchanged between workers, so it would be ignored",
                 "leave out the exchange, or use placement = 'replicated'",
+            )
+        if self.inner is not None and getattr(self.exchange, "bucket_mb", 25.0) not in (25.0, math.inf):
+            raise UsageError(
+                f"exchange = {self.exchange!r} with an inner optimizer",
+                "buckets are cut from gradients; ways travel by fragment, so bucket_mb would be ignored",
+                "leave it out, or use cadence = 'staggered' with fragments",
+            )
+        if type(self.placement).__name__ == "SharedMemory" and type(self.cadence).__name__ not in (
+            "EveryStep",
+            "Every",
+        ):
+            raise UsageError(
+                f"cadence = {self.cadence!r} with placement = {self.placement!r}",
+                "the cadence says when the workers meet, nothing is delayed or local",
+                "use cadence = 'every(32)'",
             )
         if self.inner is None:
             self._check_without_inner()

@@ -117,7 +117,8 @@ def hierarchical(
 
     between = _exchange(across)
     exchange: Any = Hierarchical(between)
-    if feedback if feedback is not None else not isinstance(between, AllReduce):
+    lossless = isinstance(between, AllReduce) and between.precision == "as-is"
+    if not lossless if feedback is None else feedback:
         exchange = ErrorFeedback(exchange)
     return Strategy(exchange=exchange, outer=_optimizer(optimizer, lr, schedule, weight_decay))
 
@@ -306,7 +307,7 @@ def demo(
 
     return Strategy(
         cadence=EveryStep(),
-        exchange=ErrorFeedback(DctTopK(block=block, k=k), decay=decay),
+        exchange=ErrorFeedback(DctTopK(block=block, k=k, average="senders"), decay=decay),
         outer=_optimizer("signsgd", lr, schedule, weight_decay),
     )
 

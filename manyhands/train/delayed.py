@@ -186,7 +186,9 @@ class DelayedSteps:
             self.states[:] = [each.state for each in agreed]
             lr = rate
             self._apply(means, flight.nominal / told.count, norm, told.used, factor)
-        return _Arrived(told, [m.clone() for m in means] if self._correct else means, norm, lr, finite)
+        return _Arrived(
+            told, [m.clone() for m in means] if self._correct else means, norm, lr, finite, flight.nominal
+        )
 
     def _apply(
         self, sums: list[Tensor], scale: float, norm: float, used: list[bool], rate_factor: float
@@ -211,7 +213,8 @@ class DelayedSteps:
         if arrived is not None and arrived.finite and self._own is not None and arrived.told.count:
             # in this order a lone worker's mean and last contribution cancel exactly
             last, last_count = self._own
-            guess = [(m - before) + o for m, o, before in zip(arrived.sums, own, last, strict=True)]
+            units = arrived.nominal / nominal  # a last, smaller batch was divided by less
+            guess = [(m - before) * units + o for m, o, before in zip(arrived.sums, own, last, strict=True)]
             scale = nominal / max(1.0, arrived.told.count + count - last_count)
             used = [a or b for a, b in zip(arrived.told.used, used, strict=True)]
         elif count:
@@ -241,10 +244,11 @@ class _Flight:
 
 @dataclass(frozen=True)
 class _Arrived:
-    """An agreement: the header, the sums, the norm of the mean, the rate, whether it was applied."""
+    """An agreement: header, sums, norm of the mean, rate, whether it was applied, what contributions were divided by."""
 
     told: Header
     sums: list[Tensor]
     norm: float
     lr: float
     finite: bool
+    nominal: float

@@ -34,6 +34,7 @@ class Hogwild:
 
     agrees = False  # one copy: there is nothing to compare, and it moves while it is read
     comes_to_rest = False
+    saves_alone = True
 
     def __init__(self, replica: Replica) -> None:
         if not hasattr(replica.wire, "common"):

@@ -9,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from manyhands.cadence.every import EveryStep
 from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.core.types import Task
+from manyhands.exchange.allreduce import AllReduce
+from manyhands.exchange.ordered import Ordered
 from manyhands.strategy.base import Strategy
 
 
@@ -169,6 +172,12 @@ class Job:
                 "the bitwise promise is made for CPU kernels, whose order of additions is fixed",
                 "use --device cpu, or leave out --reproducible",
             )
+        if self.reproducible and not self._adds_raw_gradients():
+            raise UsageError(
+                f"reproducible = true with strategy = {self.strategy!r}",
+                "the fixed order adds the raw gradients of each step, and takes the exchange's place",
+                "use --strategy ddp, or leave out --reproducible",
+            )
         if self.reproducible and self.compile == "on":
             raise UsageError(
                 "reproducible = true with compile = 'on'",
@@ -204,6 +213,15 @@ class Job:
                 "held-out rows come from one of them",
                 "leave out --eval-fraction",
             )
+
+    def _adds_raw_gradients(self) -> bool:
+        """Whether the strategy is plain all-reduce at every step, which the fixed order can stand for."""
+        strategy, exchange = self.strategy, self.strategy.exchange
+        plain = isinstance(exchange, Ordered) or (
+            isinstance(exchange, AllReduce) and exchange.precision == "as-is"
+        )
+        every = isinstance(strategy.cadence, EveryStep)
+        return plain and every and strategy.inner is None and strategy.placement.method is None
 
     @property
     def task_name(self) -> str:

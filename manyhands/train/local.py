@@ -5,7 +5,8 @@
 
 with wᵢ = my valid targets / everybody's since the last agreement. One loop for local SGD (outer SGD of rate 1),
 SlowMo and DiLoCo (outer momentum; arXiv:2311.08105 algorithm 1), Streaming DiLoCo (fragments, in flight for some steps,
-mixing: arXiv:2501.18512), MuLoCo (Muon inside), SparseLoCo (top-k with decayed error feedback) and gossip (pairs).
+mixing: arXiv:2501.18512), MuLoCo (Muon inside), SparseLoCo (top-k with decayed error feedback) and gossip (pairs; the
+sums of losses travel beside, and are read one round later, so that a round waits for the partner alone).
 
 Contributions are weighted with my targets / nominal and the agreement is multiplied by nominal / Σ targets, as gradients
 are, so that the weights need no round of their own. Between agreements nothing is said at all: a request to stop
@@ -15,30 +16,30 @@ or to save is heard at the next one.
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from manyhands.core.errors import UsageError
+from manyhands.core.errors import ManyhandsError
 from manyhands.core.request import Gather, Sum
+from manyhands.train.fragments import Fragment, split
 from manyhands.train.gradients import FlatGradients
-from manyhands.train.method import Part, StepResult, accumulate, clip_factor, is_finite, norm_of
+from manyhands.train.method import MAX_SKIPPED, Part, StepResult, accumulate, clip_factor, is_finite, norm_of
 from manyhands.wire.drive import Interleave
 from manyhands.wire.solo import Solo
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from manyhands.core.types import Handle, Wire
+    from manyhands.core.types import Handle
     from manyhands.train.method import Loss
     from manyhands.train.replica import Replica
 
-LAYER = re.compile(r"\.(\d+)\.")
+OUTER = "outer/"
 
 
 class LocalSteps:
@@ -51,18 +52,23 @@ class LocalSteps:
         self._cadence, self._exchange = strategy.cadence, strategy.exchange
         self._pairwise = bool(getattr(self._exchange, "by_model", False))
         self.agrees = not self._pairwise
-        self.comes_to_rest = self._cadence.fragments == 1 and not self._cadence.delay and not self._pairwise
+        whole = self._cadence.fragments == 1 and not self._cadence.delay and not strategy.keep_local
+        self.comes_to_rest = whole and not self._pairwise
         self.gradients = FlatGradients(
             replica.named, Solo(str(replica.device)), bucket_mb=math.inf, on_bucket=lambda *_: None
         )
         self.inner = strategy.inner.build(replica.named, replica.device.type)
         groups = split(replica.named, self._cadence.fragments)
-        self._fragments = [_Fragment.make(group, replica.wire) for group in groups]
+        self._fragments = [Fragment.make(group, replica.wire) for group in groups]
         anchors = [pair for f in self._fragments for pair in zip(f.names, f.anchors, strict=True)]
         self.outer = strategy.outer.build(anchors, replica.device.type)
         self.states: list[Any] = [self._exchange.init(self._contribution(f)) for f in self._fragments]
         self._sums = [0.0, 0.0]  # loss and targets since the workers last spoke
         self._exact, self._since = 0, 0  # job's targets up to the last agreement, nominal ones since
+        self._late: list[
+            _Flight
+        ] = []  # pairs do not wait for everybody's sums: they are read one round later
+        self._lost_in_a_row = 0
 
     @property
     def at_rest(self) -> bool:
@@ -91,7 +97,7 @@ class LocalSteps:
             return StepResult(
                 mean, int(nominal), part.rows, norm, lr, skipped, 0, False, int(count), agreed=False
             )
-        correction = told.tokens - told.nominal
+        correction, skipped = told.tokens - told.nominal, skipped or told.lost
         return StepResult(
             told.loss,
             int(nominal) + correction,
@@ -114,6 +120,8 @@ class LocalSteps:
                 self._start(i, 0, False)
                 self._finish(i, keep_local=0.0)
         if self._pairwise:
+            while self._late:
+                self._read(self._late.pop(0), lost=False)
             self._average_anchors()
             self._adopt()
 
@@ -142,11 +150,17 @@ class LocalSteps:
         self.outer.load_state_by_name(state)
 
     def local_state(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = self.inner.state_by_name()
+        """The inner optimizer's; of pairs, whose outer optimizers differ, that one's, too."""
+        found: dict[str, Tensor] = dict(self.inner.state_by_name())
+        if self._pairwise:
+            found |= {OUTER + name: tensor for name, tensor in self.outer.state_by_name().items()}
         return found
 
     def load_local_state(self, state: Mapping[str, Tensor]) -> None:
-        self.inner.load_state_by_name(state)
+        self.inner.load_state_by_name({n: t for n, t in state.items() if not n.startswith(OUTER)})
+        outer = {n.removeprefix(OUTER): t for n, t in state.items() if n.startswith(OUTER)}
+        if outer:
+            self.outer.load_state_by_name(outer)
 
     def restart(self) -> None:
         with torch.no_grad():
@@ -155,7 +169,7 @@ class LocalSteps:
                     anchor.copy_(param)
                 fragment.rest()
                 fragment.flight = None
-        self._exact, self._since, self._sums = self._replica.tokens, 0, [0.0, 0.0]
+        self._exact, self._since, self._sums, self._late = self._replica.tokens, 0, [0.0, 0.0], []
 
     def close(self) -> None:
         self.gradients.close()
@@ -191,7 +205,7 @@ class LocalSteps:
 
     # -- agreements
 
-    def _contribution(self, fragment: _Fragment) -> list[Tensor]:
+    def _contribution(self, fragment: Fragment) -> list[Tensor]:
         if self._pairwise:
             return [*fragment.flats, *fragment.anchor_flats()]
         return list(fragment.views) if getattr(self._exchange, "by_tensor", False) else list(fragment.flats)
@@ -216,32 +230,56 @@ class LocalSteps:
         flight, fragment.flight = fragment.flight, None
         if flight is None:
             return None
-        table = torch.stack(flight.header.wait())  # [workers, 5]
         (agreed,) = flight.talks.finish()
+        table = None if self._pairwise else torch.stack(flight.header.wait())  # [workers, 5]
         start = time.perf_counter()
-        targets = float(table[:, 4].sum())
-        scale = 1.0 if self._pairwise else flight.nominal / targets if targets else math.nan
+        targets = 1.0 if table is None else float(table[:, 4].sum())
+        scale = 1.0 if table is None else flight.nominal / targets if targets else math.nan
         means = fragment.shaped(agreed.mean, by_tensor=getattr(self._exchange, "by_tensor", False))
         norm = norm_of(means) * scale
-        if is_finite(norm):
+        finite = is_finite(norm)
+        if finite:
             self._outer_step(fragment, means, scale)
+        if (
+            finite or self._pairwise
+        ):  # the round draws the next pairs: it is everybody's, though a pair was lost
             self.states[i] = agreed.state
-        elif targets:
-            replica.took(finite=False, step=replica.steps - 1, loss=math.nan, norm=norm)
         fragment.mix(replica.strategy.keep_local if keep_local is None else keep_local)
         replica.optimize_s += time.perf_counter() - start
+        lost = bool(targets) and not finite
+        self._count_lost(lost, norm)
+        if not self._pairwise:
+            return self._read(flight, lost=lost)
+        self._late.append(flight)
+        return self._read(self._late.pop(0), lost=lost) if len(self._late) > 1 else None
+
+    def _read(self, flight: _Flight, *, lost: bool) -> _Told:
+        """The header of an exchange: everybody's sums."""
+        table = torch.stack(flight.header.wait())  # [workers, 5]
         loss_sum, count = float(table[:, 0].sum()), int(table[:, 1].sum())
         self._exact += count - flight.told_nominal
-        replica.tokens = self._exact + self._since
+        self._replica.tokens = self._exact + self._since
         return _Told(
             loss_sum / count if count else math.nan,
             count,
             flight.told_nominal,
             int(table[:, 2].max()),
             bool(table[:, 3].max()),
+            lost,
         )
 
-    def _outer_step(self, fragment: _Fragment, means: Sequence[Tensor], scale: float) -> None:
+    def _count_lost(self, lost: bool, norm: float) -> None:
+        """Everybody falls back to the anchor when what was agreed is not finite. Raises where that goes on and on."""
+        self._lost_in_a_row = self._lost_in_a_row + 1 if lost else 0
+        self._replica.skipped += lost
+        if self._lost_in_a_row > MAX_SKIPPED:
+            raise ManyhandsError(
+                f"{self._lost_in_a_row} successive agreements were not finite, the last of norm {norm}",
+                "an update needs finite numbers",
+                "lower the learning rate, or look at the data of these steps",
+            )
+
+    def _outer_step(self, fragment: Fragment, means: Sequence[Tensor], scale: float) -> None:
         for anchor, mean in zip(fragment.anchors, means, strict=True):
             anchor.grad = mean.reshape(anchor.shape).to(anchor.dtype) * scale
         factor, _ = self._replica.rate(self._replica.strategy.outer)
@@ -267,13 +305,17 @@ class LocalSteps:
 
 @dataclass(frozen=True)
 class _Told:
-    """What the workers told each other: mean loss and targets since they last spoke, and what full batches would have."""
+    """What the workers told each other: mean loss and targets since they last spoke, and what full batches would have.
+
+    `lost`: what was agreed was not finite, and was left out.
+    """
 
     loss: float
     tokens: int
     nominal: int
     stop: int
     save: bool
+    lost: bool
 
 
 @dataclass
@@ -284,109 +326,3 @@ class _Flight:
     header: Handle
     nominal: float
     told_nominal: int
-
-
-@dataclass
-class _Fragment:
-    """Some of the parameters, with anchors (as of the last agreement) and the flat buffers that travel."""
-
-    names: list[str]
-    params: list[nn.Parameter]
-    anchors: list[nn.Parameter]
-    flats: list[Tensor]
-    views: list[Tensor]
-    targets: float = 0.0
-    nominal: float = 0.0
-    drifted: bool = False
-    flight: _Flight | None = None
-    places: list[tuple[int, int]] = field(default_factory=list)  # (flat, offset) of each view
-
-    @staticmethod
-    def make(named: Sequence[tuple[str, nn.Parameter]], wire: Wire) -> _Fragment:
-        names, params = [n for n, _ in named], [p for _, p in named]
-        anchors = [torch.nn.Parameter(p.detach().clone()) for p in params]
-        flats: list[Tensor] = []
-        places: dict[int, tuple[int, int]] = {}
-        for dtype in dict.fromkeys(p.dtype for p in params):
-            offset = 0
-            for i, p in enumerate(params):
-                if p.dtype is dtype:
-                    places[i] = (len(flats), offset)
-                    offset += p.numel()
-            flats.append(wire.buffer(offset, dtype))
-        order = [places[i] for i in range(len(params))]
-        views = [
-            flats[flat][at : at + p.numel()].view(p.shape)
-            for (flat, at), p in zip(order, params, strict=True)
-        ]
-        return _Fragment(names, params, anchors, flats, views, places=order)
-
-    def measure(self, weight: float) -> None:
-        """Δ = weight · (anchor − parameters) into the buffers."""
-        with torch.no_grad():
-            for view, anchor, param in zip(self.views, self.anchors, self.params, strict=True):
-                torch.sub(anchor, param, out=view)
-                if weight != 1.0:
-                    view.mul_(weight)
-
-    def anchor_flats(self) -> list[Tensor]:
-        """The anchors laid out as the buffers are."""
-        laid = [torch.empty_like(flat) for flat in self.flats]
-        for (flat, at), anchor in zip(self.places, self.anchors, strict=True):
-            laid[flat][at : at + anchor.numel()] = anchor.detach().reshape(-1)
-        return laid
-
-    def shaped(self, means: Sequence[Tensor], *, by_tensor: bool) -> list[Tensor]:
-        """What was agreed, per parameter."""
-        if by_tensor:
-            return list(means)
-        return [
-            means[flat][at : at + p.numel()].view(p.shape)
-            for (flat, at), p in zip(self.places, self.params, strict=True)
-        ]
-
-    def mix(self, keep: float) -> None:
-        """θ ← keep·θ + (1 − keep)·anchor."""
-        with torch.no_grad():
-            for anchor, param in zip(self.anchors, self.params, strict=True):
-                if keep:
-                    param.lerp_(anchor, 1.0 - keep)
-                else:
-                    param.copy_(anchor)
-        self.drifted = self.drifted or keep > 0
-
-    def rest(self) -> None:
-        """Counted from here on."""
-        self.targets = self.nominal = 0.0
-        self.drifted = False
-
-
-def split(named: Sequence[tuple[str, nn.Parameter]], fragments: int) -> list[list[tuple[str, nn.Parameter]]]:
-    """Cut the parameters into `fragments` parts: layers are dealt out in turn (the strided pattern of
-    arXiv:2501.18512, section 2.2), everything else goes to whichever part is smallest.
-
-    Raises:
-        UsageError: there are fewer tensors than fragments.
-    """
-    if fragments > len(named):
-        raise UsageError(
-            f"fragments = {fragments} for a model of {len(named)} tensors",
-            "each fragment holds at least one",
-            f"give fragments <= {len(named)}",
-        )
-    parts: list[list[tuple[str, nn.Parameter]]] = [[] for _ in range(fragments)]
-    sizes = [0] * fragments
-    layers = {name: int(found[1]) for name, _ in named if (found := LAYER.search(name))}
-    rest = sorted((pair for pair in named if pair[0] not in layers), key=lambda pair: -pair[1].numel())
-    for name, param in [(n, p) for n, p in named if n in layers]:
-        parts[layers[name] % fragments].append((name, param))
-        sizes[layers[name] % fragments] += param.numel()
-    for pair in rest:
-        smallest = min(range(fragments), key=lambda i: (sizes[i], i))
-        parts[smallest].append(pair)
-        sizes[smallest] += pair[1].numel()
-    while not all(parts):  # fewer layers than fragments: take from the fullest
-        empty = next(i for i, part in enumerate(parts) if not part)
-        fullest = max(range(fragments), key=lambda i: len(parts[i]))
-        parts[empty].append(parts[fullest].pop())
-    return parts

@@ -94,12 +94,14 @@ class Loop:
         self._marked = (self.replica.steps, self.replica.tokens, 0.0)
         self._saved_at = time.monotonic()
         self._saved_step = self.replica.steps
-        self._save_due = False
+        self._save_due = self._torn = False
         first, self._warm = True, False
         while self.replica.steps < self.schedule.total_steps:
             step = self.replica.steps
             with self.interrupts.phase("compile" if first else "step", interruptible=first):
+                self._torn = True
                 result = self._step(step)
+                self._torn = False
             first = False
             done = self.replica.steps
             if self._due_log(done):
@@ -244,8 +246,13 @@ class Loop:
             self.saver.submit(taken)
 
     def save_now(self) -> None:
-        """After an interruption inside a phase: keep what the last finished step left (rank 0 only, no collective)."""
-        if self.saver is not None and self._saved_step != self.replica.steps:
+        """After an interruption inside a phase: keep what the last finished step left (rank 0 only, no collective).
+
+        Between agreements, and within a step, that is nothing: the last checkpoint stands.
+        """
+        method = self.replica.method
+        whole = not self._torn and (method.at_rest or getattr(method, "saves_alone", False))
+        if whole and self.saver is not None and self._saved_step != self.replica.steps:
             self._submit(collective=False)
             self._saved_step = self.replica.steps
         if self.saver is not None:

@@ -87,6 +87,8 @@ class Method(Protocol):
     Attributes:
         agrees: after `meet` (and whenever `at_rest`) all workers' parameters are bitwise equal.
         comes_to_rest: `at_rest` is reached by itself after each exchange, so that a checkpoint can wait for it.
+        saves_alone: (optional) the agreed parameters are there at any time, so that after an interruption one worker can save
+            them though the method is not at rest.
         states: of the exchange, one for each of its conversations.
     """
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,16 +49,11 @@ class Served:
 
     agrees = True
     comes_to_rest = False
+    saves_alone = True
 
     def __init__(self, replica: Replica) -> None:
         strategy = replica.strategy
         placement: Any = strategy.placement
-        if getattr(strategy.cadence, "fragments", 1) != 1 or not strategy.cadence.due(1):
-            raise UsageError(
-                f"cadence = {strategy.cadence!r} with placement = 'served'",
-                "a worker pushes at every step",
-                "use cadence = 'every-step'; accumulate=k lets the server gather k pushes",
-            )
         self._codec, self._decay = codec_of(strategy.exchange)
         self._replica, self._placement = replica, placement
         self._sync = placement.bound == 0
@@ -82,6 +77,7 @@ class Served:
             for layout, params, grads in zip(layouts, self._params, self._grads, strict=True)
         ]
         self.states: list[Any] = [self._fresh(grads, i) for i, grads in enumerate(self._grads)]
+        self._left: list[dict[int, Tensor]] = [{} for _ in self._grads]  # by the push on its way
         self._version = 0
         self._begin()
 
@@ -255,6 +251,7 @@ class Served:
         traffic: Any = self._replica.wire.traffic
         before, start = self._servers.traffic, time.perf_counter()
         answer = self._servers.push(header, used, payloads, self._params)
+        self._keep_left(answer["applied"])
         spent, after = time.perf_counter() - start, self._servers.traffic
         waited = min(spent, float(answer.get("served_s", 0.0)))
         traffic.idle_s += waited
@@ -277,10 +274,20 @@ class Served:
             payload = self._codec.encode(value, key)
             parts.append(payload)
             if self._decay is not None:
-                left = value - self._codec.decode(payload, flat.numel(), flat.dtype).to(value.dtype)
-                if bool(torch.isfinite(left).all()):  # else the server skips the push, and so do we
-                    residuals[i].copy_(left)
+                decoded = self._codec.decode(payload, flat.numel(), flat.dtype).to(value.dtype)
+                self._left[server][i] = value.sub_(decoded)
         return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def _keep_left(self, applied: Sequence[bool]) -> None:
+        """What a push left out is held back from now on, where a server has used the push.
+
+        One that was dropped (late, too stale, another worker's not finite) leaves what was held back as it was.
+        """
+        for server, used in enumerate(applied):
+            for i, left in self._left[server].items():
+                if used and bool(torch.isfinite(left).all()):
+                    self.states[server]["residual"][i].copy_(left)
+            self._left[server].clear()
 
     def _fresh(self, grads: Tensor, server: int) -> dict[str, Any]:
         """The state of a server's exchange before the first push: only error feedback has any."""

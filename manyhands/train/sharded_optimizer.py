@@ -67,7 +67,7 @@ class ShardedOptimizer(Synchronous):
 
     # -- how
 
-    def _update(self, told: Header, scale: float, norm: float) -> float:
+    def _update(self, told: Header, scale: float, norm: float, *, behind: int) -> float:
         """Scale, clip and step my rows, then gather everybody's. Returns the rate used."""
         replica = self._replica
         start = time.perf_counter()
@@ -79,7 +79,7 @@ class ShardedOptimizer(Synchronous):
             each.param.grad = None if whole is None else _rows(whole, _range(each.piece))
             if each.param.grad is not None and factor != 1.0:
                 each.param.grad.mul_(factor)
-        rate, lr = replica.rate(replica.strategy.outer)
+        rate, lr = replica.rate(replica.strategy.outer, behind=behind)
         self.optimizer.set_lr(rate)
         self.optimizer.step()
         for each in self.owned:

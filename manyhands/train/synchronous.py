@@ -78,9 +78,13 @@ class Synchronous:
             by_place=self._leaf if self._by_place else None,
         )
         pending.add(loss_sum, count, nominal)
-        replica.steps += 1
         if due:
-            return self._agree_and_update(part, stop, save, int(count))
+            try:
+                return self._agree_and_update(part, stop, save, int(count), finishes=1)
+            except BaseException:
+                self._pending = _Pending()  # nothing was applied: the step can be done again
+                raise
+        replica.steps += 1
         replica.tokens += int(nominal)
         pending.counted += int(nominal)
         mean = loss_sum / count if count else math.nan
@@ -91,9 +95,10 @@ class Synchronous:
     def meet(self) -> None:
         """Gradients that were added up but not yet exchanged are, now."""
         if not self.at_rest:
-            self._agree_and_update(Part(self._replica.steps - 1, [], 0, 0, 0), 0, False, 0)
+            self._agree_and_update(Part(self._replica.steps - 1, [], 0, 0, 0), 0, False, 0, finishes=0)
 
-    def _agree_and_update(self, part: Part, stop: int, save: bool, own: int) -> StepResult:
+    def _agree_and_update(self, part: Part, stop: int, save: bool, own: int, *, finishes: int) -> StepResult:
+        """`finishes`: how many steps are done with it, 1 or (when coming to rest) none."""
         replica, pending = self._replica, self._pending
         told, states = self._agree(pending.loss_sum, pending.count, stop, save)
         norm = norm_of(self.gradients.buckets) * pending.unit / told.count if told.count else math.nan
@@ -105,9 +110,10 @@ class Synchronous:
             replica.took(finite=finite, step=part.step, loss=mean, norm=norm)
         if finite:
             self.states[:] = states
-            lr = self._update(told, pending.unit / told.count, norm)
+            lr = self._update(told, pending.unit / told.count, norm, behind=1 - finishes)
         self.gradients.detach()
         new_tokens = told.count - pending.counted
+        replica.steps += finishes
         replica.tokens += new_tokens
         self._pending = _Pending()
         return StepResult(mean, new_tokens, part.rows, norm, lr, not finite, told.stop, told.save, own)
@@ -130,7 +136,7 @@ class Synchronous:
         pass
 
     def restart(self) -> None:
-        pass
+        self._pending = _Pending()
 
     def close(self) -> None:
         self.gradients.close()
@@ -161,7 +167,7 @@ class Synchronous:
             offset += bucket.numel()
         return told, [agreed[0].state, *self.states[1:]]
 
-    def _update(self, told: Header, scale: float, norm: float) -> float:
+    def _update(self, told: Header, scale: float, norm: float, *, behind: int) -> float:
         """Scale, clip, optimizer step. Returns the rate used."""
         replica = self._replica
         start = time.perf_counter()
@@ -170,7 +176,7 @@ class Synchronous:
             for bucket in self.gradients.buckets:
                 bucket.mul_(scale * clip)
         self.gradients.attach(told.used)
-        factor, lr = replica.rate(replica.strategy.outer, behind=1)
+        factor, lr = replica.rate(replica.strategy.outer, behind=behind)
         self.optimizer.set_lr(factor)
         self.optimizer.step()
         replica.optimize_s += time.perf_counter() - start

@@ -290,9 +290,11 @@ class SharedWire:
             self._store.set(key, path)
         else:
             path, mapped = "", _open(self._store.get(key).decode())
-        self._met(key)
-        if path:
-            os.unlink(path)
+        try:
+            self._met(key)
+        finally:
+            if path:
+                os.unlink(path)
         self._maps.append(mapped)
         return mapped
 
@@ -301,13 +303,15 @@ class SharedWire:
         key = f"shared/{self._made}/{what}"
         self._made += 1
         path, mine = _create(size_bytes)
-        self._store.set(f"{key}/{self.rank}", path)
-        maps = [
-            mine if rank == self.rank else _open(self._store.get(f"{key}/{rank}").decode())
-            for rank in range(self.size)
-        ]
-        self._met(key)
-        os.unlink(path)
+        try:
+            self._store.set(f"{key}/{self.rank}", path)
+            maps = [
+                mine if rank == self.rank else _open(self._store.get(f"{key}/{rank}").decode())
+                for rank in range(self.size)
+            ]
+            self._met(key)
+        finally:
+            os.unlink(path)
         self._maps.extend(maps)
         return maps
 

@@ -1,0 +1,125 @@
+"""Parts of the parameters that are exchanged as one, with their anchors and the buffers that travel."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from manyhands.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from manyhands.core.types import Wire
+
+LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass
+class Fragment:
+    """Some of the parameters, with anchors (as of the last agreement) and the flat buffers that travel."""
+
+    names: list[str]
+    params: list[nn.Parameter]
+    anchors: list[nn.Parameter]
+    flats: list[Tensor]
+    views: list[Tensor]
+    targets: float = 0.0
+    nominal: float = 0.0
+    drifted: bool = False
+    flight: Any = None
+    places: list[tuple[int, int]] = field(default_factory=list)  # (flat, offset) of each view
+
+    @staticmethod
+    def make(named: Sequence[tuple[str, nn.Parameter]], wire: Wire) -> Fragment:
+        names, params = [n for n, _ in named], [p for _, p in named]
+        anchors = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        flats: list[Tensor] = []
+        places: dict[int, tuple[int, int]] = {}
+        for dtype in dict.fromkeys(p.dtype for p in params):
+            offset = 0
+            for i, p in enumerate(params):
+                if p.dtype is dtype:
+                    places[i] = (len(flats), offset)
+                    offset += p.numel()
+            flats.append(wire.buffer(offset, dtype))
+        order = [places[i] for i in range(len(params))]
+        views = [
+            flats[flat][at : at + p.numel()].view(p.shape)
+            for (flat, at), p in zip(order, params, strict=True)
+        ]
+        return Fragment(names, params, anchors, flats, views, places=order)
+
+    def measure(self, weight: float) -> None:
+        """Δ = weight · (anchor − parameters) into the buffers."""
+        with torch.no_grad():
+            for view, anchor, param in zip(self.views, self.anchors, self.params, strict=True):
+                torch.sub(anchor, param, out=view)
+                if weight != 1.0:
+                    view.mul_(weight)
+
+    def anchor_flats(self) -> list[Tensor]:
+        """The anchors laid out as the buffers are."""
+        laid = [torch.empty_like(flat) for flat in self.flats]
+        for (flat, at), anchor in zip(self.places, self.anchors, strict=True):
+            laid[flat][at : at + anchor.numel()] = anchor.detach().reshape(-1)
+        return laid
+
+    def shaped(self, means: Sequence[Tensor], *, by_tensor: bool) -> list[Tensor]:
+        """What was agreed, per parameter."""
+        if by_tensor:
+            return list(means)
+        return [
+            means[flat][at : at + p.numel()].view(p.shape)
+            for (flat, at), p in zip(self.places, self.params, strict=True)
+        ]
+
+    def mix(self, keep: float) -> None:
+        """θ ← keep·θ + (1 − keep)·anchor."""
+        with torch.no_grad():
+            for anchor, param in zip(self.anchors, self.params, strict=True):
+                if keep:
+                    param.lerp_(anchor, 1.0 - keep)
+                else:
+                    param.copy_(anchor)
+        self.drifted = self.drifted or keep > 0
+
+    def rest(self) -> None:
+        """Counted from here on."""
+        self.targets = self.nominal = 0.0
+        self.drifted = False
+
+
+def split(named: Sequence[tuple[str, nn.Parameter]], fragments: int) -> list[list[tuple[str, nn.Parameter]]]:
+    """Cut the parameters into `fragments` parts: layers are dealt out in turn (the strided pattern of
+    arXiv:2501.18512, section 2.2), everything else goes to whichever part is smallest.
+
+    Raises:
+        UsageError: there are fewer tensors than fragments.
+    """
+    if fragments > len(named):
+        raise UsageError(
+            f"fragments = {fragments} for a model of {len(named)} tensors",
+            "each fragment holds at least one",
+            f"give fragments <= {len(named)}",
+        )
+    parts: list[list[tuple[str, nn.Parameter]]] = [[] for _ in range(fragments)]
+    sizes = [0] * fragments
+    layers = {name: int(found[1]) for name, _ in named if (found := LAYER.search(name))}
+    rest = sorted((pair for pair in named if pair[0] not in layers), key=lambda pair: -pair[1].numel())
+    for name, param in [(n, p) for n, p in named if n in layers]:
+        parts[layers[name] % fragments].append((name, param))
+        sizes[layers[name] % fragments] += param.numel()
+    for pair in rest:
+        smallest = min(range(fragments), key=lambda i: (sizes[i], i))
+        parts[smallest].append(pair)
+        sizes[smallest] += pair[1].numel()
+    while not all(parts):  # fewer layers than fragments: take from the fullest
+        empty = next(i for i, part in enumerate(parts) if not part)
+        fullest = max(range(fragments), key=lambda i: len(parts[i]))
+        parts[empty].append(parts[fullest].pop())
+    return parts
