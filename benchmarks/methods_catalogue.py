@@ -147,6 +147,9 @@ def catalogue(torchft_python: str | None = None) -> list[Method]:
         ours("powersgd", f"powersgd({BASE})", THIN),
         ours("demo", "demo(lr=3e-4, schedule='WARM')", THIN),
         ours("eager", f"eager({BASE})", DENSE, settle=1),
+        ours(
+            "eager, powersgd", f"eager({BASE}, exchange='error-feedback(powersgd(rank=4))')", THIN, settle=1
+        ),
         ours("zero1", f"zero1({BASE})", DENSE),
         local("local-sgd", f"local-sgd({pushes})"),
         local("slowmo", f"slowmo({pushes})"),

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from methods_catalogue import RATES, catalogue
+from methods_catalogue import catalogue
 
 SHOWN = {"10gbit": "10 Gbit/s", "1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s", "20mbit": "20 Mbit/s"}
 ALONE, ALONE_PEERS = "no communication", "PyTorch, no communication"
@@ -34,27 +34,33 @@ class Results:
 
     Attributes:
         order: the names of all methods that have a figure, in the catalogue's order.
-        speeds: (method, workers, rate) -> samples; the rate of workers apart is "none".
+        speeds: (method, workers, rate) -> samples; the rate of workers apart is "none". Samples during which others used
+            the machine are left out.
+        bytes: (method, workers) -> what the busiest host sent in a step over a limited link, of all samples.
         losses: method -> quality runs of the size that most methods have.
     """
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         methods = {m.name: m for m in catalogue("python")}
         self.speeds: dict[tuple[str, int, str], list[dict[str, Any]]] = defaultdict(list)
+        self.bytes: dict[tuple[str, int], list[float]] = defaultdict(list)
         self.losses: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
         self.large: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
         for one in data.get("rates", []):
-            known = one["method"] in methods and one["strategy"] == methods[one["method"]].strategy
-            if known and one["others_share"] <= MOST_OTHERS:
+            if one["method"] not in methods or one["strategy"] != methods[one["method"]].strategy:
+                continue
+            if one["rate"] in ("100mbit", "20mbit"):
+                self.bytes[one["method"], one["workers"]].append(max(one["sent_bytes_per_step"]))
+            if one["others_share"] <= MOST_OTHERS:
                 self.speeds[one["method"], one["workers"], one["rate"]].append(one)
         for one in data.get("quality", []):
             if one["method"] in methods and one["strategy"] == methods[one["method"]].strategy:
                 by = self.large if one["size"] == "large" else self.losses
                 by[one["method"]][one["seed"]] = one  # the last of a seed counts
-        measured = {name for name, _, _ in self.speeds} | set(self.losses)
+        measured = {name for name, _ in self.bytes} | {name for name, _, _ in self.speeds} | set(self.losses)
         self.order = [name for name in methods if name in measured]
         self.methods = methods
-        self.worlds = sorted({world for _, world, _ in self.speeds})
+        self.worlds = sorted({world for _, world, _ in self.speeds} | {world for _, world in self.bytes})
 
     def speed(self, name: str, world: int, rate: str) -> float | None:
         """Median tokens/s over samples."""
@@ -68,13 +74,8 @@ class Results:
         return mine / most if mine and most else None
 
     def sent(self, name: str, world: int) -> float | None:
-        """Bytes a step that the busiest host sent; median over all samples of limited links."""
-        values = [
-            max(s["sent_bytes_per_step"])
-            for rate in RATES
-            for s in self.speeds.get((name, world, rate), [])
-            if rate in ("100mbit", "20mbit")
-        ]
+        """Bytes a step that the busiest host sent; median over samples."""
+        values = self.bytes.get((name, world), [])
         return statistics.median(values) if values else None
 
     def loss(self, name: str, seeds: Sequence[int] | None = None) -> list[float]:
@@ -138,6 +139,8 @@ def markdown(data: Mapping[str, Any], results: Results) -> str:
             "Made by `python benchmarks/methods.py report`; how it is measured is in benchmarks/README.md."
         ),
     ]
+    if data.get("note"):
+        lines += ["", f"**{data['note']}**"]
     for world in results.worlds:
         lines += ["", *_speed_table(results, world)]
     lines += ["", *_loss_table(results)]
@@ -170,9 +173,9 @@ def _speed_table(results: Results, world: int) -> list[str]:
         for rate in SHOWN:
             speed, share = results.speed(name, world, rate), results.share(name, world, rate)
             cells.append("" if speed is None else f"{speed:,.0f} ({share:.0%})" if share else f"{speed:,.0f}")
-        if not any(cells):
-            continue
         sent = results.sent(name, world)
+        if not any(cells) and sent is None:
+            continue
         fewer = f"{base / sent:,.3g} ×" if base and sent else ""
         rows.append(f"| {name} | {' | '.join(cells)} | {_kb(sent)} | {fewer} |")
     return rows
@@ -274,6 +277,7 @@ def plot(path: Path, results: Results, *, world: int = 2) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure = plt.figure(figsize=(15, 13), layout="constrained")
     grid = figure.add_gridspec(2, 4, height_ratios=[1, 1.9])
@@ -291,10 +295,11 @@ def plot(path: Path, results: Results, *, world: int = 2) -> None:
         if results.target():
             axes.axhline(results.target(), color="grey", lw=0.8, ls="--")
         axes.set(title=title, xlabel="seconds (log)", xscale="log")
+        axes.xaxis.set_minor_formatter(NullFormatter())  # a span below a decade would be crowded
         if column == 0:
             axes.set_ylabel("held-out loss (tokens of the small model\nat the speed of the large one)")
     lines = [plt.Line2D([], [], color=colours[name], marker="o", ms=3, label=name) for name in drawn]
-    figure.legend(handles=lines, loc="outside upper center", ncols=len(lines) or 1, fontsize=9)
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines) or 1, fontsize=9)
     axes = figure.add_subplot(grid[1, :])
     _bars(axes, results, world)
     figure.suptitle(
