@@ -10,7 +10,8 @@ of each host's link: at the host for what it sends, at the bridge's port for wha
 
 What is like a real network and what is not:
 
-* Rate, a queue of 50 ms that drops its tail, TCP (cubic, whatever the machine's default is) and the bytes of headers are real.
+* Rate, a queue of 50 ms that drops its tail, TCP (cubic where the kernel lets a namespace choose it, else the
+  machine's default) and the bytes of headers are real.
 * A bucket holds 2 ms of its rate (at least ten packets): a conversation gets that much for nothing after silence.
 * There is no delay beyond queueing, and no loss beyond full queues (``netem`` is absent from many kernels).
 * The processors are shared: sending costs time of the same cores that compute. `cores` gives each host its fair part.
@@ -314,11 +315,9 @@ def _started(pid: int) -> str | None:
 def _new_namespace(name: str) -> None:
     _call(["ip", "netns", "add", name])
     _ip(name, "link", "set", "lo", "up")
-    # no background packets of IPv6 in the counters; one congestion control, whatever the machine's default
-    settings = ["net.ipv6.conf.all.disable_ipv6=1", "net.ipv4.tcp_congestion_control=cubic"]
-    for setting in settings:
-        key, value = setting.split("=")
-        write = f"echo {value} > /proc/sys/{key.replace('.', '/')}"
+    # no background packets of IPv6 in the counters; cubic, where a namespace may choose it
+    for key, value in (("ipv6/conf/all/disable_ipv6", "1"), ("ipv4/tcp_congestion_control", "cubic")):
+        write = f"echo {value} > /proc/sys/net/{key}"
         subprocess.run(["ip", "netns", "exec", name, "sh", "-c", write], capture_output=True)
 
 
