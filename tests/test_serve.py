@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import math
 import os
@@ -11,7 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -254,12 +255,13 @@ def test_stale_pushes_are_counted_and_discarded(serve: Any) -> None:
     for step in range(3):
         a.push(step, gradient(step, 0))
     before = a.params
-    b.push(0, gradient(0, 1))  # taken at version 0, three updates ago
+    used = [b.push(0, gradient(0, 1))["applied"]]  # taken at version 0, three updates ago
     close_to(b.params, before, 0.0)
-    b.push(1, gradient(1, 1))
+    used += [b.push(step, gradient(step, 1))["applied"] for step in (0, 1)]
     status = a.servers.status()[0]
     assert status["staleness"] == {"0": 4, "3": 1}
     assert status["discarded"] == 1
+    assert used == [[False], [False], [True]]  # the second time, as after a lost answer
     assert status["version"] == 4
 
 
@@ -423,6 +425,24 @@ def test_a_wish_to_stop_reaches_all_at_the_same_step(serve: Any) -> None:
     assert [s["save"] for s in stops] == [True, False, False, False, False, True]
 
 
+def test_a_late_worker_saves_and_stops_with_the_others(serve: Any) -> None:
+    """It pushes an old step, is told where the others are, and hears what they do after that step: they wait for it."""
+    server = serve()
+    a, b = serve.workers([server], 2)
+    a.begin(SGD(0.1), consistency="sync")
+    a.servers.join(0)
+    b.servers.join(0)
+    together(lambda: a.push(0, gradient(0, 0)), lambda: b.push(0, gradient(0, 1)))
+    server.shard.expire("worker-1")  # its lease has run out: it is suspended
+    for step in range(1, 4):
+        answer = a.push(step, gradient(step, 0), save=step == 3, stop=15 * (step == 3))
+    assert (answer["save"], answer["stop"], answer["applied"]) == (True, 15, [True])
+    late = b.push(1, gradient(1, 1))
+    assert (late["late"], late["step"], late["applied"]) == (True, 3, [False])
+    assert (late["save"], late["stop"]) == (True, 15)
+    close_to(a.params, b.params, 0.0)
+
+
 # --------------------------------------------------------------------------------------- what survives
 
 
@@ -494,6 +514,37 @@ def test_a_torn_record_is_left_out(serve: Any, tmp_path: Path) -> None:
     again = serve(**options)
     assert again.shard.version == 1
     close_to({n: p.detach() for n, p in again.shard.store.params.items()}, one, 0.0)
+
+
+def test_failed_writes_and_zeros_at_the_end_leave_the_log_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from manyhands.serve import journal as module
+
+    def full(file: Any, data: memoryview) -> None:
+        file.write(data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    journal = module.Journal(tmp_path, "each")
+    journal.rotate()
+    payload = torch.arange(100, dtype=torch.uint8)
+
+    def record(i: int) -> None:
+        journal.record({"i": i}, protocol.view(payload), "push")
+
+    record(0)
+    for _ in range(3):  # a disk that stays full for a while
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_write_all", full)
+            with pytest.raises(CheckpointError, match="No space left"):
+                record(-1)
+    record(1)
+    journal.close()
+    (log,) = tmp_path.glob("log-*")
+    os.truncate(log, log.stat().st_size + 4096)  # grown, but never written, before a loss of power
+    found = list(module.replayed([log]))
+    assert [header["i"] for header, _ in found] == [0, 1]
+    assert all(torch.equal(body, payload) for _, body in found)
 
 
 def test_two_servers_do_not_share_a_state(serve: Any, tmp_path: Path) -> None:
@@ -617,6 +668,141 @@ def test_tls_is_pinned_to_the_certificate(serve: Any) -> None:
     with pytest.raises(PeerLost):
         plain_link.call({"op": "status"})
     plain_link.close()
+
+
+def own_certificate(directory: Path, *, names: Sequence[str], authority: bool) -> list[str]:
+    """Files of a certificate as a company's tools make them, and its key: signed by itself or by an authority, a chain then."""
+    import datetime
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    def called(name: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+    def signed(subject: x509.Name, key: Any, issuer: x509.Name, by: Any, sans: Sequence[str]) -> bytes:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer)
+        builder = builder.public_key(key.public_key()).serial_number(x509.random_serial_number())
+        builder = builder.not_valid_before(now - datetime.timedelta(days=1))
+        builder = builder.not_valid_after(now + datetime.timedelta(days=9))
+        if sans:
+            alternatives = x509.SubjectAlternativeName([x509.DNSName(n) for n in sans])
+            builder = builder.add_extension(alternatives, critical=False)
+        return builder.sign(by, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    key, root = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    subject, issuer = called("parameters.example.org"), called("An authority")
+    if authority:
+        pem = signed(subject, key, issuer, root, names) + signed(issuer, root, issuer, root, ())
+    else:
+        pem = signed(subject, key, subject, key, names)
+    files = directory / "own.pem", directory / "own.key"
+    files[0].write_bytes(pem)
+    files[1].write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    return [str(file) for file in files]
+
+
+@pytest.mark.parametrize("authority", [False, True], ids=["self-signed", "chain"])
+@pytest.mark.parametrize("names", [("*.example.org", "b.example.org"), ()], ids=["names", "common-name"])
+def test_a_certificate_of_ones_own_serves(
+    serve: Any, tmp_path: Path, names: tuple[str, ...], authority: bool
+) -> None:
+    from manyhands.cli.serve import _identity
+
+    certificate, key = own_certificate(tmp_path, names=names, authority=authority)
+    identity = _identity(argparse.Namespace(tls_cert=certificate, tls_key=key), None)
+    server = serve(identity=identity)
+    (worker,) = serve.workers([server], 1, patience_s=5.0)
+    worker.begin(SGD(0.1), consistency="async")
+    assert worker.push(0, gradient(0, 0))["version"] == 1
+
+
+def test_a_server_that_hangs_up_while_it_greets_is_called_again(serve: Any) -> None:
+    """As one does that is being started anew: the first connection ends in the middle of the handshake."""
+    server = serve(identity=tls.self_signed())
+    with socket.create_server(("127.0.0.1", 0)) as dying:
+        places = iter([Endpoint(f"127.0.0.1:{dying.getsockname()[1]}", server.fingerprint)])
+
+        def hang_up() -> None:
+            stranger, _ = dying.accept()
+            with stranger:
+                stranger.recv(5)  # of its greeting
+                stranger.shutdown(socket.SHUT_WR)
+                while stranger.recv(4096):
+                    pass
+
+        there = Endpoint(server.address, server.fingerprint)
+        link = Link(lambda: next(places, there), TOKEN, patience_s=20.0)
+        answers = together(lambda: link.call({"op": "status"}), hang_up)
+        assert answers[0].header["version"] == 0
+        link.close()
+
+
+def test_a_channel_that_another_thread_closed_is_no_end(serve: Any) -> None:
+    server = serve()
+    link = Link(lambda: Endpoint(server.address), TOKEN, patience_s=20.0)
+    link.call({"op": "status"})
+    first: Any = link._channel
+    first.channel.close()  # between this thread's look and its call
+    assert link.call({"op": "status"}).header["version"] == 0
+    newer = link._channel
+    assert newer is not first
+    link._disconnect(first)  # one that failed on the old channel leaves the new one alone
+    assert link._channel is newer
+    assert link.call({"op": "status"}).header["version"] == 0
+    link.close()
+
+
+def test_only_a_socket_makes_way(tmp_path: Path) -> None:
+    path = tmp_path / "thesis.tex"
+    path.write_text("years of work")
+    with pytest.raises(UsageError, match="something else than a socket"):
+        Server(listen=f"unix:{path}", token=TOKEN)
+    assert path.read_text() == "years of work"
+    left = tmp_path / "socket"  # of a server that was killed
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(left))
+    server = Server(listen=f"unix:{left}", token=TOKEN)
+    server.start()
+    link = Link(lambda: Endpoint(server.address), TOKEN)
+    assert link.call({"op": "status"}).header["version"] == 0
+    link.close()
+    server.stop(0)
+
+
+def test_a_worker_of_an_old_job_changes_nothing(serve: Any) -> None:
+    """Members are called alike in all jobs: one that wakes up late must not be taken for its successor."""
+    server = serve()
+    (old,) = serve.workers([server], 1, job="old")
+    old.begin(SGD(0.1), consistency="async")
+    old.push(0, gradient(0, 0))
+    server.shard.expire("worker-0")
+    (new,) = serve.workers([server], 1, job="new")
+    new.begin(SGD(0.1), consistency="async")
+    new.servers.join(0)
+    new.push(0, gradient(0, 1))
+    before = new.params
+    (link,) = old.servers._links
+    for call in (
+        lambda: old.push(1, gradient(1, 0)),
+        lambda: old.servers.pull(old.out, flush=True),
+        lambda: link.call({**old.servers._who("agree"), "step": 1, "norm_sq": 1.0}),
+        lambda: link.call(old.servers._who("beat")),
+        lambda: link.call(old.servers._who("leave")),
+        lambda: old.servers.join(0),
+    ):
+        with pytest.raises(UsageError, match="works for another job"):
+            call()
+    assert old.servers.status()[0]["members"] == {"worker-0": 1}
+    new.servers.pull(new.out)
+    close_to(new.params, before, 0.0)
 
 
 def test_another_job_waits_for_its_turn(serve: Any) -> None:

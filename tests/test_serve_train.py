@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from runs import TINY, command, environment, events, summary
 from test_exactness import SEQ, N, Rows, make, summed
 
-from manyhands.core.errors import UsageError
+from manyhands.core.errors import Stopped, UsageError
 from manyhands.data.sample import Order
 from manyhands.exchange.feedback import ErrorFeedback
 from manyhands.exchange.half import BF16
@@ -182,13 +183,96 @@ def test_nothing_is_lost_in_encoded_pushes(serving: Any) -> None:
     replica.close()
 
 
+def test_a_push_that_is_dropped_takes_nothing_along(serving: Any) -> None:
+    """Another worker's push in between makes this one too stale: what was held back before is held back still."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(40, 3).double()
+    slope = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    placement = serving(2, consistency="async", discard=0)
+    strategy = Strategy(placement=placement, exchange=ErrorFeedback(BF16()), outer=SGD(0.5))
+    replica = Replica(model, strategy, Solo())
+    method: Any = replica.method
+
+    def loss(forward: Any, batch: Any) -> tuple[torch.Tensor, int]:
+        return sum((p * slope[name]).sum() for name, p in forward.named_parameters()), 1  # type: ignore[return-value]
+
+    def held() -> list[torch.Tensor]:
+        return [r.clone() for state in replica.states for r in state["residual"]]
+
+    def step(number: int) -> None:
+        replica.step(Part(number, [(0, {"x": torch.zeros(1)})], 1, 1, 0), loss)
+
+    step(0)
+    first, version = held(), method._version
+    assert all(r.abs().max() > 0 for r in first)
+    method._version = 0  # as if others had made updates meanwhile
+    step(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, held(), strict=True))
+    assert method.figures()["discarded"] == 1
+    assert method._version == version
+    step(2)
+    assert not any(torch.equal(a, b) for a, b in zip(first, held(), strict=True))
+    replica.close()
+
+
+def test_a_worker_that_is_stopped_leaves_its_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A standing server outlives the run; the lease must not keep the next one waiting."""
+    from manyhands.train.job import Job
+    from manyhands.train.worker import Order as Work
+    from manyhands.train.worker import work
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    token, corpus = tmp_path / "token", tmp_path / "corpus.txt"
+    token.write_text(TOKEN)
+    corpus.write_text("many hands make light work\n" * 200)
+    server = Server(listen=f"unix:{tmp_path}/socket", token=TOKEN, lease_s=1000.0)
+    server.start()
+    placement = Served(address=server.address, token_file=str(token), lease_s=1000.0)
+    job = Job(
+        data=(str(corpus),),
+        strategy=Strategy(placement=placement, outer=SGD(0.1)),
+        model="gpt2-nano",
+        tokenizer="byte",
+        seq_len=16,
+        global_batch=4,
+        steps=1000,
+        eval_fraction=0.0,
+        prompt="",
+        precision="fp32",
+        compile="off",
+        device="cpu",
+        threads=1,
+        output=str(tmp_path / "run"),
+    )
+
+    def interrupt() -> None:
+        with server.shard.cond:
+            assert server.shard.cond.wait_for(lambda: server.shard.version >= 2, 60.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    other = threading.Thread(target=interrupt)
+    other.start()
+    try:
+        with pytest.raises(Stopped):
+            work(Work(job, {}))
+        assert server.shard.version >= 2
+        assert server.shard.members == {}
+    finally:
+        other.join()
+        server.stop(0)
+
+
 def test_impossible_pairings_are_refused(serving: Any) -> None:
-    from manyhands.cadence.every import Every
+    from manyhands.cadence.delayed import Delayed
+    from manyhands.cadence.every import Every, PostLocal
     from manyhands.exchange.allreduce import AllReduce
 
     placement = serving()
+    for cadence in (Every(4), PostLocal(4, start=10), Delayed()):
+        with pytest.raises(UsageError, match="pushes at every step"):
+            Strategy(placement=placement, cadence=cadence)
     for strategy, words in (
-        (Strategy(placement=placement, cadence=Every(4)), "pushes at every step"),
         (Strategy(placement=placement, exchange=AllReduce(precision="bf16")), "a push goes one way"),
         (Strategy(placement=Served()), "only manyhands' own launcher starts servers"),
     ):

@@ -88,6 +88,15 @@ class Served:
             self._check_sync()
         self._check_address()
 
+    def check(self, *, exchange: Any, optimizer: Any, cadence: Any) -> None:
+        """Refuse what the rest of a strategy cannot be here. Raises `UsageError`."""
+        if type(cadence).__name__ != "EveryStep":
+            raise UsageError(
+                f"cadence = {cadence!r} with placement = 'served'",
+                "a worker pushes at every step",
+                "use cadence = 'every-step'; accumulate=k lets the server gather k pushes",
+            )
+
     @property
     def bound(self) -> int | None:
         """Steps that a worker may be ahead of the slowest: 0 synchronous, None without bound."""

@@ -41,6 +41,13 @@ class Answer(NamedTuple):
     payload: Tensor
 
 
+class _Channel(NamedTuple):
+    """A gRPC channel and its one method."""
+
+    channel: Any
+    method: Any
+
+
 class Link:
     """One connection to one server.
 
@@ -55,8 +62,7 @@ class Link:
         self._where, self._patience_s = where, patience_s
         self._metadata = (("authorization", f"Bearer {token}"),)
         self._lock = threading.Lock()
-        self._channel: Any = None
-        self._method: Any = None
+        self._channel: _Channel | None = None
         self._closed = False
         self.sent_bytes = self.received_bytes = 0
 
@@ -78,8 +84,10 @@ class Link:
         while True:
             if self._closed:
                 raise PeerLost(None, f"a call to the parameter server ({header.get('op')})", "hung up")
+            used = None
             try:
-                return self._once(header, payload, out)
+                used = self._connect()
+                return self._once(used.method, header, payload, out)
             except self._grpc.RpcError as error:
                 code, detail = error.code(), error.details() or ""
                 if code is codes.UNAUTHENTICATED:
@@ -89,20 +97,23 @@ class Link:
                 if code not in gone:
                     raise _raised(code.name, detail) from None
                 reason = f"{code.name}: {detail}"
-            except OSError as error:
+            except ManyhandsError:
+                raise
+            except (OSError, ValueError) as error:  # ValueError: another thread has just closed the channel
                 reason = str(error)
             if time.monotonic() > deadline:
                 raise PeerLost(None, f"a call to the parameter server ({header.get('op')})", reason[:300])
-            self._disconnect()
+            self._disconnect(used)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_S)
 
     def close(self) -> None:
         self._closed = True
-        self._disconnect()
+        self._disconnect(self._channel)
 
-    def _once(self, header: Mapping[str, Any], payload: Sequence[memoryview], out: Tensor | None) -> Answer:
-        method = self._connect()
+    def _once(
+        self, method: Any, header: Mapping[str, Any], payload: Sequence[memoryview], out: Tensor | None
+    ) -> Answer:
         replies = method(protocol.messages(header, payload), metadata=self._metadata)
         try:
             opening = protocol.opening(replies)
@@ -120,28 +131,29 @@ class Link:
         self.received_bytes += size
         return Answer(opening.header, out)
 
-    def _connect(self) -> Any:
+    def _connect(self) -> _Channel:
         with self._lock:
-            if self._method is None:
+            if self._channel is None:
                 endpoint = self._where()
                 if endpoint.fingerprint:
                     host, _, port = endpoint.address.rpartition(":")
                     pem = tls.pinned(host.strip("[]"), int(port), endpoint.fingerprint, timeout_s=10.0)
-                    self._channel = self._grpc.secure_channel(
+                    channel = self._grpc.secure_channel(
                         endpoint.address,
                         self._grpc.ssl_channel_credentials(pem),
-                        options=(("grpc.ssl_target_name_override", tls.NAME), *OPTIONS),
+                        options=(("grpc.ssl_target_name_override", tls.name_in(pem)), *OPTIONS),
                     )
                 else:
-                    self._channel = self._grpc.insecure_channel(endpoint.address, options=OPTIONS)
-                self._method = self._channel.stream_stream(protocol.METHOD)
-            return self._method
+                    channel = self._grpc.insecure_channel(endpoint.address, options=OPTIONS)
+                self._channel = _Channel(channel, channel.stream_stream(protocol.METHOD))
+            return self._channel
 
-    def _disconnect(self) -> None:
+    def _disconnect(self, used: _Channel | None) -> None:
+        """Close the channel `used`, unless another thread has done so; a newer one of its is left alone."""
         with self._lock:
-            if self._channel is not None:
-                self._channel.close()
-            self._channel = self._method = None
+            if self._channel is not None and self._channel is used:
+                self._channel.channel.close()
+                self._channel = None
 
 
 class Servers:
@@ -225,6 +237,9 @@ class Servers:
         Args:
             header: the fields of `rules.Push` but `member` and `used`.
             payloads: for each server uint8, raw or encoded.
+
+        Returns:
+            The first server's answer; `applied` in it is a list: whether each server has used its payload.
         """
 
         def one(server: int) -> Answer:
@@ -235,7 +250,7 @@ class Servers:
         answers = self._all(one)
         if any("version" not in a.header for a in answers):  # a round over several servers is complete
             answers = self._agree(answers, int(header["step"]), out, one)
-        return answers[0].header
+        return {**answers[0].header, "applied": [bool(a.header.get("applied")) for a in answers]}
 
     def pull(self, out: Sequence[Tensor], *, flush: bool = False) -> dict[str, Any]:
         """The parameters as they are now, into `out`; with `flush`, gathered pushes are applied before."""

@@ -96,15 +96,18 @@ class Journal:
         text = json.dumps(header, separators=(",", ":")).encode()
         body = payload if payload is not None else memoryview(b"")
         crc = zlib.crc32(body, zlib.crc32(text))
-        begin = self._log.tell()
         try:
+            if (
+                self._log.seek(0, os.SEEK_END) != self.log_bytes
+            ):  # what an earlier failure left could not be cut
+                self._log.truncate(self.log_bytes)
             _write_all(self._log, memoryview(_RECORD.pack(len(text), crc, len(body)) + text))
             _write_all(self._log, body)
             if level == "push" and self.durability == "synced":
                 _sync(self._log.fileno())
         except OSError as error:
             with contextlib.suppress(OSError):
-                self._log.truncate(begin)
+                self._log.truncate(self.log_bytes)
             raise CheckpointError(
                 f"{self._log.name}: {error.strerror}",
                 "a push is kept before it is acknowledged",
@@ -164,7 +167,7 @@ def replayed(logs: list[Path]) -> Iterator[tuple[dict[str, Any], Tensor]]:
                     break
                 length, crc, size = _RECORD.unpack(head)
                 left = os.fstat(file.fileno()).st_size - file.tell()
-                if length + size > left:
+                if not length or length + size > left:  # zeros: a file grown before a loss of power
                     break
                 text = file.read(length)
                 payload = torch.empty(size, dtype=torch.uint8)

@@ -13,6 +13,7 @@ from manyhands.serve import protocol
 from manyhands.serve.journal import Journal, Level, replayed
 from manyhands.serve.members import Member
 from manyhands.serve.rules import Push, Rules
+from manyhands.serve.singly import flush, take
 from manyhands.serve.store import Store, split
 
 if TYPE_CHECKING:
@@ -22,7 +23,18 @@ if TYPE_CHECKING:
 
 LOG_FACTOR = 12  # a log of so many parameters' sizes is folded into a snapshot
 LOG_LEAST = 256 << 20
-FIGURES = ("version", "step", "progress", "tokens", "loss", "count", "discarded", "skipped", "last")
+FIGURES = (
+    "version",
+    "step",
+    "progress",
+    "tokens",
+    "loss",
+    "count",
+    "discarded",
+    "skipped",
+    "last",
+    "applied",
+)
 
 
 class Keeper:
@@ -107,7 +119,8 @@ def state_of(shard: Shard) -> dict[str, Any]:
         **shard.header,
         **{name: getattr(shard, name) for name in FIGURES},
         "staleness": {str(k): n for k, n in shard.staleness.items()},
-        "wishes": vars(shard.wishes),
+        "applied": dict(shard.applied),  # copies: these change while the snapshot is written
+        "wishes": dict(vars(shard.wishes)),
         "order": list(shard.ready().params),
         "members": {who: [m.clock, m.loss, m.count] for who, m in shard.members.items()},
     }
@@ -150,7 +163,7 @@ def replay(shard: Shard, event: Mapping[str, Any], payload: Tensor) -> None:
     elif op == "pull":
         store.keep_backup(event["member"])
     elif op == "flush":
-        shard.flush()
+        flush(shard)
     elif op == "push":
         push = Push.read(event, len(store.layout.entries))
         shard.wishes.hear(push.step, stop=push.stop, save=push.save)
@@ -158,7 +171,7 @@ def replay(shard: Shard, event: Mapping[str, Any], payload: Tensor) -> None:
         if store.rules.sync:
             shard.pending[push.member] = (push, payload)
         else:
-            shard.take(push, payload)
+            take(shard, push, payload)
     elif op == "round":
         shard.step = event["step"]
         for who in event["members"]:

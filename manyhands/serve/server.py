@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,6 +90,8 @@ class Server:
         from manyhands.serve.journal import Journal
 
         grpc = grpc_module()
+        if listen.startswith("unix:"):
+            _make_way(Path(listen.removeprefix("unix:")))
         self._grpc, self._token, self._log, self._lease_s = grpc, token, log, lease_s
         journal = Journal(state, durability) if state is not None else None
         self.shard = Shard(journal, lease_s=lease_s, interval_s=interval_s, log=log)
@@ -100,8 +103,6 @@ class Server:
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(service, {method: handler}),)
         )
-        if listen.startswith("unix:"):
-            Path(listen.removeprefix("unix:")).unlink(missing_ok=True)  # of a server that was killed
         port = self._bind(listen, identity)
         host = listen.rpartition(":")[0]
         self.address = listen if listen.startswith("unix:") else f"{host}:{port}"
@@ -181,7 +182,7 @@ class Server:
         if op == "push":
             push, payload = self._push(header, size, requests)
             received = time.perf_counter()
-            return _timed(shard.push(push, payload, alive), received)
+            return _timed(shard.push(push, payload, header.get("job"), alive), received)
         if op == "begin":
             tensors = self._tensors(header, size, requests)
             return shard.begin(header, tensors), ()
@@ -209,7 +210,7 @@ class Server:
         )
 
     def _push(self, header: Mapping[str, Any], size: int, requests: Iterator[bytes]) -> tuple[Push, Tensor]:
-        store = self.shard.ready()
+        store = self.shard.ready(header)
         push = Push.read(header, len(store.layout.entries))
         if size != store.payload_bytes:
             raise Garbage(f"a push of {size:,} bytes", f"this server's have {store.payload_bytes:,}", "")
@@ -226,6 +227,23 @@ class Server:
         payload, view = protocol.buffer(size)
         protocol.receive(requests, view)
         return protocol.carved(entries, payload)
+
+
+def _make_way(path: Path) -> None:
+    """Remove the socket file of a server that was killed; nothing else is removed. Raises `UsageError`."""
+    try:
+        if stat.S_ISSOCK(path.lstat().st_mode):
+            path.unlink()
+            return
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UsageError(f"listen = unix:{path}: {error.strerror}", "a socket is made there", "") from None
+    raise UsageError(
+        f"listen = unix:{path}: something else than a socket is there",
+        "the server makes its socket there, and removes nobody's files",
+        "give a path where nothing is",
+    )
 
 
 def _timed(found: tuple[Mapping[str, Any], Tensor | None], start: float) -> Reply:

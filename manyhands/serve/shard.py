@@ -19,6 +19,7 @@ from manyhands.core.errors import ManyhandsError, UsageError
 from manyhands.serve.keeper import Keeper, opened, status_of
 from manyhands.serve.members import Member, Wishes, slowest
 from manyhands.serve.rules import Push, Rules, integer, name, number
+from manyhands.serve.singly import answer_alone, flush, take
 from manyhands.serve.store import Store, finite, split
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ class Shard:
         self.folded: list[str] = []
         self._partial: float | None = None  # sync, several servers: Σ of squares here of a complete round
         self.last: Answer = {"step": steps - 1}  # sync: what the last round came to
-        self._gathered: list[Push] = []  # not yet applied
+        self.gathered: list[Push] = []  # not yet applied
+        self.applied: dict[str, int] = {}  # by member: its latest step that is in the parameters, or will be
         self.wishes = Wishes(answered=steps - 1)
         self._image: tuple[int, Tensor] | None = None
 
@@ -108,11 +110,7 @@ class Shard:
         """A worker comes (or comes back). Answers the step that it takes part in next."""
         who = name(header)
         with self.cond:
-            self.ready()
-            if header.get("job") != self.header.get("job"):
-                raise UsageError(
-                    "the server works for another job", "one job at a time", "start another server"
-                )
+            self.ready(header)
             if who not in self.members:
                 self._enter(who, self._first_step(header))
             self.members[who].seen = time.monotonic()
@@ -120,28 +118,32 @@ class Shard:
 
     def leave(self, header: Mapping[str, Any]) -> Answer:
         """A worker goes; nobody waits for it any more."""
-        self.expire(name(header))
+        with self.cond:
+            self.ready(header)
+            self.expire(name(header))
         return {}
 
     def beat(self, header: Mapping[str, Any]) -> Answer:
         """A worker is still there, though it computes."""
         with self.cond:
+            self.ready(header)
             if name(header) in self.members:
                 self.members[name(header)].seen = time.monotonic()
         return {}
 
-    def push(self, push: Push, payload: Tensor, alive: Alive) -> tuple[Answer, Tensor | None]:
+    def push(self, push: Push, payload: Tensor, job: Any, alive: Alive) -> tuple[Answer, Tensor | None]:
         """Apply a worker's push (or keep it for the round) and answer with fresh parameters when it may go on.
 
         Args:
             payload: uint8, of `Store.payload_bytes`.
+            job: the worker's.
             alive: whether the worker still waits for the answer.
 
         Returns:
             The answer, and the parameters (None after the first half of a round over several servers: see `agree`).
         """
         with self.cond:
-            store = self.ready()
+            store = self.ready({"job": job})
             if push.member not in self.members:
                 self._enter(push.member, push.step)
             member = self.members[push.member]
@@ -151,31 +153,32 @@ class Shard:
                 return self._push_round(push, payload, member, alive)
             if push.step >= member.clock:
                 self._record({"op": "push", **push.header()}, "push", payload)
-                self.take(push, payload)
+                take(self, push, payload)
                 self.cond.notify_all()
                 self._snapshot_if_due()
             bound = store.rules.bound
             self._wait(lambda: bound is None or push.step + 1 - slowest(self.members) <= bound, member, alive)
-            return self._answer_alone(push, member), self._pulled(push.member)
+            return answer_alone(self, push, member), self._pulled(push.member)
 
     def agree(self, header: Mapping[str, Any]) -> tuple[Answer, Tensor | None]:
         """The second half of a round over several servers: the norm of the whole gradient is known now."""
         with self.cond:
+            self.ready(header)
             step = integer(header, "step")
             if step >= self.step:
                 self._gather()
                 if self._partial is None:  # this server has lost the pushes in a restart
                     return {"again": True}, None
                 self.apply_round(number(header, "norm_sq"))
-            return self._round_answer(step), self._pulled(name(header))
+            return self._round_answer(name(header), step), self._pulled(name(header))
 
     def pull(self, header: Mapping[str, Any]) -> tuple[Answer, Tensor]:
         """The parameters as they are now; pushes that wait for company (`accumulate`) are applied first on demand."""
         with self.cond:
-            self.ready()
-            if header.get("flush") and self._gathered:
+            self.ready(header)
+            if header.get("flush") and self.gathered:
                 self._record({"op": "flush"}, "state")
-                self.flush()
+                flush(self)
             return {"version": self.version, "tokens": self.tokens}, self._pulled(name(header))
 
     def state(self) -> tuple[Answer, dict[str, Tensor]]:
@@ -204,7 +207,7 @@ class Shard:
         with self.cond:
             if self._keeper is None:
                 return
-            if self.store is not None and not self.pending and not self._gathered:
+            if self.store is not None and not self.pending and not self.gathered:
                 self._keeper.snapshot(self, wait=True)
             self._keeper.close()
 
@@ -222,7 +225,7 @@ class Shard:
         self._wait(lambda: self.step > push.step or self._partial is not None, member, alive)
         if self.step <= push.step:
             return {"norm_sq": self._partial, "step": push.step}, None
-        return self._round_answer(push.step), self._pulled(push.member)
+        return self._round_answer(push.member, push.step), self._pulled(push.member)
 
     def _gather(self) -> None:
         """Go on with the round as far as the pushes go."""
@@ -277,6 +280,7 @@ class Shard:
             store.update(nominal / count * clip, factor)
             self.version += 1
             self.staleness[0] += len(pushes)
+            self.applied.update({p.member: p.step for p in pushes})
         else:
             store.drop()
             self.skipped += bool(count)
@@ -299,59 +303,12 @@ class Shard:
         self.cond.notify_all()
         self._snapshot_if_due()
 
-    def _round_answer(self, step: int) -> Answer:
+    def _round_answer(self, who: str, step: int) -> Answer:
+        """A late worker goes on from the step that it is told, so it hears what is due after that one."""
         known = self.last if self.last["step"] == step else {"step": self.step - 1, "late": True}
-        return {**known, "version": self.version, "tokens": self.tokens, **self.wishes.answer(step)}
-
-    # -- pushes that are applied one by one
-
-    def take(self, push: Push, payload: Tensor) -> None:
-        store = self.ready()
-        self.members[push.member].clock = push.step + 1
-        self.progress += push.share
-        if not push.count:
-            return
-        staleness = max(0, self.version - push.version)
-        self.staleness[staleness] += 1
-        if store.rules.discard is not None and staleness > store.rules.discard:
-            self.discarded += 1
-            return
-        self.tokens += push.count
-        if not finite(push.norm, push.loss):
-            self.skipped += 1
-            return
-        self.loss += push.loss
-        self.count += push.count
-        clip = min(1.0, store.rules.max_norm / (push.norm + 1e-6))
-        nominal = self._gathered[0].nominal if self._gathered else push.nominal
-        store.add(push, payload, weight=clip * push.nominal / nominal)
-        self._gathered.append(push)
-        if len(self._gathered) >= store.rules.accumulate:
-            self.flush()
-
-    def flush(self) -> None:
-        """One update of the gathered pushes, at their share of the rate (at most the whole)."""
-        store = self.ready()
-        count = sum(p.count for p in self._gathered)
-        share = math.fsum(p.share for p in self._gathered)
-        factor = store.rules.factor(max(0.0, self.progress - share), self.tokens - count)
-        store.update(self._gathered[0].nominal / count, factor * min(1.0, share))
-        self._gathered = []
-        self.version += 1
-
-    def _answer_alone(self, push: Push, member: Member) -> Answer:
-        store = self.ready()
-        factor = store.rules.factor(self.progress, self.tokens)
-        answer: Answer = {
-            "step": push.step,
-            "loss": self.loss - member.loss,
-            "count": self.count - member.count,
-        }
-        skipped = bool(push.count) and not finite(push.norm, push.loss)
-        answer |= {"norm": push.norm, "skipped": skipped, "lr": factor * store.rules.optimizer.lr}
-        answer |= {"version": self.version, "tokens": self.tokens, **self.wishes.answer(push.step)}
-        member.loss, member.count = self.loss, self.count
-        return answer
+        wishes = self.wishes.answer(int(known["step"]))
+        applied = self.applied.get(who) == step
+        return {**known, "applied": applied, "version": self.version, "tokens": self.tokens, **wishes}
 
     # -- members
 
@@ -388,9 +345,12 @@ class Shard:
 
     # -- parameters
 
-    def ready(self) -> Store:
+    def ready(self, header: Mapping[str, Any] | None = None) -> Store:
+        """The store. Raises `UsageError`: there is none, or a request's `header` is not of its job."""
         if self.store is None:
             raise UsageError("the server has no parameters yet", "a job begins first", "start its workers")
+        if header is not None and header.get("job") != self.header.get("job"):
+            raise UsageError("the server works for another job", "one job at a time", "start another server")
         return self.store
 
     def _pulled(self, who: str) -> Tensor:
@@ -415,6 +375,6 @@ class Shard:
             self._keeper.record(header, payload, level)
 
     def _snapshot_if_due(self) -> None:
-        settled = not self.pending and not self._gathered
+        settled = not self.pending and not self.gathered
         if self._keeper is not None and settled and self._keeper.due(self.size_bytes):
             self._keeper.snapshot(self)

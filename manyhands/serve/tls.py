@@ -8,9 +8,11 @@ not everywhere.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import hmac
+import re
 import secrets
 import ssl
 from dataclasses import dataclass
@@ -37,8 +39,35 @@ class Identity:
 
 
 def fingerprint_of(certificate: bytes) -> str:
-    """``sha256:`` and the hexadecimal digest of a PEM certificate's DER bytes."""
-    return "sha256:" + hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate.decode())).hexdigest()
+    """``sha256:`` and the hexadecimal digest of a PEM certificate's DER bytes (the first one's, of a chain).
+
+    Raises:
+        UsageError: there is no certificate in it.
+    """
+    first = re.search(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", certificate, re.DOTALL)
+    if first is None:
+        raise UsageError("a certificate that is not PEM", "it begins with -----BEGIN CERTIFICATE-----", "")
+    return "sha256:" + hashlib.sha256(ssl.PEM_cert_to_DER_cert(first[0].decode())).hexdigest()
+
+
+def name_in(certificate: bytes) -> str:
+    """A name that a PEM certificate is valid for: the first DNS name, else address, else the common name.
+
+    The fingerprint tells who the server is; TLS wants a name as well, and any that the certificate has will do.
+    """
+    try:
+        from cryptography import x509
+        from cryptography.x509.oid import NameOID
+    except ImportError:  # then the certificate is most likely a server's own
+        return NAME
+    found = x509.load_pem_x509_certificate(certificate)
+    names: list[str] = []
+    with contextlib.suppress(x509.ExtensionNotFound):
+        valid = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        names += valid.get_values_for_type(x509.DNSName)
+        names += map(str, valid.get_values_for_type(x509.IPAddress))
+    names += [str(a.value) for a in found.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    return names[0].replace("*", NAME, 1) if names else NAME
 
 
 def self_signed() -> Identity:
@@ -106,11 +135,13 @@ def pinned(host: str, port: int, fingerprint: str, *, timeout_s: float) -> bytes
     """The PEM certificate of the server at that address, which must have this fingerprint.
 
     Raises:
-        OSError: nobody answers there.
+        OSError: nobody answers there, or it goes away while it greets.
         UsageError: another certificate is shown: this is another server, or somebody in between.
     """
     try:
         certificate = ssl.get_server_certificate((host, port), timeout=timeout_s).encode()
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:  # as when it is just being started anew
+        raise ConnectionResetError(f"{host}:{port} hung up while greeting: {error}") from None
     except ssl.SSLError as error:
         raise PeerLost(None, f"greeting {host}:{port}", f"it does not speak TLS: {error}") from None
     found = fingerprint_of(certificate)

@@ -274,8 +274,8 @@ class Served:
             payload = self._codec.encode(value, key)
             parts.append(payload)
             if self._decay is not None:
-                decoded = self._codec.decode(payload, flat.numel(), flat.dtype).to(value.dtype)
-                self._left[server][i] = value.sub_(decoded)
+                decoded = self._codec.decode(payload, flat.numel(), flat.dtype)
+                self._left[server][i] = value - decoded.to(value.dtype)
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     def _keep_left(self, applied: Sequence[bool]) -> None:

@@ -157,6 +157,7 @@ class _Run:
             reason = str(stopped)
             loop.save_now()
             self._finish(loop, facts, plan, reason, collective=False)
+            loop.replica.close()
             raise
         finally:
             if loop.saver is not None:
