@@ -115,6 +115,41 @@ def test_groups_exchange_their_pieces(fleets: Any, accumulate: str) -> None:
             assert_close(answers[0], plain_run(case))
 
 
+def between_pieces_run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
+    """What is contributed between pieces, the largest value anywhere in the buckets, and the largest norm."""
+    replica, feed = begin(world, case)
+    gradients = replica.method.gradients
+    collect = gradients.collect
+    between = 0
+
+    def watched(params: Any) -> None:
+        nonlocal between
+        collect(params)
+        between += sum(int(bucket.count_nonzero()) for bucket in gradients.buckets)
+        between -= sum(int(view.count_nonzero()) for view in gradients.views)
+
+    gradients.collect = watched
+    largest, norms = 0.0, []
+    for step in range(case["steps"]):
+        norms.append(replica.step(feed.part(step), summed).grad_norm)
+        largest = max(largest, *(bucket.abs().max().item() for bucket in gradients.buckets))
+    digest = replica.check_agreement()
+    replica.close()
+    return {"between": between, "largest": largest, "norm": max(norms), "digest": digest}
+
+
+@pytest.mark.parametrize("exchange", ["error-feedback(int2)", "sign"])
+def test_what_an_exchange_puts_between_pieces_is_not_contributed_again(fleets: Any, exchange: str) -> None:
+    case = {**BASE, "placement": Sharded(shard=2), "exchange": from_text("exchanges", exchange), "steps": 40}
+    case |= {"weights": [1.0, 1.0, 2.0, 1.0], "clip": 1e9}
+    answers = fleets(4, "group").run(between_pieces_run, case)
+    assert len({answer["digest"] for answer in answers}) == 1
+    for answer in answers:
+        assert answer["between"] == 0
+        assert 0 < answer["largest"] < 10
+        assert 0 < answer["norm"] < 100
+
+
 # -- checkpoints
 
 
@@ -275,6 +310,8 @@ def test_zero3_runs_evaluates_samples_and_resumes_as_zero1_on_other_workers(tmp_
     [
         ("zero3(shard=2, exchange=powersgd)", "zero1"),
         ("zero3(exchange=int8)", "shard=2"),
+        ("zero3(shard=2, exchange=fetchsgd)", "it keeps momentum.0 of a whole bucket"),
+        ("zero2(shard=1, exchange=warmup(fetchsgd))", "use zero1"),
         ("zero2(optimizer=muon)", "zero1"),
         ("zero3(optimizer=adafactor)", "adamw"),
         ("zero3(accumulate=never)", "'whole'"),
@@ -284,6 +321,13 @@ def test_zero3_runs_evaluates_samples_and_resumes_as_zero1_on_other_workers(tmp_
 def test_what_cannot_be_is_refused_at_configuration(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         from_text("strategies", text)
+
+
+@pytest.mark.parametrize(
+    "exchange", ["error-feedback(int8)", "ef21(topk)", "auto", "countsketch", "momentum(topk)", "two-phase"]
+)
+def test_exchanges_that_keep_single_elements_or_none_are_taken(exchange: str) -> None:
+    assert from_text("strategies", f"zero3(shard=2, exchange={exchange})").exchange != AllReduce()
 
 
 def test_workers_that_do_not_divide_are_refused_with_the_nearest_number() -> None:

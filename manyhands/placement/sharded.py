@@ -35,6 +35,7 @@ ELEMENTWISE = (
     "Adagrad",
     "RMSprop",
 )  # ours whose update of a row needs that row alone
+PROBES = (4096, 8192)  # elements of buckets for which exchanges are asked what they keep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +141,15 @@ class Sharded:
                 "it needs whole matrices, and here every worker holds some rows of each",
                 "use zero1 with this exchange, or one that works on flat tensors: int8, topk, sign",
             )
+        kept = _of_whole_buckets(exchange)
+        if kept:
+            raise UsageError(
+                f"exchange = {exchange!r} with stage = {self.stage}",
+                f"it keeps {kept} of a whole bucket, and here each worker of a group has buckets of its own: a checkpoint "
+                "could not divide it anew",
+                "use zero1 with this exchange, or one that keeps something of each element or nothing: "
+                "error-feedback(int8), topk",
+            )
         if not elementwise(optimizer):
             name = type(optimizer).__name__.lower()
             raise UsageError(
@@ -171,6 +181,25 @@ class Sharded:
 def elementwise(optimizer: Any) -> bool:
     """Whether an optimizer's update of some rows needs those rows alone: ours, or one that says so."""
     return bool(getattr(optimizer, "elementwise", type(optimizer).__name__ in ELEMENTWISE))
+
+
+def _of_whole_buckets(exchange: Any) -> str:
+    """What an exchange keeps that is neither of single elements nor of the run as a whole (a sketch, say), by name.
+
+    Found by asking: such a state is not shaped like its bucket, and another for a bucket of another size.
+    """
+    if type(exchange).__name__ == "AllReduce":
+        return ""
+    import torch
+
+    from manyhands.exchange.combine import leaves
+
+    found: list[dict[tuple[str, ...], Any]] = []
+    for numel in PROBES:
+        state = exchange.init([torch.zeros(numel)])
+        found.append({path: leaf.shape for path, leaf in leaves(state) if leaf.shape != (numel,)})
+    small, large = found
+    return next((".".join(path) for path in small | large if small.get(path) != large.get(path)), "")
 
 
 def _divisors(n: int) -> Sequence[int]:

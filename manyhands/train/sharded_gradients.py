@@ -33,6 +33,7 @@ class ShardGradients:
         self._owned, self._wire, self._bucket_mb = owned, wire, bucket_mb
         self._places: list[Tensor] = []
         self._spans: list[tuple[int, int]] = []  # of each piece: bucket, first element in it
+        self._gaps: list[Tensor] = []  # between pieces
         self.views: list[Tensor] = []
         self.buckets: list[Tensor] = []
 
@@ -56,6 +57,8 @@ class ShardGradients:
                 param = self._owned[i].param
                 spans[i] = (len(self.buckets), offset - begin)
                 places[i] = flat[offset : offset + param.numel()].view(param.shape)
+                if param.numel() < size:
+                    self._gaps.append(flat[offset + param.numel() : offset + size])
                 offset += size
             self.buckets.append(flat[begin:offset])
         self._places = [places[i] for i in range(len(self._owned))]
@@ -70,8 +73,13 @@ class ShardGradients:
                 yield i, flat[begin : begin + param.numel()].view(param.shape)
 
     def collect(self, params: Mapping[str, nn.Parameter]) -> None:
-        """Take the gradients from the model's parameters; zero where there is none."""
+        """Take the gradients from the model's parameters; zero where there is none, and between pieces.
+
+        What the last exchange made of a gap (a lossy one may make something of nothing) is not contributed again.
+        """
         self.views = []
+        for gap in self._gaps:
+            gap.zero_()
         for i, each in enumerate(self._owned):
             param = params[each.name]
             grad = None if param.grad is None else local(_placed(param.grad, param))
