@@ -1,13 +1,14 @@
 """Memory of each worker under ZeRO 0 (ddp) to 3, for 1 to 4 workers, against the theory; and the speed beside `ddp`.
 
     python benchmarks/zero_memory.py [--model MODEL] [--steps 4] [--rounds 12] [--part memory|speed]
+                                     [--results DIRECTORY]
 
 Each case is a job of its own of real processes on one machine. Counted in every worker, in the middle of a step's update:
 the bytes of the tensors that hold parameters, gradients and optimizer state (each storage once), and what the kernel
 says: the largest resident set since the model was built (VmHWM) less the resident set before. Shared memory is counted
 where a worker touched it. The speed is measured separately: all stages in one job of two workers with a core each,
 steps in turn (A B C D, D C B A, …), ratios within a round; each stage over the transport that it gets by default on one
-machine. Writes ``results/zero_memory.json`` and ``.md``.
+machine. Writes ``zero_memory.json`` and ``.md`` there.
 """
 
 from __future__ import annotations
@@ -193,12 +194,15 @@ def main() -> int:
     parser.add_argument(
         "--part", choices=("memory", "speed"), help="measure this, keep the rest of the results"
     )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where they are kept and written")
     given = parser.parse_args()
     built = build(given.model, task="pretrain", vocab_size=VOCABULARY, seq_len=SEQ_LEN, seed=SEED)
     numel = sum(p.numel() for p in built.parameters())
     del built
-    file = RESULTS / "zero_memory.json"
+    file = given.results / "zero_memory.json"
     before = json.loads(file.read_text()) if given.part and file.exists() else {}
+    if before and before["model"] != given.model:
+        parser.error(f"{file} is of {before['model']}: give that --model, other --results, or no --part")
     cases, timed = before.get("cases", []), before.get("speed", [])
     if given.part != "speed":
         cases = []
@@ -219,10 +223,10 @@ def main() -> int:
         "torch": torch.__version__,
         "machine": hardware.machine_facts(),
     }
-    RESULTS.mkdir(exist_ok=True)
+    given.results.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")
     text = report(result)
-    (RESULTS / "zero_memory.md").write_text(text)
+    (given.results / "zero_memory.md").write_text(text)
     print(text)
     return 0
 
