@@ -913,6 +913,9 @@ def test_impossible_values_are_refused_with_the_rule(given: dict[str, Any], word
 
 
 def test_consistency_is_read_from_a_call_form() -> None:
+    for consistency in ("async", "'async'", "sync", "bounded(2)"):
+        read = config.from_text("placements", f"served(consistency={consistency}, accumulate=1)")
+        assert read == Served(consistency=consistency.strip("'"))
     placement = config.from_text("placements", "served(consistency=bounded(3), servers=2)")
     assert placement == Served(consistency="bounded(3)", servers=2)
     assert config.from_choice("placements", config.to_data(placement, "placements"), "x") == placement

@@ -31,6 +31,7 @@ def parse(text: str, where: str = "value") -> Any:
     """
     # registered names have hyphens; to Python's grammar they would be subtractions
     spelled = re.sub(r"(?<=[A-Za-z])-(?=[A-Za-z])", "__hyphen__", text.strip())
+    spelled = re.sub(r"\basync\b", "async__word__", spelled)  # and this one a keyword
     try:
         tree = ast.parse(spelled, mode="eval").body
     except (SyntaxError, ValueError) as error:
@@ -44,7 +45,7 @@ def parse(text: str, where: str = "value") -> Any:
 
 def _node(node: ast.expr, text: str, where: str) -> Any:
     if isinstance(node, ast.Constant):
-        return node.value.replace("__hyphen__", "-") if isinstance(node.value, str) else node.value
+        return _spelled(node.value) if isinstance(node.value, str) else node.value
     if isinstance(node, ast.Name):
         return _unhyphen(node.id)
     if isinstance(node, (ast.Tuple, ast.List)):
@@ -66,10 +67,15 @@ def _node(node: ast.expr, text: str, where: str) -> Any:
                 {n: _node(k.value, text, where) for n, k in zip(names, node.keywords, strict=True)},
             )
     raise UsageError(
-        f"{where}: {ast.unparse(node).replace('__hyphen__', '-')!r} in {text!r} is not data",
+        f"{where}: {_spelled(ast.unparse(node))!r} in {text!r} is not data",
         "only literals, words, lists and calls with keywords are read; nothing is evaluated",
         "write the value itself",
     )
+
+
+def _spelled(text: str) -> str:
+    """As it was written."""
+    return text.replace("__hyphen__", "-").replace("__word__", "")
 
 
 def _unhyphen(name: str) -> Any:
@@ -81,5 +87,5 @@ def _unhyphen(name: str) -> Any:
         "inf": float("inf"),
         "nan": float("nan"),
     }
-    word = name.replace("__hyphen__", "-")
+    word = _spelled(name)
     return words.get(word.lower(), word)
