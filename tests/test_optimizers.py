@@ -21,6 +21,7 @@ from manyhands.core.registry import REGISTRY
 from manyhands.strategy.delayed_nesterov import DelayedNesterov
 from manyhands.strategy.optimizers import SGD, Adafactor, Adagrad, Adam, AdamW, Muon, RMSprop
 from manyhands.strategy.schedules import WSD, Constant, Cosine, Linear
+from manyhands.strategy.sign import SignSGD
 
 SPECS: dict[str, Any] = {
     "sgd": SGD(0.02),
@@ -33,6 +34,7 @@ SPECS: dict[str, Any] = {
     "rmsprop-plain": RMSprop(1e-2),
     "adafactor": Adafactor(1e-2, weight_decay=0.01),
     "muon": Muon(1e-2),
+    "signsgd": SignSGD(0.01, momentum=0.9, weight_decay=0.01),
     "delayed-nesterov": DelayedNesterov(0.005, every=3, activation=0.1, weight_decay=0.01),
 }
 HIDDEN = {"hidden.weight", "late.weight", "never.weight"}

@@ -73,6 +73,7 @@ def job() -> list[e.Event]:
         e.Evaluated(step=2402, metrics={"loss": 3.21, "bits_per_byte": 1.19}, wall_s=4.2),
         stepped(12_000),
         e.Sampled(step=12_000, prompt="def ", text="f():\n\treturn :smile: [red]no\x1b[2J\x07\u202e é\ud800"),
+        e.Served(consistency="bounded(4)", updates=9, discarded=1, staleness={"0": 7, "3": 2}),
         e.Finished(step=12_000, reason="done", wall_s=7300, summary="run/summary.json"),
     ]
 
