@@ -289,7 +289,7 @@ def test_a_killed_server_is_started_again(tmp_path: Path) -> None:
     corpus.write_text("\n".join(" ".join(rng.choice(words) for _ in range(9)) for _ in range(300)))
     output = tmp_path / "run"
     strategy = "parameter-server(consistency=bounded(2), servers=2, exchange=error-feedback(int8), lr=1e-3)"
-    arguments = ["--data", corpus, *TINY, "--steps", 60, "--workers", 2, "--save-every", 30]
+    arguments = ["--data", corpus, *TINY, "--steps", 30, "--workers", 2, "--save-every", 15]
     process = subprocess.Popen(
         command("train", *arguments, "--strategy", strategy, "--output", output),
         stdout=subprocess.PIPE,
@@ -309,9 +309,9 @@ def test_a_killed_server_is_started_again(tmp_path: Path) -> None:
     assert killed
     assert "parameter server 1 ended (SIGKILL); starting it again" in said
     found = summary(output)
-    assert found["steps"] == 60
+    assert found["steps"] == 30
     assert found["samples"] == sum(worker["samples"] for worker in found["workers"])
-    assert found["served"]["updates"] == 120
+    assert found["served"]["updates"] == 60
     assert not (output / "servers").exists()
     assert "continues with update" in (output / "logs" / "server-1.log").read_text()
     losses = [e["loss"] for e in events(output, "stepped")]
