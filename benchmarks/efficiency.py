@@ -3,14 +3,16 @@
     python benchmarks/efficiency.py [--rounds 40] [--rows 8] [--compile]
 
 Two workers, started by the launcher as `manyhands train` starts its own (pinned, one thread, our allocator and kernels), go
-through rounds of three steps:
+through rounds of four steps:
 
     together   both compute `rows` rows each and agree (ddp over shared memory, clipping, AdamW): 2 · rows rows
     alone 0    worker 0 computes `rows` rows as a world of one, while worker 1 sleeps at a barrier
     alone 1    the other way round
+    apart      both compute `rows` rows each at the same time, each as a world of one: what the machine allows
 
-so that all three meet the same machine within two seconds, however it changes from minute to minute. The efficiency of
-a round is mean(alone) / together: the share of twice one core's rate that two workers reach. The order of the three
+so that all meet the same machine within two seconds, however it changes from minute to minute. The efficiency of
+a round is mean(alone) / together: the share of twice one core's rate that two workers reach; apart / together is what our
+agreement costs, and mean(alone) / apart what two busy cores cost each other (caches, memory, clock). The order
 changes from round to round. ``--kernels torch`` is the same without our kernels.
 
 Writes ``results/efficiency.json``: every round, the median with a 95% interval from the order statistics of the rounds.
@@ -40,6 +42,11 @@ def interval(values: list[float]) -> tuple[float, float]:
     n = len(ordered)
     reach = 1.96 * math.sqrt(n) / 2
     return ordered[max(0, math.floor(n / 2 - reach))], ordered[min(n - 1, math.ceil(n / 2 + reach) - 1)]
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    low, high = interval(values)
+    return {"median": statistics.median(values), "low": low, "high": high}
 
 
 def work(argument: str) -> int:
@@ -94,12 +101,12 @@ def work(argument: str) -> int:
     found = []
     for number in range(WARMUP + rounds):
         seconds: dict[str, float] = {}
-        for turn in range(3):
-            kind = ("together", "alone0", "alone1")[(turn + number) % 3]
+        for turn in range(4):
+            kind = ("together", "alone0", "alone1", "apart")[(turn + number) % 4]
             barrier()
             if kind == "together":
                 seconds[kind] = step(together, number, 2 * rows)
-            elif kind == f"alone{world.rank}":
+            elif kind in (f"alone{world.rank}", "apart"):
                 seconds[kind] = step(alone, number, rows)
         gathered: dict[str, float] = {}
         for each in world.gather(seconds):
@@ -137,12 +144,16 @@ def measure(work_place: Path, rounds: int, rows: int, compile: bool, kernels: bo
         if code:
             raise SystemExit(code)
         found: dict[str, Any] = json.loads(answer.read_text())
-    shares = [(r["alone0"] + r["alone1"]) / 2 / r["together"] for r in found["rounds"]]
-    low, high = interval(shares)
+    rounds_of = found["rounds"]
+    shares = {
+        "efficiency": [(r["alone0"] + r["alone1"]) / 2 / r["together"] for r in rounds_of],
+        "agreement": [r["apart"] / r["together"] for r in rounds_of],
+        "machine": [(r["alone0"] + r["alone1"]) / 2 / r["apart"] for r in rounds_of],
+    }
     together = [r["together"] for r in found["rounds"]]
     return {
         **found,
-        "efficiency": {"median": statistics.median(shares), "low": low, "high": high},
+        **{name: summary(values) for name, values in shares.items()},
         "tokens_per_s": 2 * rows * setting.SEQ_LEN / statistics.median(together),
         "best_tokens_per_s": 2 * rows * setting.SEQ_LEN / min(together),
     }
@@ -163,10 +174,10 @@ def main() -> int:
     given = parser.parse_args()
     setting.make(given.work.resolve())
     found = measure(given.work.resolve(), given.rounds, given.rows, given.compile, given.kernels == "ours")
-    e = found["efficiency"]
-    print(
-        f"{e['median']:.4f} of twice one core (95%: {e['low']:.4f} to {e['high']:.4f}); {found['tokens_per_s']:,.0f} tokens/s"
-    )
+    for name in ("efficiency", "agreement", "machine"):
+        e = found[name]
+        print(f"{name}: {e['median']:.4f} (95%: {e['low']:.4f} to {e['high']:.4f})")
+    print(f"{found['tokens_per_s']:,.0f} tokens/s")
     before = json.loads(given.output.read_text())["runs"] if given.output.exists() else {}
     name = f"{'compiled' if given.compile else 'eager'}, {given.kernels} kernels"
     data = {

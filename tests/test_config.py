@@ -132,3 +132,30 @@ def test_toml_mistakes_name_the_file(tmp_path: Path) -> None:
 def test_no_text_can_do_harm(text: str) -> None:
     with contextlib.suppress(UsageError):
         parse(text)
+
+
+def _assembled(*layers: dict[str, Any]) -> Any:
+    return config.assemble(Job, [(f"--set {i}", layer) for i, layer in enumerate(layers)])[0].strategy
+
+
+def test_another_kind_does_not_inherit_the_old_ones_options() -> None:
+    assert type(_assembled({"strategy.exchange.kind": "topk"}).exchange).__name__ == "TopK"
+
+
+def test_parts_of_a_call_form_can_be_changed() -> None:
+    changed = _assembled(
+        {"strategy.exchange": "error-feedback(int8)"}, {"strategy.exchange.inner.block": "64"}
+    )
+    assert changed.exchange.inner.block == 64
+
+
+def test_shorthands_mean_the_optimizer_that_trains() -> None:
+    rate = {"strategy.main.lr": "4e-4"}
+    assert _assembled(rate).outer.lr == 4e-4
+    local = _assembled({"strategy": "diloco"}, rate)
+    assert (local.inner.lr, local.outer.lr) == (4e-4, 0.7)
+
+
+def test_an_empty_text_is_a_text() -> None:
+    assert config.assemble(Job, [("--prompt", {"prompt": ""})])[0].prompt == ""
+    assert config.assemble(Job, [("--prompt", {"prompt": "none"})])[0].prompt is None

@@ -16,10 +16,10 @@ from manyhands.core.errors import UsageError, nearest
 
 # Hugging Face's names for parts of the strategy: option -> (path, help)
 SHORTHANDS = {
-    "--learning-rate": ("strategy.outer.lr", "the optimizer's rate"),
-    "--weight-decay": ("strategy.outer.weight_decay", "the optimizer's weight decay"),
-    "--warmup-ratio": ("strategy.outer.schedule.warmup", "share of the steps that warm up"),
-    "--warmup-steps": ("strategy.outer.schedule.warmup", "steps that warm up"),
+    "--learning-rate": ("strategy.main.lr", "the optimizer's rate"),
+    "--weight-decay": ("strategy.main.weight_decay", "the optimizer's weight decay"),
+    "--warmup-ratio": ("strategy.main.schedule.warmup", "share of the steps that warm up"),
+    "--warmup-steps": ("strategy.main.schedule.warmup", "steps that warm up"),
 }
 
 

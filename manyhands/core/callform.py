@@ -38,7 +38,7 @@ def parse(text: str, where: str = "value") -> Any:
         raise UsageError(
             f"{where}: {text!r} cannot be read ({error.args[0]})",
             "a value is a number, a word, a string, a [list] or a call such as name(key=value)",
-            "put quotes around text with spaces or slashes",
+            "put quotes around text with spaces, slashes or colons",
         ) from None
     return _node(tree, text, where)
 

@@ -193,6 +193,8 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
     if hint is Any or hint is object:
         return value
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType) and value == "" and str in args:
+        return ""  # an empty text is a text: --prompt ''
     if origin in (Union, types.UnionType):
         if (value is None or (isinstance(value, str) and value.lower() in ("none", ""))) and type(
             None
@@ -312,18 +314,44 @@ def _set_path(
         f = next(f for f in dataclasses.fields(cls) if f.name == path[0])
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         merged[path[0]] = to_data(default, kind)
-    table = merged[path[0]]
+    table, kinds = merged[path[0]], _kinds(cls)
+    if kind == "strategies" and path[1] == "main" and isinstance(table, dict):  # the optimizer that trains
+        path = [path[0], "inner" if table.get("inner") else "outer", *path[2:]]
     for depth, key in enumerate(path[1:-1], 1):
+        kinds = _kinds_within(table, kind)
+        kind = kinds.get(key)
+        if kind and isinstance(table, dict) and isinstance(table.get(key), str):  # call form, given before
+            table[key] = to_data(from_choice(kind, table[key], raw), kind)
         if not isinstance(table, dict) or not isinstance(table.get(key), dict):
             here = ".".join(path[:depth])
-            known = [k for k, v in table.items() if isinstance(v, dict)] if isinstance(table, dict) else []
+            known = (
+                [k for k, v in table.items() if isinstance(v, dict) or k in kinds]
+                if isinstance(table, dict)
+                else []
+            )
             raise UsageError(f"unknown option {raw!r}", f"{here} has no part {key!r}", nearest(key, known))
         table = table[key]
     if not isinstance(table, dict):
         raise UsageError(
             f"unknown option {raw!r}", f"{'.'.join(path[:-1])} has no parts", f"set {path[0]} itself"
         )
+    if path[-1] == "kind":  # another thing: what was said of the old one does not hold for it
+        table.clear()
     table[path[-1]] = item
+
+
+def _kinds(cls: type) -> dict[str, str]:
+    """Which fields of a dataclass hold a registry's values, and which registry's."""
+    return {f.name: f.metadata["choice"] for f in dataclasses.fields(cls) if "choice" in f.metadata}
+
+
+def _kinds_within(table: Any, kind: str | None) -> dict[str, str]:
+    """`_kinds` of what a data table of registry `kind` describes; nothing where that is unknown."""
+    if kind is None or not isinstance(table, dict):
+        return {}
+    name = "strategy" if kind == "strategies" else table.get("kind")
+    maker = _maker(kind, str(name), kind) if name else None
+    return _kinds(maker) if isinstance(maker, type) and dataclasses.is_dataclass(maker) else {}
 
 
 def to_toml(value: Any) -> str:

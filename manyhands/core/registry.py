@@ -63,6 +63,10 @@ REGISTRY: dict[str, dict[str, Entry]] = {
         "sparseloco": Entry(
             "manyhands.strategy.presets:sparseloco", "local steps, top-k in 2 bits (arXiv:2508.15706)"
         ),
+        "demo": Entry(
+            "manyhands.strategy.presets:demo",
+            "local momentum, its largest DCT parts travel (arXiv:2411.19870)",
+        ),
         "gossip": Entry(
             "manyhands.strategy.presets:gossip", "local steps, averages in pairs (NoLoCo, arXiv:2506.10911)"
         ),

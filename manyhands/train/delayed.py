@@ -82,10 +82,14 @@ class DelayedSteps:
             self._forecast(own, arrived, nominal, count, used)
             self._own = (own, count)
         replica.steps += 1
+        replica.tokens += int(nominal)  # corrected when it arrives
         if arrived is None:  # the first step: nothing has been agreed yet
             mean = loss_sum / count if count else math.nan
             lr = replica.rate(replica.strategy.outer)[1]
-            return StepResult(mean, 0, part.rows, math.nan, lr, False, 0, False, int(count), agreed=False)
+            norm = norm_of(own) * nominal / count if count else math.nan
+            return StepResult(
+                mean, int(nominal), part.rows, norm, lr, False, 0, False, int(count), agreed=False
+            )
         told = arrived.told
         mean = told.loss_sum / told.count if told.count else math.nan
         return StepResult(
@@ -175,6 +179,7 @@ class DelayedSteps:
                 if mean is not mine:
                     mine.copy_(mean)
             means.append(self._travelling[i])
+        replica.tokens -= int(flight.nominal)
         factor, rate = replica.rate(replica.strategy.outer, behind=1)  # of the step that is now agreed upon
         replica.tokens += told.count
         norm = norm_of(means) * flight.nominal / told.count if told.count else math.nan

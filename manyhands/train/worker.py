@@ -146,6 +146,7 @@ class _Run:
             loop = self._loop(model, facts, plan)
             if resume is not None:
                 self._restore(loop, resume)
+            self._write_config()
         reason = "done"
         try:
             loop.run()
@@ -259,9 +260,13 @@ class _Run:
             resume=None,
         )
         self.effective = effective
+
+    def _write_config(self) -> None:
+        """Once it is sure that the run begins: a refused one leaves an earlier run's configuration alone."""
         from manyhands.train.durable import write_text
 
-        write_text(self.output / "config.toml", config.to_toml(effective))
+        if self.world.rank == 0:
+            write_text(self.output / "config.toml", config.to_toml(self.effective))
 
     def _loop(self, model: torch.nn.Module, facts: Facts, plan: Plan) -> Loop:
         from manyhands.data.sample import Order as SampleOrder
