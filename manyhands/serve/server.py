@@ -137,7 +137,11 @@ class Server:
             reason = "it cannot be bound"
         if not port:
             self.shard.close()
-            raise UsageError(f"listen = {listen!r}: {reason}", "it is a free HOST:PORT of this machine", "")
+            raise UsageError(
+                f"listen = {listen!r}: {reason}",
+                "it is a free HOST:PORT of this machine",
+                "give another port, or 0 for any free one",
+            )
         return int(port)
 
     def _expire(self) -> None:
