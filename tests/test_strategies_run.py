@@ -90,7 +90,9 @@ def test_sigterm_between_agreements_is_heard_at_the_next_one(corpus: Path, tmp_p
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("step 6/"):  # all have left their first step, in which a signal ends a worker at once
+        if line.startswith(
+            "step 6/"
+        ):  # all have left their first step, in which a signal ends a worker at once
             process.send_signal(signal.SIGTERM)
             break
     process.communicate(timeout=120)
