@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "manyhands"
 FLOORS = {
     "core": 0,
     "wire": 1,
+    "balance": 1,
     "data": 1,
     "exchange": 2,
     "cadence": 2,

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from manyhands.core.errors import UsageError
 from manyhands.data.partition import divide
-from manyhands.data.sample import Order, places
+from manyhands.data.sample import Order
+from manyhands.data.sample import places as cut
 from manyhands.train.replica import Part
 
 if TYPE_CHECKING:
@@ -24,9 +26,11 @@ if TYPE_CHECKING:
     from manyhands.core.types import Rows
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Feed:
     """Reads this worker's part of any step in O(1).
+
+    `rank` and `weights` may be set at step boundaries, on all workers alike; the global batch does not change.
 
     Args:
         rows: where rows come from.
@@ -49,20 +53,32 @@ class Feed:
     device: torch.device
     seed: int
 
-    def part(self, step: int) -> Part:
-        """My micro-batches of step `step` (from 0)."""
+    def part(self, step: int, *, places: Sequence[int] | None = None) -> Part:
+        """My micro-batches of step `step` (from 0).
+
+        Args:
+            places: exactly these micro-batches instead of mine by the current weights, in any order.
+
+        Raises:
+            UsageError: the step's global batch has no such place, or one is given twice.
+        """
         ids = self.order.ids(step)
-        cuts = places(len(ids), self.micro_batch)
-        mine = divide(len(cuts), self.weights)[self.rank]
+        cuts = cut(len(ids), self.micro_batch)
+        mine = self.division(step)[self.rank] if places is None else _ascending(places, len(cuts))
         batches = [(first, self._batch(ids[begin:end])) for first, begin, end in self._passes(cuts, mine)]
         return Part(step, batches, len(cuts), len(ids), self.seed)
 
-    def _passes(self, cuts: Sequence[range], mine: range) -> list[tuple[int, int, int]]:
-        """(first place, begin row, end row) of each forward pass."""
+    def division(self, step: int) -> list[range]:
+        """The places of step `step`'s global batch that each rank has by the current weights."""
+        return divide(len(cut(self.order.rows(step), self.micro_batch)), self.weights)
+
+    def _passes(self, cuts: Sequence[range], mine: Sequence[int]) -> list[tuple[int, int, int]]:
+        """(first place, begin row, end row) of each forward pass; `mine` ascends."""
         passes: list[tuple[int, int, int]] = []
         for place in mine:
             begin, end = cuts[place].start, cuts[place].stop
-            if self.coalesce and passes and end - passes[-1][1] <= self.device_batch:
+            joins = self.coalesce and passes and passes[-1][2] == begin
+            if joins and end - passes[-1][1] <= self.device_batch:
                 first, start, _ = passes[-1]
                 passes[-1] = (first, start, end)
             else:
@@ -76,6 +92,17 @@ class Feed:
         return {
             name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in batch.items()
         }
+
+
+def _ascending(places: Sequence[int], n_places: int) -> list[int]:
+    found = sorted(places)
+    if len(set(found)) != len(found) or (found and not 0 <= found[0] <= found[-1] < n_places):
+        raise UsageError(
+            f"places = {list(places)} of a global batch of {n_places} micro-batches",
+            "a micro-batch is computed once, by one worker",
+            f"give different places below {n_places}",
+        )
+    return found
 
 
 def unit_rows(global_batch: int, *, one_pass: bool) -> int:
