@@ -21,7 +21,16 @@ import torch
 
 from manyhands.core.request import Gather
 from manyhands.train.gradients import FlatGradients
-from manyhands.train.method import Header, Part, StepResult, accumulate, clip_factor, is_finite, norm_of
+from manyhands.train.method import (
+    Header,
+    Part,
+    StepResult,
+    Wishes,
+    accumulate,
+    clip_factor,
+    is_finite,
+    norm_of,
+)
 from manyhands.wire.drive import Interleave
 from manyhands.wire.solo import Solo
 
@@ -66,13 +75,13 @@ class DelayedSteps:
     def at_rest(self) -> bool:
         return self._flight is None and self._saved is None
 
-    def step(self, part: Part, loss: Loss, *, stop: int, save: bool) -> StepResult:
+    def step(self, part: Part, loss: Loss, wishes: Wishes) -> StepResult:
         replica = self._replica
         nominal = float(part.rows * replica.per_row)
         loss_sum, count = accumulate(replica, self.gradients, part, loss, nominal, announce=False)
         self.gradients.finish()
         used = list(self.gradients.used)
-        row = Header.row(loss_sum, count, stop, save, [float(u) for u in used])
+        row = Header.row(loss_sum, count, wishes, replica.work, [float(u) for u in used])
         own = [b.clone() for b in self.gradients.buckets]
         arrived = self._arrive()
         for buffer, mine in zip(self._travelling, own, strict=True):
@@ -102,6 +111,8 @@ class DelayedSteps:
             told.stop,
             told.save,
             int(count),
+            change=told.change,
+            work=told.work,
         )
 
     def meet(self) -> None:

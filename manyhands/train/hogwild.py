@@ -19,7 +19,16 @@ import torch
 from manyhands.core.errors import UsageError
 from manyhands.core.request import Gather
 from manyhands.train.gradients import FlatGradients
-from manyhands.train.method import Header, Part, StepResult, accumulate, clip_factor, is_finite, norm_of
+from manyhands.train.method import (
+    Header,
+    Part,
+    StepResult,
+    Wishes,
+    accumulate,
+    clip_factor,
+    is_finite,
+    norm_of,
+)
 from manyhands.wire.solo import Solo
 
 if TYPE_CHECKING:
@@ -57,7 +66,7 @@ class Hogwild:
     def at_rest(self) -> bool:
         return self._rested
 
-    def step(self, part: Part, loss: Loss, *, stop: int, save: bool) -> StepResult:
+    def step(self, part: Part, loss: Loss, wishes: Wishes) -> StepResult:
         replica = self._replica
         self._rested = False
         nominal = part.rows * replica.per_row
@@ -71,15 +80,25 @@ class Hogwild:
             replica.tokens = self._exact + self._since
             mean = loss_sum / count if count else math.nan
             return StepResult(mean, nominal, part.rows, norm, lr, skipped, 0, False, int(count), agreed=False)
-        told, correction = self._tell(stop, save)
+        told, correction = self._tell(wishes)
         mean = told.loss_sum / told.count if told.count else math.nan
         return StepResult(
-            mean, nominal + correction, part.rows, norm, lr, skipped, told.stop, told.save, int(count)
+            mean,
+            nominal + correction,
+            part.rows,
+            norm,
+            lr,
+            skipped,
+            told.stop,
+            told.save,
+            int(count),
+            change=told.change,
+            work=told.work,
         )
 
     def meet(self) -> None:
         if not self._rested:
-            self._tell(0, False)
+            self._tell(Wishes())
         self._rested = True
 
     @contextmanager
@@ -152,9 +171,9 @@ class Hogwild:
         replica.optimize_s += time.perf_counter() - start
         return norm, lr, not finite
 
-    def _tell(self, stop: int, save: bool) -> tuple[Header, int]:
+    def _tell(self, wishes: Wishes) -> tuple[Header, int]:
         """Everybody's sums since the last time, and by how much the targets differ from the nominal ones."""
-        row = Header.row(self._sums[0], self._sums[1], stop, save, [])
+        row = Header.row(self._sums[0], self._sums[1], wishes, self._replica.work)
         told = Header.of(torch.stack(self._replica.wire.begin(Gather(row, even=True)).wait()))
         self._exact += told.count
         correction = told.count - self._since

@@ -28,7 +28,17 @@ from manyhands.core.errors import ManyhandsError
 from manyhands.core.request import Gather, Sum
 from manyhands.train.fragments import Fragment, split
 from manyhands.train.gradients import FlatGradients
-from manyhands.train.method import MAX_SKIPPED, Part, StepResult, accumulate, clip_factor, is_finite, norm_of
+from manyhands.train.method import (
+    MAX_SKIPPED,
+    Header,
+    Part,
+    StepResult,
+    Wishes,
+    accumulate,
+    clip_factor,
+    is_finite,
+    norm_of,
+)
 from manyhands.wire.drive import Interleave
 from manyhands.wire.solo import Solo
 
@@ -74,7 +84,7 @@ class LocalSteps:
     def at_rest(self) -> bool:
         return not self._pairwise and not any(f.flight or f.drifted for f in self._fragments)
 
-    def step(self, part: Part, loss: Loss, *, stop: int, save: bool) -> StepResult:
+    def step(self, part: Part, loss: Loss, wishes: Wishes) -> StepResult:
         replica = self._replica
         nominal = float(part.rows * replica.per_row)
         loss_sum, count, norm, lr, skipped = self._inner_step(part, loss, nominal)
@@ -88,7 +98,7 @@ class LocalSteps:
             fragment.targets += count
             fragment.nominal += nominal
         for i in self._cadence.starts(replica.steps):
-            self._start(i, stop, save)
+            self._start(i, wishes)
         told: _Told | None = None
         for i in self._cadence.finishes(replica.steps):
             told = self._finish(i) or told
@@ -97,17 +107,19 @@ class LocalSteps:
             return StepResult(
                 mean, int(nominal), part.rows, norm, lr, skipped, 0, False, int(count), agreed=False
             )
-        correction, skipped = told.tokens - told.nominal, skipped or told.lost
+        header, skipped = told.header, skipped or told.lost
         return StepResult(
             told.loss,
-            int(nominal) + correction,
+            int(nominal) + header.count - told.nominal,
             part.rows,
             norm,
             lr,
             skipped,
-            told.stop,
-            told.save,
+            header.stop,
+            header.save,
             int(count),
+            change=header.change,
+            work=header.work,
         )
 
     def meet(self) -> None:
@@ -117,7 +129,7 @@ class LocalSteps:
                 self._finish(i)
         for i, fragment in enumerate(self._fragments):
             if fragment.drifted:
-                self._start(i, 0, False)
+                self._start(i, Wishes())
                 self._finish(i, keep_local=0.0)
         if self._pairwise:
             while self._late:
@@ -210,12 +222,12 @@ class LocalSteps:
             return [*fragment.flats, *fragment.anchor_flats()]
         return list(fragment.views) if getattr(self._exchange, "by_tensor", False) else list(fragment.flats)
 
-    def _start(self, i: int, stop: int, save: bool) -> None:
+    def _start(self, i: int, wishes: Wishes) -> None:
         fragment = self._fragments[i]
         weight = 1.0 if self._pairwise else fragment.targets / (fragment.nominal or 1.0)
         fragment.measure(weight)
-        row = [*self._sums, float(stop), float(save), fragment.targets]
-        header = self._replica.wire.begin(Gather(torch.tensor(row, dtype=torch.float64), even=True))
+        row = Header.row(self._sums[0], self._sums[1], wishes, self._replica.work, [fragment.targets])
+        header = self._replica.wire.begin(Gather(row, even=True))
         talks = Interleave(self._replica.wire)
         talks.start(self._exchange.talk(self._contribution(fragment), self.states[i]))
         fragment.flight = _Flight(talks, header, fragment.nominal, self._since)
@@ -231,10 +243,10 @@ class LocalSteps:
         if flight is None:
             return None
         (agreed,) = flight.talks.finish()
-        table = None if self._pairwise else torch.stack(flight.header.wait())  # [workers, 5]
+        told = None if self._pairwise else Header.of(torch.stack(flight.header.wait()))
         start = time.perf_counter()
-        targets = 1.0 if table is None else float(table[:, 4].sum())
-        scale = 1.0 if table is None else flight.nominal / targets if targets else math.nan
+        targets = 1.0 if told is None else float(told.more.sum())
+        scale = 1.0 if told is None else flight.nominal / targets if targets else math.nan
         means = fragment.shaped(agreed.mean, by_tensor=getattr(self._exchange, "by_tensor", False))
         norm = norm_of(means) * scale
         finite = is_finite(norm)
@@ -255,18 +267,10 @@ class LocalSteps:
 
     def _read(self, flight: _Flight, *, lost: bool) -> _Told:
         """The header of an exchange: everybody's sums."""
-        table = torch.stack(flight.header.wait())  # [workers, 5]
-        loss_sum, count = float(table[:, 0].sum()), int(table[:, 1].sum())
-        self._exact += count - flight.told_nominal
+        told = Header.of(torch.stack(flight.header.wait()))
+        self._exact += told.count - flight.told_nominal
         self._replica.tokens = self._exact + self._since
-        return _Told(
-            loss_sum / count if count else math.nan,
-            count,
-            flight.told_nominal,
-            int(table[:, 2].max()),
-            bool(table[:, 3].max()),
-            lost,
-        )
+        return _Told(told.loss_sum / told.count if told.count else math.nan, flight.told_nominal, told, lost)
 
     def _count_lost(self, lost: bool, norm: float) -> None:
         """Everybody falls back to the anchor when what was agreed is not finite. Raises where that goes on and on."""
@@ -305,16 +309,14 @@ class LocalSteps:
 
 @dataclass(frozen=True)
 class _Told:
-    """What the workers told each other: mean loss and targets since they last spoke, and what full batches would have.
+    """What the workers told each other: mean loss since they last spoke, targets that full batches would have had.
 
     `lost`: what was agreed was not finite, and was left out.
     """
 
     loss: float
-    tokens: int
     nominal: int
-    stop: int
-    save: bool
+    header: Header
     lost: bool
 
 

@@ -12,6 +12,7 @@ A placement may name a method of its own (``Placement.method``).
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -54,6 +55,21 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Wishes:
+    """What one worker asks of all, who hear it at the next agreement.
+
+    Attributes:
+        stop: the number of the signal that asks for an orderly end; 0: none.
+        save: take a checkpoint.
+        change: end this set of workers.
+    """
+
+    stop: int = 0
+    save: bool = False
+    change: bool = False
+
+
+@dataclass(frozen=True)
 class StepResult:
     """One step.
 
@@ -67,6 +83,8 @@ class StepResult:
         save: a worker asked for a checkpoint after this step.
         own_tokens: valid targets of this worker's part.
         agreed: the workers have spoken in this step, so `loss` is everybody's; else this worker's.
+        change: somebody waits to join or to leave: the set of workers changes after this step.
+        work: (seconds in forward and backward, rows) of every rank since the last agreement; empty where nobody told.
     """
 
     loss: float
@@ -79,6 +97,8 @@ class StepResult:
     save: bool
     own_tokens: int
     agreed: bool = True
+    change: bool = False
+    work: tuple[tuple[float, float], ...] = ()
 
 
 class Method(Protocol):
@@ -101,7 +121,7 @@ class Method(Protocol):
         """The model holds the agreed parameters and nothing is in flight."""
         ...
 
-    def step(self, part: Part, loss: Loss, *, stop: int, save: bool) -> StepResult:
+    def step(self, part: Part, loss: Loss, wishes: Wishes) -> StepResult:
         """Forward, backward, and what the strategy asks for. Every worker calls it, also with an empty part."""
         ...
 
@@ -145,23 +165,52 @@ class Header:
     count: int
     stop: int
     save: bool
-    used: list[bool]
+    change: bool
+    work: tuple[tuple[float, float], ...]
+    more: Tensor
 
     @staticmethod
-    def row(loss_sum: float, count: float, stop: int, save: bool, more: Sequence[float]) -> Tensor:
-        """What one worker tells: float64 [4 + len(more)], exact for counts below 2⁵³."""
-        return torch.tensor([loss_sum, count, float(stop), float(save), *more], dtype=torch.float64)
+    def row(loss_sum: float, count: float, wishes: Wishes, work: Work, more: Sequence[float] = ()) -> Tensor:
+        """What one worker tells: float64 [7 + len(more)], exact for counts below 2⁵³. Takes what `work` has measured."""
+        seconds, rows = work.take()
+        said = (loss_sum, count, float(wishes.stop), float(wishes.save), float(wishes.change), seconds, rows)
+        return torch.tensor([*said, *more], dtype=torch.float64)
 
     @staticmethod
     def of(table: Tensor) -> Header:
-        """From everybody's rows [workers, 4 + parameters]."""
+        """From everybody's rows [workers, 7 + more]; `more` is [workers, more]."""
         return Header(
             loss_sum=float(table[:, 0].sum()),
             count=int(table[:, 1].sum()),
             stop=int(table[:, 2].max()),
             save=bool(table[:, 3].max()),
-            used=(table[:, 4:].sum(0) > 0).tolist(),
+            change=bool(table[:, 4].max()),
+            work=tuple((seconds, rows) for seconds, rows in table[:, 5:7].tolist()),
+            more=table[:, 7:],
         )
+
+    @property
+    def used(self) -> list[bool]:
+        """Which of the parameters that `more` has flags of anybody used."""
+        return (self.more.sum(0) > 0).tolist()
+
+
+@dataclass
+class Work:
+    """Seconds in forward and backward, and rows, since they were last told."""
+
+    seconds: float = 0.0
+    rows: float = 0.0
+
+    def add(self, seconds: float, rows: int) -> None:
+        self.seconds += seconds
+        self.rows += rows
+
+    def take(self) -> tuple[float, float]:
+        """What has come together; counting begins anew."""
+        found = self.seconds, self.rows
+        self.seconds = self.rows = 0.0
+        return found
 
 
 def accumulate(
@@ -191,6 +240,8 @@ def accumulate(
         gradients.start_micro_batch(
             last=last and announce and by_place is None, separate=by_place is not None
         )
+        replica.watch()
+        begun = time.perf_counter()
         rng.seed_torch(part.seed, part.step, place)
         with replica.autocast():
             summed = Summed(*loss(replica.forward, batch))
@@ -198,6 +249,7 @@ def accumulate(
         detached = summed.loss_sum.detach().double()
         loss_sum = detached if loss_sum is None else loss_sum + detached
         count = count + summed.count
+        replica.work.add(time.perf_counter() - begun, len(next(iter(batch.values()))))
         if by_place is not None:
             by_place(place)
     return (0.0 if loss_sum is None else float(loss_sum)), float(count)

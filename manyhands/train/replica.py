@@ -9,16 +9,17 @@ counters, the schedule, and the comparison of fingerprints.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from manyhands.core.errors import Diverged, ManyhandsError
+from manyhands.core.errors import Diverged, ManyhandsError, PeerLost
 from manyhands.core.registry import resolve_target
 from manyhands.core.request import Gather
-from manyhands.train.method import MAX_SKIPPED, Part, StepResult
+from manyhands.train.method import MAX_SKIPPED, Part, StepResult, Wishes, Work
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,11 +40,13 @@ class Replica:
         targets_per_row: valid targets of a full row; makes the final scaling factor 1 for full batches.
         total: length of the schedule, in its unit (steps or target tokens); None: a constant rate.
         autocast: context for forward passes.
+        over: set when somebody was lost (see `manyhands.core.membership`).
 
     Attributes:
         steps, tokens: done so far, by the whole job.
         skipped: steps without an update because a gradient was not finite.
         optimize_s: seconds in optimizers.
+        work: seconds and rows of forward and backward since they were last told.
     """
 
     def __init__(
@@ -57,10 +60,12 @@ class Replica:
         total: float | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         forward: nn.Module | Callable[..., Any] | None = None,
+        over: threading.Event | None = None,
     ) -> None:
         self.model = model
         self.strategy = strategy
         self.wire = wire
+        self.over = over
         self.total = total
         self.steps = 0
         self.tokens = 0
@@ -70,13 +75,16 @@ class Replica:
         self.max_norm = max_grad_norm or math.inf
         self.per_row = targets_per_row
         self.autocast = autocast
+        self.work = Work()
         self._skipped_in_a_row = 0
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.device = self.named[0][1].device if self.named else torch.device("cpu")
         self._compare(fingerprint(model))
         self.method: Method = resolve_target(strategy.method)(self)
 
-    def step(self, part: Part, loss: Loss, *, stop: int = 0, save: bool = False) -> StepResult:
+    def step(
+        self, part: Part, loss: Loss, *, stop: int = 0, save: bool = False, change: bool = False
+    ) -> StepResult:
         """Forward, backward, and what the strategy asks for. Every worker calls it, also with an empty part.
 
         Args:
@@ -84,12 +92,18 @@ class Replica:
             loss: (model, batch) -> (loss sum, count of valid targets).
             stop: nonzero asks all workers to stop; everybody sees the largest at the next agreement.
             save: asks all workers to save then.
+            change: asks all workers to form a new set after this step.
 
         Raises:
             PeerLost: another worker is gone; nothing of this step was applied.
             ManyhandsError: too many successive steps without finite gradients.
         """
-        return self.method.step(part, loss, stop=stop, save=save)
+        return self.method.step(part, loss, Wishes(stop, save, change))
+
+    def watch(self) -> None:
+        """Called before each forward pass. Raises `PeerLost` where the set of workers is over."""
+        if self.over is not None and self.over.is_set():
+            raise PeerLost(None, "forward", "the set of workers has changed")
 
     @property
     def states(self) -> list[Any]:

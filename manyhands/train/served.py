@@ -22,16 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from manyhands.core import config, rng
+from manyhands.core import config, rng, tls
 from manyhands.core.environment import read_env
 from manyhands.core.errors import CheckpointError, UsageError
 from manyhands.core.request import Gather
 from manyhands.exchange.allreduce import AllReduce
 from manyhands.exchange.codec import wide
-from manyhands.serve import tls
 from manyhands.serve.client import Endpoint, Link, Servers, endpoints
 from manyhands.train.gradients import FlatGradients
-from manyhands.train.method import Part, StepResult, accumulate, norm_of
+from manyhands.train.method import Part, StepResult, Wishes, accumulate, norm_of
 from manyhands.wire.solo import Solo
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ class Served:
     def at_rest(self) -> bool:
         return self._sync or self._rested
 
-    def step(self, part: Part, loss: Loss, *, stop: int, save: bool) -> StepResult:
+    def step(self, part: Part, loss: Loss, wishes: Wishes) -> StepResult:
         replica = self._replica
         self._rested = False
         nominal = float(part.rows * replica.per_row)
@@ -103,8 +102,8 @@ class Served:
             "loss": loss_sum,
             "count": int(count),
             "norm": norm,
-            "stop": stop,
-            "save": save,
+            "stop": wishes.stop,
+            "save": wishes.save,
         }
         answer = self._push(header)
         self._take_parameters()

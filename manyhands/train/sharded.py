@@ -24,7 +24,7 @@ from manyhands.core.errors import Diverged
 from manyhands.core.request import Gather
 from manyhands.core.types import Summed
 from manyhands.train import sharded_state
-from manyhands.train.method import Header, Part, StepResult, clip_factor, is_finite
+from manyhands.train.method import Header, Part, StepResult, Wishes, clip_factor, is_finite
 from manyhands.train.sharded_gradients import ShardGradients
 from manyhands.train.sharded_layout import Layout
 from manyhands.train.sharded_passes import Pass, Passes
@@ -79,7 +79,7 @@ class ShardedModel:
 
             self.optimizer = NamedOptimizer([])
 
-    def step(self, part: Part, loss: Loss, *, stop: int, save: bool) -> StepResult:
+    def step(self, part: Part, loss: Loss, wishes: Wishes) -> StepResult:
         replica = self._replica
         nominal = float(part.rows * replica.per_row)
         passes = self._passes.of(part)
@@ -91,7 +91,7 @@ class ShardedModel:
             self._abort()
             raise
         used = [float(name in self.layout.used) for name in self._params]
-        row = Header.row(loss_sum, count, stop, save, [*used, self._square()])
+        row = Header.row(loss_sum, count, wishes, replica.work, [*used, self._square()])
         table = torch.stack(replica.wire.begin(Gather(row, even=True)).wait())  # [workers, 5 + parameters]
         told = Header.of(table[:, :-1])
         norm = (
@@ -110,7 +110,19 @@ class ShardedModel:
         self.gradients.drop()
         replica.steps += 1
         replica.tokens += told.count
-        return StepResult(mean, told.count, part.rows, norm, lr, not finite, told.stop, told.save, int(count))
+        return StepResult(
+            mean,
+            told.count,
+            part.rows,
+            norm,
+            lr,
+            not finite,
+            told.stop,
+            told.save,
+            int(count),
+            change=told.change,
+            work=told.work,
+        )
 
     @property
     def share(self) -> tuple[int, int, bool] | None:
@@ -213,7 +225,9 @@ class ShardedModel:
         layout.used.clear()
         loss_sum: Tensor | None = None
         count: int | Tensor = 0
+        begun = time.perf_counter()
         for i, each in enumerate(passes):
+            replica.watch()
             layout.begin_pass(
                 last=i == len(passes) - 1,
                 reduce=self._placement.accumulate == "sharded",
@@ -227,6 +241,10 @@ class ShardedModel:
                 detached = summed.loss_sum.detach().double()
                 loss_sum = detached if loss_sum is None else loss_sum + detached
                 count = count + summed.count
+                replica.work.add(0.0, len(next(iter(each.batch.values()))))
+        replica.work.add(
+            time.perf_counter() - begun, 0
+        )  # with the gathering of parameters, which all wait for
         return (0.0 if loss_sum is None else float(loss_sum)), float(count)
 
     def _agree(self) -> list[Any]:

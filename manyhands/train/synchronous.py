@@ -23,7 +23,16 @@ import torch
 from manyhands.core.request import Gather
 from manyhands.exchange.ordered import Tree
 from manyhands.train.gradients import FlatGradients
-from manyhands.train.method import Header, Part, StepResult, accumulate, clip_factor, is_finite, norm_of
+from manyhands.train.method import (
+    Header,
+    Part,
+    StepResult,
+    Wishes,
+    accumulate,
+    clip_factor,
+    is_finite,
+    norm_of,
+)
 from manyhands.wire.drive import Interleave, run
 
 if TYPE_CHECKING:
@@ -61,7 +70,7 @@ class Synchronous:
     def at_rest(self) -> bool:
         return not self._pending.nominal
 
-    def step(self, part: Part, loss: Loss, *, stop: int, save: bool) -> StepResult:
+    def step(self, part: Part, loss: Loss, wishes: Wishes) -> StepResult:
         replica, pending = self._replica, self._pending
         due = self._cadence.due(replica.steps + 1)
         nominal = float(part.rows * replica.per_row)
@@ -80,7 +89,7 @@ class Synchronous:
         pending.add(loss_sum, count, nominal)
         if due:
             try:
-                return self._agree_and_update(part, stop, save, int(count), finishes=1)
+                return self._agree_and_update(part, wishes, int(count), finishes=1)
             except BaseException:
                 self._pending = _Pending()  # nothing was applied: the step can be done again
                 raise
@@ -95,12 +104,12 @@ class Synchronous:
     def meet(self) -> None:
         """Gradients that were added up but not yet exchanged are, now."""
         if not self.at_rest:
-            self._agree_and_update(Part(self._replica.steps - 1, [], 0, 0, 0), 0, False, 0, finishes=0)
+            self._agree_and_update(Part(self._replica.steps - 1, [], 0, 0, 0), Wishes(), 0, finishes=0)
 
-    def _agree_and_update(self, part: Part, stop: int, save: bool, own: int, *, finishes: int) -> StepResult:
+    def _agree_and_update(self, part: Part, wishes: Wishes, own: int, *, finishes: int) -> StepResult:
         """`finishes`: how many steps are done with it, 1 or (when coming to rest) none."""
         replica, pending = self._replica, self._pending
-        told, states = self._agree(pending.loss_sum, pending.count, stop, save)
+        told, states = self._agree(pending.loss_sum, pending.count, wishes)
         norm = norm_of(self.gradients.buckets) * pending.unit / told.count if told.count else math.nan
         lr = 0.0
         finite = is_finite(norm, told.loss_sum)
@@ -116,7 +125,19 @@ class Synchronous:
         replica.steps += finishes
         replica.tokens += new_tokens
         self._pending = _Pending()
-        return StepResult(mean, new_tokens, part.rows, norm, lr, not finite, told.stop, told.save, own)
+        return StepResult(
+            mean,
+            new_tokens,
+            part.rows,
+            norm,
+            lr,
+            not finite,
+            told.stop,
+            told.save,
+            own,
+            change=told.change,
+            work=told.work,
+        )
 
     @contextmanager
     def agreed(self, *, collective: bool = True) -> Iterator[None]:
@@ -147,11 +168,11 @@ class Synchronous:
         replica = self._replica
         return replica.strategy.outer.build(replica.named, replica.device.type)
 
-    def _agree(self, loss_sum: float, count: float, stop: int, save: bool) -> tuple[Header, list[Any]]:
+    def _agree(self, loss_sum: float, count: float, wishes: Wishes) -> tuple[Header, list[Any]]:
         """Exchange header and gradients; the buckets hold Σ afterwards. Also the exchange's next states."""
         if not self._by_place:
             self.gradients.finish()
-        row = Header.row(loss_sum, count, stop, save, [float(u) for u in self.gradients.used])
+        row = Header.row(loss_sum, count, wishes, self._replica.work, [float(u) for u in self.gradients.used])
         told = Header.of(torch.stack(self._replica.wire.begin(Gather(row, even=True)).wait()))
         if not self._by_place:
             agreed = self._talks.finish()
