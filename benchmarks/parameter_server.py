@@ -50,7 +50,7 @@ LOSSES = (
 @contextmanager
 def server(directory: Path, *arguments: str) -> Iterator[tuple[Any, str]]:
     """A server process; its endpoint and token."""
-    from manyhands.serve import tls
+    from manyhands.core import tls
     from manyhands.serve.client import endpoints
 
     ready, token = directory / "ready.json", directory / "token"

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 import torch
 
-from manyhands.core import config
+from manyhands.core import config, tls
 from manyhands.core.errors import CheckpointError, PeerLost, UsageError
 from manyhands.placement.served import Served, bound_of
-from manyhands.serve import protocol, tls
+from manyhands.serve import protocol
 from manyhands.serve.client import Endpoint, Link, Servers
 from manyhands.serve.layout import Layout, divide
 from manyhands.serve.server import Server

@@ -16,7 +16,7 @@ from manyhands.cli import options
 from manyhands.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from manyhands.serve.tls import Identity
+    from manyhands.core.tls import Identity
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -25,9 +25,8 @@ def main(arguments: Sequence[str]) -> int:
     import torch
 
     from manyhands.placement.served import local
-    from manyhands.serve.server import Server, grpc_module
+    from manyhands.serve.server import Server
 
-    grpc_module()
     for name in ("interval", "lease"):
         if not getattr(given, name) > 0:
             raise UsageError(f"--{name} {getattr(given, name)}", "it is a positive time in seconds", "")
@@ -113,7 +112,7 @@ def _parser() -> options.Parser:
 
 
 def _token(path: str) -> str:
-    from manyhands.serve import tls
+    from manyhands.core import tls
 
     if not Path(path).exists():
         try:
@@ -125,7 +124,7 @@ def _token(path: str) -> str:
 
 
 def _identity(given: Any, state: Path | None) -> Identity:
-    from manyhands.serve import tls
+    from manyhands.core import tls
 
     if bool(given.tls_cert) != bool(given.tls_key):
         raise UsageError("--tls-cert and --tls-key", "they are given together", "")

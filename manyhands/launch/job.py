@@ -81,8 +81,8 @@ def servers_of(job: Job) -> ServerProcesses | None:
     placement = job.strategy.placement
     if not isinstance(placement, Served) or placement.address:
         return None
+    from manyhands.core.rpc import grpc_module
     from manyhands.launch.served import ServerProcesses
-    from manyhands.serve.server import grpc_module
 
     grpc_module()
     return ServerProcesses(placement, Path(job.output))

@@ -49,7 +49,7 @@ class ServerProcesses:
 
     def start(self, store: str, env: Mapping[str, str], tell: Callable[[str], None]) -> None:
         """Start all. `tell` takes "started PID" and "ended PID" for the guard."""
-        from manyhands.serve import tls
+        from manyhands.core import tls
 
         self._store, self._tell, self._env = store, tell, dict(env)
         tls.private(Path(store) / "token", tls.new_token().encode())

@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from manyhands.core import errors
+from manyhands.core import errors, rpc
 from manyhands.core.errors import ManyhandsError, PeerLost, UsageError
-from manyhands.serve import protocol, tls
+from manyhands.serve import protocol
 from manyhands.serve.layout import Layout, divide
-from manyhands.serve.server import OPTIONS, grpc_module
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,9 +57,9 @@ class Link:
     """
 
     def __init__(self, where: Callable[[], Endpoint], token: str, *, patience_s: float = 60.0) -> None:
-        self._grpc = grpc_module()
+        self._grpc = rpc.grpc_module()
         self._where, self._patience_s = where, patience_s
-        self._metadata = (("authorization", f"Bearer {token}"),)
+        self._metadata = rpc.bearer(token)
         self._lock = threading.Lock()
         self._channel: _Channel | None = None
         self._closed = False
@@ -135,16 +134,11 @@ class Link:
         with self._lock:
             if self._channel is None:
                 endpoint = self._where()
-                if endpoint.fingerprint:
-                    host, _, port = endpoint.address.rpartition(":")
-                    pem = tls.pinned(host.strip("[]"), int(port), endpoint.fingerprint, timeout_s=10.0)
-                    channel = self._grpc.secure_channel(
-                        endpoint.address,
-                        self._grpc.ssl_channel_credentials(pem),
-                        options=(("grpc.ssl_target_name_override", tls.name_in(pem)), *OPTIONS),
-                    )
-                else:
-                    channel = self._grpc.insecure_channel(endpoint.address, options=OPTIONS)
+                channel = rpc.channel(
+                    endpoint.address,
+                    fingerprint=endpoint.fingerprint,
+                    message_bytes=protocol.MESSAGE_BYTES,
+                )
                 self._channel = _Channel(channel, channel.stream_stream(protocol.METHOD))
             return self._channel
 

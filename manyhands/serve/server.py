@@ -17,8 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from manyhands.core import rpc, tls
 from manyhands.core.errors import ManyhandsError, UsageError
-from manyhands.serve import protocol, tls
+from manyhands.serve import protocol
 from manyhands.serve.protocol import Garbage
 from manyhands.serve.rules import Push
 from manyhands.serve.shard import Shard
@@ -32,30 +33,7 @@ THREADS = 256  # one for each call that waits for others; started as they are ne
 RECEIVING = (
     8  # payloads in memory at once that are not yet part of a round; further ones wait in flow control
 )
-OPTIONS = (
-    ("grpc.max_receive_message_length", protocol.MESSAGE_BYTES),
-    ("grpc.max_send_message_length", protocol.MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),
-)
-
 Reply = tuple[Mapping[str, Any], Sequence[memoryview]]
-
-
-def grpc_module() -> Any:
-    """The package grpc. Raises `UsageError` naming the extra where it is absent."""
-    try:
-        import grpc
-    except ImportError:
-        raise UsageError(
-            "a parameter server without the package grpcio",
-            "servers and their workers talk over gRPC",
-            "install manyhands[server]",
-        ) from None
-    return grpc
 
 
 class Server:
@@ -89,7 +67,7 @@ class Server:
     ) -> None:
         from manyhands.serve.journal import Journal
 
-        grpc = grpc_module()
+        grpc = rpc.grpc_module()
         if listen.startswith("unix:"):
             _make_way(Path(listen.removeprefix("unix:")))
         self._grpc, self._token, self._log, self._lease_s = grpc, token, log, lease_s
@@ -97,13 +75,15 @@ class Server:
         self.shard = Shard(journal, lease_s=lease_s, interval_s=interval_s, log=log)
         self._receiving = threading.BoundedSemaphore(RECEIVING)
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="call")
-        self._server = grpc.server(self._pool, options=(("grpc.so_reuseport", 0), *OPTIONS))
+        self._server = grpc.server(
+            self._pool, options=(("grpc.so_reuseport", 0), *rpc.options(protocol.MESSAGE_BYTES))
+        )
         handler = grpc.stream_stream_rpc_method_handler(self._call)
         service, _, method = protocol.METHOD.strip("/").partition("/")
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(service, {method: handler}),)
         )
-        port = self._bind(listen, identity)
+        port = rpc.listen(self._server, listen, identity, otherwise=self.shard.close)
         host = listen.rpartition(":")[0]
         self.address = listen if listen.startswith("unix:") else f"{host}:{port}"
         self.fingerprint = identity.fingerprint if identity is not None else ""
@@ -124,26 +104,6 @@ class Server:
 
     # -- how
 
-    def _bind(self, listen: str, identity: tls.Identity | None) -> int:
-        try:
-            if identity is None:
-                port = self._server.add_insecure_port(listen)
-            else:
-                credentials = self._grpc.ssl_server_credentials([(identity.key, identity.certificate)])
-                port = self._server.add_secure_port(listen, credentials)
-        except RuntimeError as error:
-            port, reason = 0, str(error).split("\n")[0]
-        else:
-            reason = "it cannot be bound"
-        if not port:
-            self.shard.close()
-            raise UsageError(
-                f"listen = {listen!r}: {reason}",
-                "it is a free HOST:PORT of this machine",
-                "give another port, or 0 for any free one",
-            )
-        return int(port)
-
     def _expire(self) -> None:
         while not self._ended.wait(min(1.0, self._lease_s / 4)):
             with contextlib.suppress(ManyhandsError):  # a full disk: said when it is met by a push
@@ -153,8 +113,7 @@ class Server:
         """One call of a worker, or of somebody else."""
         code = self._grpc.StatusCode
         peer = context.peer()
-        metadata = dict(context.invocation_metadata())
-        if not tls.same_token(str(metadata.get("authorization", "")), f"Bearer {self._token}"):
+        if not rpc.knows(context, self._token):
             self._log(f"refused {peer}: wrong token")
             context.abort(code.UNAUTHENTICATED, "the token is not this server's")
         try:

@@ -81,7 +81,7 @@ def self_signed() -> Identity:
         raise UsageError(
             "TLS without the package cryptography",
             "the server's certificate is made with it",
-            "install manyhands[server], or give a certificate of your own",
+            "pip install cryptography, or give a certificate of your own",
         ) from None
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, NAME)])
