@@ -16,6 +16,7 @@ VERBS = {
     "evaluate": ("manyhands.cli.evaluate", "score a trained model on held-out data"),
     "generate": ("manyhands.cli.generate", "continue a prompt with a trained model"),
     "serve-parameters": ("manyhands.cli.serve", "keep parameters for workers of a parameter-server strategy"),
+    "ledger": ("manyhands.cli.ledger", "show which samples each step and worker used; verify that each was once"),
     "list": (
         "manyhands.cli.listing",
         "names: strategies, exchanges, cadences, optimizers, tasks, models, launchers, …",
