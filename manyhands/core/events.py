@@ -79,6 +79,20 @@ class Stepped(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Redivided(Event):
+    """The global batch is divided anew among the workers from the step after `step` on.
+
+    Attributes:
+        shares: micro-batches of a global batch, of each worker.
+        rows_per_s: how fast each was found to be; None where it was not measured.
+    """
+
+    step: int
+    shares: Sequence[int]
+    rows_per_s: Sequence[float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluating(Event):
     """Progress of an evaluation."""
 
@@ -136,6 +150,130 @@ class Served(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lost(Event):
+    """A worker is gone, against its will or in an orderly way that nobody had announced.
+
+    Attributes:
+        seat, rank, host: who it was; its rank in the epoch that it was lost from.
+        how: "death", "hang", "failed" (an exception) or "evicted".
+        detail: the cause in words.
+        phase, step: what it was doing when it was last heard of.
+        stack: its main thread's last known stack, innermost call last; empty where unknown.
+        silent_s: from its last sign to the verdict.
+    """
+
+    seat: str
+    rank: int
+    host: str
+    how: str
+    detail: str
+    phase: str
+    step: int
+    stack: str = ""
+    silent_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Left(Event):
+    """A worker ended in an orderly way after `step`; nothing of it was lost."""
+
+    seat: str
+    rank: int
+    host: str
+    step: int
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined(Event):
+    """A worker takes part from `step` on; it fetched `size_bytes` of state in `wall_s` while the others computed."""
+
+    seat: str
+    rank: int
+    host: str
+    step: int
+    size_bytes: int
+    wall_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reformed(Event):
+    """The workers go on as a new group.
+
+    Attributes:
+        epoch: the membership epoch that begins.
+        workers: how many they are now.
+        step: the one that they go on with.
+        wall_s: from the loss being known (or the change being wanted) until all of them work again.
+        kept_places: micro-batches of the interrupted step whose gradients were kept.
+        redone_places: those that had been the lost workers', and are computed by others.
+        by: how many of these each takes, by seat.
+    """
+
+    epoch: int
+    workers: int
+    step: int
+    wall_s: float
+    kept_places: int
+    redone_places: int
+    by: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mended(Event):
+    """A replica differed from the majority and was given the state of `source`.
+
+    `what`: what differed: "parameters", "optimizer state" or both.
+    """
+
+    seat: str
+    rank: int
+    host: str
+    step: int
+    what: str
+    source: str
+    size_bytes: int
+    wall_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """How one worker spent the time since the last `Balance`.
+
+    Attributes:
+        rows: of the global batches, that it computed.
+        compute_s: in forward, backward and the optimizer. data_s: until its rows were there.
+        wait_s: until the slowest other worker had arrived. network_s: moving what the workers tell each other.
+    """
+
+    seat: str
+    rank: int
+    host: str
+    rows: int
+    compute_s: float
+    data_s: float = 0.0
+    wait_s: float = 0.0
+    network_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balance(Event):
+    """Who did how much, and who waited for whom, in the `wall_s` seconds before `step` was done.
+
+    Attributes:
+        workers: in rank order.
+        slowest: the seat that the others wait for; empty where nobody waits to speak of.
+        reason: why: "compute" or "data" of the slowest, or "network" where moving bytes holds up all; empty: nothing does.
+    """
+
+    step: int
+    wall_s: float
+    workers: Sequence[Load]
+    slowest: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finished(Event):
     """The end of a job. `reason` is "done" or the signal's name."""
 
@@ -172,4 +310,6 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
+    if isinstance(value, Load):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return value

@@ -67,7 +67,12 @@ def explain(
             origin("transport", "all workers are CPUs of one host" if world.kind == "shared memory" else ""),
         ),
         ("global batch", f"{job.global_batch} rows × {job.seq_len} tokens", origin("global_batch")),
-        ("who computes what", shares_in_words(job, plan, world.size), origin("shares")),
+        (
+            "who computes what",
+            shares_in_words(job, plan, world.size)
+            + (" at first, then by measured speed" if plan.balance else ""),
+            origin("shares" if job.shares else "balance", plan.reasons["balance"]),
+        ),
         (
             "micro-batch",
             f"{plan.micro_batch} row{'s' if plan.micro_batch > 1 else ''}",

@@ -73,7 +73,10 @@ class Job:
         None, help="most rows in one forward pass", aliases=("per_device_train_batch_size",)
     )
     shares: tuple[float, ...] | None = option(
-        None, help="relative share of each worker, as in 2,1; none: equal"
+        None, help="relative share of each worker, as in 2,1, fixed; none: see --balance"
+    )
+    balance: Literal["auto", "off"] = option(
+        "auto", help="shares of the global batch follow the workers' measured speeds; off: equal shares"
     )
     steps: int | None = option(None, help="optimizer steps; none: --epochs", aliases=("max_steps",))
     epochs: float | None = option(

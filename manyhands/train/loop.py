@@ -14,9 +14,11 @@ import torch
 from manyhands.core.errors import Stopped
 from manyhands.core.events import Emit, Evaluated, Stepped, Warned
 from manyhands.train import session
+from manyhands.train.balancing import rebalance
 from manyhands.train.evaluate import evaluate
 
 if TYPE_CHECKING:
+    from manyhands.balance.balancer import Balancer
     from manyhands.core.signals import Interrupts
     from manyhands.core.types import Rows, Task
     from manyhands.train.checkpoint import AsyncSaver
@@ -73,6 +75,7 @@ class Loop:
 
     replica: Replica
     feed: Feed
+    balancer: Balancer | None
     task: Task
     world: World
     schedule: Schedule
@@ -148,6 +151,8 @@ class Loop:
             self.tally.rate_s += now - start
             self.tally.rate_tokens += result.target_tokens
         self._warm = True
+        emit = self.emit if self.world.rank == 0 else _drop
+        rebalance(self.balancer, self.feed, result, self.replica.steps, emit)
         if not result.skipped and result.agreed:
             self.tally.losses.append((result.loss, result.target_tokens))
         elif result.skipped and result.target_tokens:

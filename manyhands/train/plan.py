@@ -51,6 +51,7 @@ class Plan:
     device_batch: int
     coalesce: bool
     weights: tuple[float, ...]
+    balance: bool
     reasons: Mapping[str, str]
 
 
@@ -103,6 +104,7 @@ def derive(job: Job, facts: Facts) -> Plan:
             "give as many",
         )
     weights = job.shares or (1.0,) * facts.world_size
+    balance, reasons["balance"] = _balance(job, facts)
     device_batch, reasons["device_batch"] = _device_batch(job, facts)
     compiled, reasons["compile"] = _compile(job, facts, steps)
     return Plan(
@@ -114,8 +116,25 @@ def derive(job: Job, facts: Facts) -> Plan:
         device_batch=device_batch,
         coalesce=one_pass,
         weights=tuple(weights),
+        balance=balance,
         reasons=reasons,
     )
+
+
+def _balance(job: Job, facts: Facts) -> tuple[bool, str]:
+    """Whether shares follow the measured speeds, and why."""
+    placement = job.strategy.placement
+    if facts.world_size == 1:
+        return False, "one worker"
+    if job.shares is not None:
+        return False, "shares are given"
+    if job.balance == "off":
+        return False, "given"
+    if getattr(placement, "needs_group", False):
+        return False, "all workers take part in every layer of a divided model"
+    if hasattr(placement, "bound"):
+        return False, "servers tell nobody how long workers take" if placement.bound == 0 else "nobody waits"
+    return True, "re-estimated at every step"
 
 
 def _device_batch(job: Job, facts: Facts) -> tuple[int, str]:

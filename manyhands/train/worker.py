@@ -272,6 +272,7 @@ class _Run:
         from manyhands.data.sample import Order as SampleOrder
         from manyhands.exchange.ordered import Ordered
         from manyhands.train import session
+        from manyhands.train.balancing import balancer_for
         from manyhands.train.checkpoint import AsyncSaver
         from manyhands.train.feed import Feed
         from manyhands.train.forward import compiled
@@ -322,6 +323,7 @@ class _Run:
             interrupts=self.interrupts,
             emit=self.emit,
             autocast=autocast,
+            balancer=balancer_for(plan, [str(r) for r in range(self.world.size)], self.job.global_batch),
             eval_rows=self.material.evaluation,
             eval_batch=plan.device_batch,
             saver=AsyncSaver(self.output, self.job.keep, self.emit) if self.world.rank == 0 else None,

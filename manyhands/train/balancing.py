@@ -1,0 +1,39 @@
+"""Measurements of a step -> the next step's division, in the loop of the main job."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from manyhands.core.events import Emit, Redivided
+from manyhands.data.sample import places
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from manyhands.balance.balancer import Balancer
+    from manyhands.train.feed import Feed
+    from manyhands.train.method import StepResult
+    from manyhands.train.plan import Plan
+
+
+def balancer_for(plan: Plan, ids: Sequence[str], global_batch: int) -> Balancer | None:
+    """What re-estimates the shares of the workers `ids`; None where the plan says that they stay."""
+    from manyhands.balance.balancer import Balancer
+
+    if not plan.balance:
+        return None
+    n_units = len(places(global_batch, plan.micro_batch))
+    return Balancer(ids, n_units=n_units, unit_rows=plan.micro_batch)
+
+
+def rebalance(balancer: Balancer | None, feed: Feed, result: StepResult, step: int, emit: Emit) -> None:
+    """After each step, on every worker alike: `feed` divides the next global batch by what was measured.
+
+    Steps in which the workers did not speak (between agreements) leave the division alone.
+    """
+    if balancer is None or len(result.work) != len(balancer.weights):
+        return
+    weights = balancer.observe(result.work)
+    if weights != tuple(feed.weights):
+        feed.weights = weights
+        emit(Redivided(step=step, shares=weights, rows_per_s=balancer.speeds()))
