@@ -46,6 +46,39 @@ def stepped(step: int = 2402, **changes: Any) -> e.Stepped:
     return e.Stepped(**{**figures, **changes})
 
 
+def balance(slowest: str = "w1", workers: int = 3) -> e.Balance:
+    loads = [
+        e.Load(
+            seat=f"w{i}",
+            rank=i,
+            host="node-1",
+            rows=100 + i,
+            compute_s=2.0 if f"w{i}" == slowest else 1.0,
+            wait_s=0.0 if f"w{i}" == slowest else 0.9,
+            data_s=0.02,
+            network_s=0.08,
+        )
+        for i in range(workers)
+    ]
+    reason = "compute" if slowest else ""
+    return e.Balance(step=2402, wall_s=2.1, workers=loads, slowest=slowest, reason=reason)
+
+
+def membership() -> list[e.Event]:
+    who: dict[str, Any] = {"rank": 2, "host": "node-1"}
+    stack = "loop.py:120 in run\nreplica.py:80 in step"
+    lost: dict[str, Any] = {"seat": "w2", "phase": "step", "step": 2403, **who}
+    return [
+        e.Redivided(step=2402, shares=(8, 4, 4), rows_per_s=(20.1, 10.2, 9.9)),
+        balance(),
+        e.Lost(how="hang", detail="no heartbeat", stack=stack, silent_s=10.2, **lost),
+        e.Reformed(epoch=2, workers=2, step=2403, wall_s=0.41, kept_places=5, redone_places=3),
+        e.Joined(seat="w2-1", step=2404, size_bytes=15 << 20, wall_s=0.8, **who),
+        e.Mended(seat="w1", step=2500, what="parameters", source="w0", size_bytes=5 << 20, wall_s=0.2, **who),
+        e.Left(seat="w1", step=2501, detail="asked to by SIGTERM", **who),
+    ]
+
+
 def job() -> list[e.Event]:
     """One event of each class and more, in the order of a job, with texts that mean something to a terminal."""
     return [
@@ -71,10 +104,37 @@ def job() -> list[e.Event]:
         stepped(2402),
         *(e.Evaluating(done=i, total=40) for i in (10, 20)),
         e.Evaluated(step=2402, metrics={"loss": 3.21, "bits_per_byte": 1.19}, wall_s=4.2),
+        *membership(),
         stepped(12_000),
         e.Sampled(step=12_000, prompt="def ", text="f():\n\treturn :smile: [red]no\x1b[2J\x07\u202e é\ud800"),
         e.Served(consistency="bounded(4)", updates=9, discarded=1, staleness={"0": 7, "3": 2}),
         e.Finished(step=12_000, reason="done", wall_s=7300, summary="run/summary.json"),
+    ]
+
+
+def test_who_waits_for_whom_is_shown_by_worker() -> None:
+    text = plain([balance(), balance()])
+    assert text.count("w1 33% of rows (compute 95% data 1% network 4%)") == 1  # said again when it changes
+    assert "the others wait for w1 (its computing), up to 43% of the time" in text
+    assert "wait for" not in plain([balance(slowest="")])
+    assert "3 more, which wait longer" in plain([balance(workers=10)])
+    assert plain([balance(workers=1)]) == ""
+
+
+def test_a_loss_and_what_came_of_it_are_one_line_each() -> None:
+    lines = plain(membership()[2:]).splitlines()
+    assert lines == [
+        (
+            "lost w2 (rank 2, node-1), which hung in step 2,403 at replica.py:80 in step: no heartbeat; "
+            "last heard of 10.2 s before"
+        ),
+        "2 workers go on with step 2,403 after 0.41 s (epoch 2): 5 micro-batches of it kept, 3 to compute",
+        "w2-1 (rank 2, node-1) joined before step 2,404; fetched 15.0 MiB of state in 0.8 s meanwhile",
+        (
+            "mended w1 (rank 2, node-1) after step 2,500: its parameters differed from the majority's; "
+            "given w0's (5.0 MiB in 0.2 s)"
+        ),
+        "w1 (rank 2, node-1) left after step 2,501: asked to by SIGTERM",
     ]
 
 
@@ -425,6 +485,7 @@ print(json.dumps({tag: [(s.step, s.value) for s in found.Scalars(tag)] for tag i
         *(f"train/{n}" for n in ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "communicate_share")),
         "eval/loss",
         "eval/bits_per_byte",
+        *(f"w{i}/{n}" for i in range(3) for n in ("share", "compute", "data", "wait", "network")),
     }
     assert [step for step, _ in found["train/loss"]] == [2401, 2402, 12_000, 12_001]
     assert found["train/loss"][0][1] == pytest.approx(10.8231)

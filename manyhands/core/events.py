@@ -206,8 +206,8 @@ class Reformed(Event):
         step: the one that they go on with.
         wall_s: from the loss being known (or the change being wanted) until all of them work again.
         kept_places: micro-batches of the interrupted step whose gradients were kept.
-        redone_places: those that had been the lost workers', and are computed by others.
-        by: how many of these each takes, by seat.
+        redone_places: those that are computed anew, or for the first time, by the workers that are there now.
+        by: whose state the job goes on with: "survivors", or the words for another source (a checkpoint).
     """
 
     epoch: int
@@ -216,7 +216,7 @@ class Reformed(Event):
     wall_s: float
     kept_places: int
     redone_places: int
-    by: Mapping[str, int] = field(default_factory=dict)
+    by: str = "survivors"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from manyhands.core.errors import UsageError
 from manyhands.core.events import (
+    Balance,
     Emit,
     Evaluated,
     Evaluating,
@@ -104,7 +105,7 @@ def _end_of_last_line(file: Any) -> int:
 
 
 class TensorBoard:
-    """Scalars of steps and evaluations, by step. Raises `UsageError` where the extra is not installed.
+    """Scalars of steps, evaluations and workers, by step. Raises `UsageError` where the extra is not installed.
 
     A resumed run hides what an earlier attempt reported of the steps after the checkpoint: one curve, not two.
     """
@@ -126,13 +127,21 @@ class TensorBoard:
     def __call__(self, event: Event) -> None:
         if isinstance(event, Resumed):
             self._purge_step = event.step + 1
-        if not isinstance(event, (Stepped, Evaluated)):
+        if not isinstance(event, (Stepped, Evaluated, Balance)):
             return
         if self._writer is None:
             self._writer = self._open(str(self.path), purge_step=self._purge_step)
         if isinstance(event, Stepped):
             for name in ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "communicate_share"):
                 self._writer.add_scalar(f"train/{name}", getattr(event, name), event.step)
+        elif isinstance(event, Balance):
+            rows = sum(load.rows for load in event.workers)
+            for load in event.workers:
+                figures = {"share": load.rows / rows if rows else 0.0}
+                for name in ("compute", "data", "wait", "network"):
+                    figures[name] = getattr(load, f"{name}_s") / event.wall_s if event.wall_s else 0.0
+                for name, value in figures.items():
+                    self._writer.add_scalar(f"{load.seat}/{name}", value, event.step)
         else:
             for name, value in event.metrics.items():
                 self._writer.add_scalar(f"eval/{name}", value, event.step)

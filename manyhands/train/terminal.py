@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import sys
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
 from manyhands.core import events as e
+from manyhands.train import membership_words as membership
 
 PLAIN_S = 5.0  # between progress lines of preparing and evaluating where there is no bar
 GONE = (errno.EIO, errno.EPIPE)  # a terminal that hung up, a pipe that nobody reads
 DRAWN_S = 0.1  # between two drawings of a bar
+BALANCE_S = 30.0  # between lines on equally loaded workers where there is no bar
 NARROW = 60  # columns below which figures need the place of the bar
 _PLAINER = str.maketrans(
     {"→": "->", "…": "...", "·": "*", "×": "x", "–": "-", "—": "-", "’": "'", "“": '"', "”": '"'}
@@ -33,6 +36,8 @@ class Terminal:
         self._task: Any = None
         self._kind = ""
         self._said = self._drawn = 0.0
+        self._loads: list[tuple[str, str]] = []  # lines below the bar: (text, style)
+        self._blamed, self._blamed_at = "", -math.inf
 
     def __call__(self, event: e.Event) -> None:
         shown = getattr(self, f"_{type(event).__name__.lower()}", None)
@@ -86,6 +91,11 @@ class Terminal:
             f"resumed from {event.path} (step {event.step:,}, {event.from_workers} → {event.workers} workers)"
         )
 
+    def _redivided(self, event: e.Redivided) -> None:
+        shares = " + ".join(map(str, event.shares))
+        speeds = ", ".join("?" if speed is None else f"{speed:.3g}" for speed in event.rows_per_s)
+        self._say(f"step {event.step}: shares {shares} (rows/s of each worker: {speeds})", style="dim")
+
     def _stepped(self, event: e.Stepped) -> None:
         step = f"step {event.step}/{event.total_steps}"
         figures = [  # as shown; the number says which are left out first where there is no room
@@ -105,6 +115,37 @@ class Terminal:
             self._say("  ".join(text for _, text in figures))
         if event.step >= event.total_steps:
             self._stop(keep=True)
+
+    def _balance(self, event: e.Balance) -> None:
+        if len(event.workers) < 2:
+            return
+        if self._live:
+            self._loads = membership.load_lines(event)
+            if self._bar is not None and self._kind == "train" and time.monotonic() - self._drawn > DRAWN_S:
+                self._bar.refresh()
+            return
+        new = event.slowest + event.reason != self._blamed
+        if new or time.monotonic() - self._blamed_at > BALANCE_S:
+            self._blamed, self._blamed_at = event.slowest + event.reason, time.monotonic()
+            self._say("  ".join(text for text, _ in membership.load_lines(event, short=True)))
+
+    def _lost(self, event: e.Lost) -> None:
+        self._loads = []
+        self._say(membership.lost(event), style="red")
+
+    def _left(self, event: e.Left) -> None:
+        self._loads = []
+        self._say(membership.left(event))
+
+    def _joined(self, event: e.Joined) -> None:
+        self._loads = []
+        self._say(membership.joined(event), style="green")
+
+    def _reformed(self, event: e.Reformed) -> None:
+        self._say(membership.reformed(event))
+
+    def _mended(self, event: e.Mended) -> None:
+        self._say(membership.mended(event), style="yellow")
 
     def _evaluating(self, event: e.Evaluating) -> None:
         self._progress("evaluate", "evaluate", event.done, event.total, [])
@@ -193,7 +234,14 @@ class Terminal:
         ]
         if self._bar_width():
             columns.insert(1, BarColumn(bar_width=self._bar_width()))
-        self._bar = Progress(
+        lines = self._load_lines
+
+        class WithLoads(Progress):
+            def get_renderables(self) -> Iterable[Any]:
+                yield self.make_tasks_table(self.tasks)
+                yield from lines() if kind == "train" else ()
+
+        self._bar = WithLoads(
             *columns,
             console=self._console,
             auto_refresh=False,  # drawn when there is something new: a thread would take time from training
@@ -203,7 +251,16 @@ class Terminal:
         self._task = self._bar.add_task(kind, total=None, text="")
         self._kind = kind
 
+    def _load_lines(self) -> list[Any]:
+        from rich.text import Text
+
+        return [
+            Text(f"  {self._clean(text)}", style=style, no_wrap=True, overflow="ellipsis")
+            for text, style in self._loads
+        ]
+
     def _stop(self, *, keep: bool = False) -> None:
+        self._loads = []  # what stays on the screen is the bar alone
         if self._bar is not None:
             if not keep:
                 self._bar.live.transient = True

@@ -1,0 +1,71 @@
+"""What others read is frozen: the events of ``metrics.jsonl`` and the ledger. Adding a field is a change of contract, too."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from manyhands.core import events as e
+from manyhands.core.events import to_record
+from manyhands.train.ledger import Batches, Ledger
+
+EVENTS = {
+    "planned": "rows",
+    "preparing": "done_bytes total_bytes tokens phase",
+    "prepareddata": "directory documents tokens text_bytes skipped reused wall_s",
+    "warned": "message where",
+    "stepped": "step total_steps epoch loss lr grad_norm samples target_tokens tokens_per_s mfu communicate_share "
+    "memory_bytes eta_s",
+    "redivided": "step shares rows_per_s",
+    "evaluating": "done total",
+    "evaluated": "step metrics wall_s",
+    "saved": "step path size_bytes wall_s blocked_s",
+    "resumed": "step path from_workers workers",
+    "sampled": "step prompt text",
+    "served": "consistency updates discarded staleness",
+    "lost": "seat rank host how detail phase step stack silent_s",
+    "left": "seat rank host step detail",
+    "joined": "seat rank host step size_bytes wall_s",
+    "reformed": "epoch workers step wall_s kept_places redone_places by",
+    "mended": "seat rank host step what source size_bytes wall_s",
+    "balance": "step wall_s workers slowest reason",
+    "finished": "step reason wall_s summary",
+}
+LOAD = "seat rank host rows compute_s data_s wait_s network_s"
+
+
+def test_the_events_and_their_fields() -> None:
+    found = {
+        kind.__name__.lower(): " ".join(f.name for f in dataclasses.fields(kind) if f.name != "time_s")
+        for kind in e.Event.__subclasses__()
+    }
+    assert found == EVENTS
+
+
+def test_nested_values_are_plain_json() -> None:
+    load = e.Load(seat="w0", rank=0, host="n", rows=4, compute_s=float("nan"))
+    record = to_record(e.Balance(step=1, wall_s=1.0, workers=(load,)))
+    assert " ".join(record["workers"][0]) == LOAD
+    assert json.loads(json.dumps(record, allow_nan=False))["workers"][0]["compute_s"] == "nan"
+
+
+def test_the_lines_of_the_ledger(tmp_path: Path) -> None:
+    ledger = Ledger(
+        tmp_path, "w0", Batches(n=9, global_batch=4, seed=1, micro_batch=2), attempt=1, resumed_at=0
+    )
+    for step in (1, 2):
+        ledger.commit(step, epoch=1, who={"w0": [(0, 1)], "w1": [(1, 2)]}, rows=4)
+    ledger.commit(3, epoch=2, who={"w0": [(0, 1)]}, rows=1, alone=True)
+    ledger.dropped(4, epoch=2, who={"w1": [(1, 2)]}, rows=4, why="killed")
+    ledger.close()
+    assert (tmp_path / "ledger" / "w0.jsonl").read_text().splitlines() == [
+        (
+            '{"ledger":1,"seat":"w0","attempt":1,"resumed_at":0,"n":9,"global_batch":4,"seed":1,"micro_batch":2,'
+            '"drop_last":false,"order":"shuffled"}'
+        ),
+        '{"step":1,"epoch":1,"rows":4,"who":{"w0":[[0,1]],"w1":[[1,2]]}}',
+        '{"step":2}',
+        '{"step":3,"epoch":2,"rows":1,"who":{"w0":[[0,1]]},"alone":true}',
+        '{"step":4,"epoch":2,"rows":4,"dropped":{"w1":[[1,2]]},"why":"killed"}',
+    ]

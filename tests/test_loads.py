@@ -1,0 +1,58 @@
+"""Who waits for whom: sums over steps, and the blame."""
+
+from __future__ import annotations
+
+from manyhands.core.events import Load
+from manyhands.core.membership import Seat
+from manyhands.train.loads import Loads, blame
+
+SEATS = [Seat(id="w0", host="a"), Seat(id="w1", host="b")]
+
+
+def load(
+    seat: str, compute_s: float, *, data_s: float = 0.0, wait_s: float = 0.0, network_s: float = 0.0
+) -> Load:
+    return Load(
+        seat=seat,
+        rank=0,
+        host="",
+        rows=1,
+        compute_s=compute_s,
+        data_s=data_s,
+        wait_s=wait_s,
+        network_s=network_s,
+    )
+
+
+def test_steps_are_added_up_by_worker() -> None:
+    loads = Loads()
+    for _ in range(3):
+        loads.add([(1.0, 8), (2.0, 4)], [(0.1, 0.9, 0.1), (0.0, 0.0, 0.1)], wall_s=2.1)
+    loads.add([], wall_s=0.1)  # between agreements nobody tells
+    balance = loads.take(7, SEATS)
+    assert balance is not None
+    assert [w.rows for w in balance.workers] == [24, 12]
+    assert round(balance.workers[0].wait_s, 6) == 2.7
+    assert round(balance.wall_s, 6) == 6.4
+    assert (balance.slowest, balance.reason) == ("w1", "compute")
+    assert loads.take(8, SEATS) is None
+
+
+def test_a_changed_group_begins_anew() -> None:
+    loads = Loads()
+    loads.add([(1.0, 4), (1.0, 4), (1.0, 4)], wall_s=1.0)
+    assert loads.take(1, SEATS) is None
+    loads.add([(1.0, 4), (1.0, 4), (1.0, 4)], wall_s=1.0)
+    loads.add([(1.0, 6), (0.5, 6)], wall_s=1.0)
+    balance = loads.take(2, SEATS)
+    assert balance is not None
+    assert [(w.rows, w.wait_s) for w in balance.workers] == [(6, 0.0), (6, 0.5)]
+    assert balance.slowest == "w0"
+
+
+def test_the_blame_goes_to_data_compute_or_network() -> None:
+    assert blame([load("a", 1.0, data_s=1.0), load("b", 1.1, wait_s=0.9)], 2.0) == ("a", "data")
+    assert blame([load("a", 2.0), load("b", 1.1, wait_s=0.9)], 2.0) == ("a", "compute")
+    assert blame([load("a", 1.0, network_s=1.0), load("b", 1.0, network_s=1.0)], 2.0) == ("", "network")
+    assert blame([load("a", 2.0), load("b", 1.99, wait_s=0.01)], 2.0) == ("", "")
+    assert blame([], 1.0) == ("", "")
