@@ -13,6 +13,7 @@ FLOORS = {
     "wire": 1,
     "balance": 1,
     "data": 1,
+    "coordinate": 1,
     "exchange": 2,
     "cadence": 2,
     "placement": 2,

@@ -26,6 +26,10 @@ class Env:
         agent_store: whether the launcher's agent serves MASTER_PORT already (torchrun).
         host: what to call this host instead of its host name ($MANYHANDS_HOST): for containers that share a name, and
             to treat parts of one machine as several.
+        coordinator: ``host:port`` of the job's coordinator ($MANYHANDS_COORDINATOR); None: the job has none.
+        token_file: file with its token ($MANYHANDS_TOKEN_FILE).
+        fingerprint: of its certificate ($MANYHANDS_FINGERPRINT); None: without TLS.
+        seat: this process's id in the job ($MANYHANDS_SEAT).
     """
 
     rank: int = 0
@@ -38,6 +42,10 @@ class Env:
     agent_store: bool = False
     launcher: str = "none"
     host: str | None = None
+    coordinator: str | None = None
+    token_file: str | None = None
+    fingerprint: str | None = None
+    seat: str | None = None
 
 
 # launcher -> (rank, world size, local rank, local world size)
@@ -110,6 +118,10 @@ def _read(env: Mapping[str, str], launcher: str, names: tuple[str, str, str, str
         agent_store=agent and env.get("TORCHELASTIC_USE_AGENT_STORE", "False").lower() == "true",
         launcher=name,
         host=env.get("MANYHANDS_HOST") or None,
+        coordinator=env.get("MANYHANDS_COORDINATOR") or None,
+        token_file=env.get("MANYHANDS_TOKEN_FILE") or None,
+        fingerprint=env.get("MANYHANDS_FINGERPRINT") or None,
+        seat=env.get("MANYHANDS_SEAT") or None,
     )
 
 

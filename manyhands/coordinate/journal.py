@@ -1,0 +1,108 @@
+"""What the coordinator must not forget, as JSON lines that are durable before they are told; and the way back from them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from manyhands.coordinate.messages import epoch_of, loss_of
+from manyhands.coordinate.state import State
+from manyhands.coordinate.words import Rules
+from manyhands.core.errors import CheckpointError, UsageError
+
+
+class Journal:
+    """A file that records are appended to.
+
+    Attributes:
+        records: what an earlier coordinator had written.
+
+    Raises:
+        UsageError: it cannot be written, or another coordinator uses it.
+        CheckpointError: it is damaged (an incomplete last line is not: that was never told).
+    """
+
+    def __init__(self, path: Path, log: Callable[[str], None]) -> None:
+        self._log, self._told = log, False
+        self._lock = FileLock(f"{path}.lock", timeout=0)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        except Timeout:
+            raise UsageError(
+                f"{path} is in use", "one coordinator keeps it", "end the other one, or give another --output"
+            ) from None
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror}", "the journal is written there", "") from None
+        try:
+            self.records = self._read(path)
+        except CheckpointError:
+            self.close()
+            raise
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write and sync. A full disk is logged once: the workers, too, know their epoch."""
+        try:
+            os.write(self._file, json.dumps(record).encode() + b"\n")
+            os.fsync(self._file)
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                self._log(f"the journal cannot be written ({error.strerror}); the job goes on without it")
+
+    def close(self) -> None:
+        os.close(self._file)
+        self._lock.release()
+
+    def _read(self, path: Path) -> list[dict[str, Any]]:
+        data = path.read_bytes()
+        whole, _, torn = data.rpartition(b"\n")
+        if torn:
+            os.ftruncate(self._file, len(data) - len(torn))
+        records = []
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                record = json.loads(line)
+                records.append({"kind": str(record["kind"]), **record})
+            except (ValueError, KeyError, TypeError):
+                raise CheckpointError(
+                    f"{path}, line {number} is no record",
+                    "each line is a JSON object that a coordinator wrote",
+                    "remove the file to begin anew: running workers come back by themselves",
+                ) from None
+        return records
+
+
+def restore(records: Iterable[Mapping[str, Any]], rules: Rules, now: float) -> State:
+    """The state that the records lead to. After a job's end: a new one, whose epoch numbers go on.
+
+    Raises:
+        CheckpointError: a record has lost a part.
+    """
+    state = State(rules)
+    try:
+        for record in records:
+            kind = record["kind"]
+            if kind == "fact":
+                state.facts[record["key"]] = record["text"]
+            elif kind == "epoch":
+                state.adopt(epoch_of(record), now)
+            elif kind == "lost":
+                state.recall(loss_of(record["loss"]))
+            elif kind == "began":
+                state.began = True
+            elif kind == "ended":
+                state = State(rules, number=state.number)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"a record of the journal lacks {error}",
+            "a coordinator of this version wrote it",
+            "remove the file to begin anew: running workers come back by themselves",
+        ) from None
+    return state

@@ -1,0 +1,412 @@
+"""The coordinator's policy: who takes part, when an epoch ends and the next begins, who is given up. No I/O, no clock.
+
+Every method takes the time and returns nothing; what is to be said and done lies in `out` afterwards, in order. Time is
+any clock in seconds that does not jump (`shift` moves it on where the whole machine was asleep).
+
+1. The first epoch begins when all expected workers are ready. A worker lost before the job's first step fails the job.
+2. A lost worker ends the epoch at once (`over`). The next begins when every living member is ready again, with those
+   newcomers that are ready then.
+3. A ready newcomer, or a member that wants to leave, is announced (`wanted`); the members end the epoch at a step of theirs.
+4. A worker unheard of for `hang_s` is evicted. So is one that stands still for `stuck_s` while the others passed it, or,
+   where all stand still, the one that did so first.
+5. A step that `faults` workers die of by themselves (or `kills` of any cause) fails the job, as does a collective that
+   cannot be completed again and again without anybody to blame; else whoever is suspected most is evicted.
+6. Where fewer than `min_workers` are alive and no replacement comes, or nobody is left who holds the state, it fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from manyhands.coordinate import judge
+from manyhands.coordinate.messages import FACTS, VERSION, Garbage, Refused, epoch_to
+from manyhands.coordinate.words import Happening, Member, Note, Rules, Say
+from manyhands.core.membership import Epoch, Loss, Seat
+
+EXPLAIN_S = 0.3  # how long a better reason than "its connection ended" is awaited before the loss is told
+LEFT_S = 1.0  # a member that has left is not missed for so long: the others reach the same step boundary
+
+
+@dataclass
+class State:
+    """A job's membership."""
+
+    rules: Rules
+    number: int = 0
+    epoch: Epoch | None = None
+    over: bool = False
+    began: bool = False  # the job has committed a step
+    stopping: bool = False
+    ended: tuple[int, str] | None = None
+    facts: dict[str, str] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)  # expected ids: the first epoch's ranks
+    coming: set[str] = field(default_factory=set)
+    members: dict[str, Member] = field(default_factory=dict)
+    gone: dict[str, Loss] = field(default_factory=dict)
+    out: list[Say | Note | Happening] = field(default_factory=list)
+    _losses: list[str] = field(default_factory=list)  # ids lost since the epoch began
+    _unexplained: dict[str, float] = field(default_factory=dict)
+    _departed: float | None = None  # when somebody left whom the others may still wait for
+    _wanted: bool = False
+    _top: int = 0
+    _since_step: list[Loss] = field(default_factory=list)
+    _suspicions: list[dict[str, str]] = field(default_factory=list)  # of each epoch since the last step
+    _short_s: float | None = None
+
+    # -- from workers
+
+    def hello(self, seat: Seat, *, holding: Epoch | None, step: int, version: int, now: float) -> None:
+        """A worker (re)connects; `holding` is the epoch that it takes part in. Raises `Refused`."""
+        if version != VERSION:
+            raise Refused("FAILED_PRECONDITION", f"protocol version {version}", f"this is {VERSION}", "")
+        if self.ended is not None:
+            raise Refused("FAILED_PRECONDITION", f"the job has ended: {self.ended[1]}")
+        if seat.id in self.gone:
+            lost = self.gone[seat.id]
+            raise Refused("FAILED_PRECONDITION", f"worker {seat.id} was given up ({lost.how}: {lost.detail})")
+        member = self.members.get(seat.id)
+        if member is not None and member.connected:
+            raise Refused(
+                "ALREADY_EXISTS",
+                f"worker {seat.id} takes part already (process {member.seat.pid} on {member.seat.host})",
+                "an id is one process's, for its life",
+                "give another id",
+            )
+        self.coming.discard(seat.id)
+        if holding is not None and holding.number > self.number:  # our journal was lost: numbers never repeat
+            self.adopt(holding, now)
+        member = self.members[seat.id] = Member(seat, now, now)
+        self._stepped(member, step)
+        welcome = {"facts": dict(self.facts), "stopping": self.stopping, "wanted": self._wanted}
+        self._say(seat.id, "welcome", **welcome)
+        self.out.append(Happening(kind="joined", seat_id=seat.id))
+        if self.epoch is not None and self._inside(seat.id):
+            if (
+                holding is None or holding.number < self.epoch.number
+            ):  # it was told to nobody, or not to this one, before a restart
+                self._say(seat.id, "epoch", **epoch_to(self.epoch))
+            if self.over:
+                self._tell_over([seat.id])
+
+    def beat(self, id: str, *, phase: str, step: int, calls: int, stack: str, now: float) -> None:
+        """A sign of life. `calls`: how often its main thread has said what it does."""
+        member = self.members[id]
+        member.heard_s, member.phase, member.stack = now, phase, stack
+        if calls != member.calls:
+            member.calls, member.moved_s = calls, now
+        self._stepped(member, step)
+
+    def ready(self, id: str, *, epoch: int, step: int, now: float) -> None:
+        """It waits for the epoch after `epoch`."""
+        member = self.members[id]
+        member.heard_s = member.moved_s = now
+        self._stepped(member, step)
+        if self.epoch is not None and self._inside(id) and epoch < self.epoch.number:
+            self._say(id, "epoch", **epoch_to(self.epoch))
+            return
+        member.ready = True
+        self._want()
+        self._form(now)
+
+    def suspect(self, id: str, *, epoch: int, rank: int | None, detail: str, now: float) -> None:
+        """A collective of `epoch` failed for it, because of `rank` as it seems."""
+        current = self.epoch
+        if current is None or epoch != current.number or not self._inside(id):
+            return
+        known = rank is not None and rank < len(current.seats) and current.seats[rank].id != id
+        name = current.seats[rank].id if known and rank is not None else ""
+        if not self.over:
+            self.over = True
+            self._suspicions.append({})
+            self._tell_over(self._living())
+        if self._suspicions and id not in self._suspicions[-1]:
+            self._suspicions[-1][id] = name
+        self._judge(detail, now)
+
+    def leaving(self, id: str, *, detail: str, now: float) -> None:
+        """It will end in an orderly way; "done": because the job is done."""
+        self.members[id].leaving = detail or "left"
+        self._say(id, "left")
+        self._want()
+        self._form(now)
+
+    def publish(self, key: str, value: str) -> None:
+        """A fact for everybody."""
+        if key not in self.facts and len(self.facts) >= FACTS:
+            raise Garbage(f"fact {key!r}", f"a job has at most {FACTS:,}", "")
+        if self.facts.get(key) != value:
+            self.facts[key] = value
+            self.out.append(Note({"kind": "fact", "key": key, "text": value}))
+        for id in self._living():
+            self._say(id, "fact", key=key, text=value)
+
+    # -- from launchers, connections and the journal
+
+    def adopt(self, epoch: Epoch, now: float) -> None:
+        """Go on from an epoch of before a restart; its members have `hang_s` to come back."""
+        self.epoch, self.number, self.over, self._losses = epoch, epoch.number, False, []
+        for seat in epoch.seats:
+            if seat.id not in self.members and seat.id not in self.gone:
+                self.members[seat.id] = Member(seat, now, now, connected=False, step=1)
+
+    def recall(self, loss: Loss) -> None:
+        """Somebody was lost before a restart."""
+        self.gone[loss.seat.id] = loss
+        self.members.pop(loss.seat.id, None)
+        if self._inside(loss.seat.id):
+            self._losses.append(loss.seat.id)
+            self.over = True
+
+    def expect(self, ids: Iterable[str]) -> None:
+        """These workers are being started."""
+        for id in ids:
+            if id not in self.members and id not in self.gone:
+                self.coming.add(id)
+                if self.epoch is None:
+                    self.order.append(id)
+
+    def cut(self, id: str, now: float) -> None:
+        """Its connection has ended: it is dead, or it has left."""
+        member = self.members.get(id)
+        if member is None:
+            return
+        if member.leaving is not None:
+            self.lose(id, how="left", detail=member.leaving, now=now)
+        else:
+            self.lose(id, how="death", detail="its connection ended", now=now, explained=False)
+
+    def lose(self, id: str, *, how: str, detail: str, now: float, explained: bool = True) -> None:
+        """It is no longer there. Told a second time with a better reason, only the reason changes."""
+        if id in self.gone:
+            if id in self._unexplained and explained:
+                self.gone[id] = replace(self.gone[id], how=how, detail=detail)
+                self._explain(id, now)
+            return
+        self.coming.discard(id)
+        member = self.members.pop(id, None)
+        if member is None:
+            member = Member(Seat(id=id, host=""), now, now)
+        if member.leaving is not None and how != "failed":
+            how, detail = "left", member.leaving
+        inside = self.epoch is not None and self._inside(id)
+        rank = self.epoch.rank_of(id) if self.epoch is not None and inside else -1
+        self.gone[id] = Loss(
+            seat=member.seat,
+            rank=rank,
+            how=how,
+            detail=detail,
+            phase=member.phase,
+            step=member.step,
+            stack=member.stack,
+            silent_s=round(max(0.0, now - member.heard_s), 3),
+        )
+        self.out.append(Note({"kind": "lost", "loss": asdict(self.gone[id])}))
+        if inside:
+            self._losses.append(id)
+            if how == "left":
+                if not self.over and detail != "done" and self._departed is None:
+                    self._departed = now
+            else:
+                self.over = True
+                self._tell_over(self._living())
+        self._unexplained[id] = now
+        if explained:
+            self._explain(id, now)
+        self._want()
+        self._form(now)
+
+    def stop(self) -> None:
+        """The whole job is asked to stop."""
+        self.stopping = True
+        for id in self._living():
+            self._say(id, "stop")
+
+    def fail(self, words: str, code: int = 1) -> None:
+        """The job cannot go on."""
+        self._end(code, words)
+
+    def shift(self, seconds: float) -> None:
+        """Nobody was heard for so long because this process (or machine) slept."""
+        for member in self.members.values():
+            member.heard_s += seconds
+            member.moved_s += seconds
+
+    def tick(self, now: float) -> None:
+        """What time brings about; to be called some times a second."""
+        if self.ended is not None:
+            return
+        for id, since in list(self._unexplained.items()):
+            if now - since >= EXPLAIN_S:
+                self._explain(id, now)
+        if self._departed is not None and now - self._departed >= LEFT_S and not self.over:
+            self.over = True
+            self._tell_over(self._living())
+        for id, member in list(self.members.items()):
+            silent = now - member.heard_s
+            if silent > self.rules.hang_s:
+                what = "no sign of life" if member.connected else "it has not come back since the restart"
+                self._evict(id, f"{what} for {silent:.1f} s", now)
+        if self.began and not self.over:
+            found = judge.stuck(self._staying(), self.rules.stuck_s, now)
+            if found is not None:
+                self._evict(found.seat.id, judge.still(found, now), now)
+        self._enough(now)
+
+    # -- how
+
+    def _say(self, to: str, op: str, **fields: Any) -> None:
+        self.out.append(Say(to, {"op": op, **fields}))
+
+    def _living(self) -> list[str]:
+        return [id for id, member in self.members.items() if member.connected]
+
+    def _inside(self, id: str) -> bool:
+        return self.epoch is not None and any(seat.id == id for seat in self.epoch.seats)
+
+    def _staying(self) -> list[Member]:
+        """Members of the epoch that are alive and go on, in rank order."""
+        seats = self.epoch.seats if self.epoch is not None else ()
+        found = [self.members[seat.id] for seat in seats if seat.id in self.members]
+        return [member for member in found if member.leaving is None]
+
+    def _newcomers(self) -> list[Member]:
+        """Ready workers that take part in no epoch yet, as they came."""
+        found = [m for id, m in self.members.items() if not self._inside(id)]
+        return [m for m in found if m.ready and m.leaving is None]
+
+    def _stepped(self, member: Member, step: int) -> None:
+        member.step = max(member.step, step)
+        if member.step > self._top:
+            self._top = member.step
+            self._since_step.clear()
+            self._suspicions.clear()
+            if not self.began:
+                self.began = True
+                self.out.append(Note({"kind": "began"}))
+
+    def _tell_over(self, ids: Iterable[str]) -> None:
+        assert self.epoch is not None
+        losses = [asdict(self.gone[id]) for id in self._losses]
+        for id in ids:
+            if self._inside(id):
+                self._say(id, "over", epoch=self.epoch.number, losses=losses)
+
+    def _want(self) -> None:
+        if self.epoch is None:
+            return
+        leaving = any(member.leaving is not None and self._inside(id) for id, member in self.members.items())
+        wanted = leaving or bool(self._newcomers())
+        if wanted != self._wanted:
+            self._wanted = wanted
+            for id in self._living():
+                self._say(id, "wanted", on=wanted)
+
+    def _form(self, now: float) -> None:
+        """Begin the next epoch if everybody is there."""
+        if self.ended is not None:
+            return
+        if self.epoch is None:
+            ready = {id for id, m in self.members.items() if m.ready and m.leaving is None}
+            if self.coming or not ready or not ready.issuperset(set(self.order) - set(self.gone)):
+                return
+            if len(ready) < self.rules.awaited:
+                return
+            ids = [id for id in self.order if id in ready]
+            ids += [id for id in self.members if id in ready and id not in ids]
+        else:
+            staying = self._staying()
+            if not staying or not all(member.ready for member in staying):
+                return
+            ids = [member.seat.id for member in (*staying, *self._newcomers())]
+            if len(ids) < self.rules.min_workers:
+                return
+        self.number += 1
+        fresh = [id for id in ids if self.members[id].step < 1 or not self.began]
+        self.epoch = Epoch(
+            number=self.number,
+            seats=tuple(self.members[id].seat for id in ids),
+            fresh=frozenset(fresh),
+            losses=tuple(self.gone[id] for id in self._losses),
+        )
+        self.over, self._departed, self._wanted = False, None, False
+        self._losses = []
+        told = epoch_to(self.epoch)
+        self.out.append(Note({"kind": "epoch", **told}))
+        for id in ids:
+            self.members[id].ready = False
+            self.members[id].moved_s = now
+            self._say(id, "epoch", **told)
+        self.out.append(Happening(kind="epoch", epoch=self.epoch))
+        self._want()
+
+    def _explain(self, id: str, now: float) -> None:
+        """The reason of a loss is as good as it will get: tell it, and see whether the job can go on."""
+        del self._unexplained[id]
+        loss = self.gone[id]
+        self.out.append(Happening(kind="lost", seat_id=id, loss=loss))
+        if self.stopping or self.ended is not None:
+            return
+        if loss.how == "left":
+            if loss.detail == "done" and not self.members:
+                self._end(0, "done")
+            return
+        if not self.began:
+            if loss.rank >= 0 or id in self.order:
+                self._end(1, f"worker {id} was lost before the first step ({loss.how}: {loss.detail})")
+            return
+        if loss.rank >= 0:
+            self._since_step.append(loss)
+        words = judge.deadly(self._since_step, self._top + 1, self.rules)
+        if words:
+            self._end(1, words)
+        self._enough(now)
+
+    def _evict(self, id: str, detail: str, now: float) -> None:
+        self._say(id, "evicted", detail=detail)
+        self.out.append(Happening(kind="evict", seat_id=id, detail=detail))
+        self.lose(id, how="hang", detail=detail, now=now)
+
+    def _judge(self, detail: str, now: float) -> None:
+        times = len(self._suspicions)
+        worst = judge.most_suspected(self._suspicions, self.members, self.epoch)
+        if worst is not None:
+            self._suspicions.clear()
+            self._evict(worst, f"collectives failed {times} times in a row because of it: {detail}", now)
+        elif times >= judge.UNNAMED:
+            self._end(
+                1,
+                f"collectives failed {times} times in a row: {detail}. The workers are alive, "
+                "but cannot reach each other. See to the network between them",
+            )
+
+    def _enough(self, now: float) -> None:
+        """Rule 6."""
+        if self.ended is not None or self.stopping or self.epoch is None or not self.began:
+            return
+        if self._unexplained or any(m.leaving == "done" for m in self.members.values()):
+            return
+        if not self.members and any(loss.detail == "done" for loss in self.gone.values()):
+            return
+        alive = sum(1 for m in self.members.values() if m.leaving is None)
+        if not any(m.step >= 1 for m in self.members.values()):
+            value, rule = "no worker is left that holds the job's state", "at least one must survive"
+        elif alive + len(self.coming) >= self.rules.min_workers:
+            self._short_s = None
+            return
+        else:
+            self._short_s = now if self._short_s is None else self._short_s
+            if now - self._short_s < self.rules.patience_s:
+                return
+            value = f"{alive} workers are left and no replacement comes"
+            rule = f"min_workers = {self.rules.min_workers}"
+        self._end(1, f"{value}. {rule}. continue from the last checkpoint by {self.rules.resume}")
+
+    def _end(self, code: int, words: str) -> None:
+        if self.ended is None:
+            self.ended = (code, words)
+            self.out.append(Note({"kind": "ended", "code": code, "detail": words}))
+            for id in self._living():
+                self._say(id, "ended", code=code, detail=words)
+            self.out.append(Happening(kind="failed" if code else "done", detail=words))

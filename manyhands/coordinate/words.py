@@ -1,0 +1,71 @@
+"""The values of the coordinator's policy: its numbers, what it knows of a worker, what it wants done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from manyhands.core.membership import Epoch, Loss, Seat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """The policy's numbers.
+
+    Attributes:
+        awaited: workers that the first epoch waits for, expected by name or not.
+        patience_s: how long a replacement is awaited where too few are alive.
+        resume: how the job is continued from its checkpoint, for messages.
+    """
+
+    hang_s: float = 10.0
+    stuck_s: float = 300.0
+    min_workers: int = 1
+    awaited: int = 1
+    patience_s: float = 3.0
+    faults: int = 3
+    kills: int = 10
+    resume: str = "--resume OUTPUT"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Happening:
+    """What the launcher or a log wants to know: "joined", "epoch", "evict", "lost", "failed" or "done"."""
+
+    kind: str
+    seat_id: str = ""
+    epoch: Epoch | None = None
+    loss: Loss | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Say:
+    """A message for one worker."""
+
+    to: str
+    message: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Note:
+    """A line for the journal, to be durable before anything after it is said."""
+
+    record: Mapping[str, Any]
+
+
+@dataclass
+class Member:
+    """What is known of a living worker."""
+
+    seat: Seat
+    heard_s: float
+    moved_s: float  # when its main thread last said what it does
+    connected: bool = True
+    ready: bool = False
+    leaving: str | None = None
+    phase: str = ""
+    step: int = 0  # committed steps that it holds
+    calls: int = 0
+    stack: str = ""
