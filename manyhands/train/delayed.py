@@ -21,6 +21,7 @@ import torch
 
 from manyhands.core.request import Gather
 from manyhands.train.gradients import FlatGradients
+from manyhands.train.mending import shared_of
 from manyhands.train.method import (
     Header,
     Part,
@@ -72,13 +73,18 @@ class DelayedSteps:
         )
 
     @property
+    def committed(self) -> int:
+        return self._replica.steps - (self._flight is not None)
+
+    @property
     def at_rest(self) -> bool:
         return self._flight is None and self._saved is None
 
     def step(self, part: Part, loss: Loss, wishes: Wishes) -> StepResult:
         replica = self._replica
         nominal = float(part.rows * replica.per_row)
-        loss_sum, count = accumulate(replica, self.gradients, part, loss, nominal, announce=False)
+        done = accumulate(replica, self.gradients, part, loss, nominal, announce=False).require()
+        loss_sum, count = done.loss_sum, done.count
         self.gradients.finish()
         used = list(self.gradients.used)
         row = Header.row(loss_sum, count, wishes, replica.work, [float(u) for u in used])
@@ -132,6 +138,20 @@ class DelayedSteps:
         finally:
             self._put(forecast)
 
+    def shared(self) -> dict[str, dict[str, Tensor]]:
+        """What all replicas hold alike, by kind; behind a forecast that is what was kept."""
+        found = shared_of(self._replica, self.optimizer_state())
+        if self._saved is not None:
+            found["parameters"] = {
+                name: kept for (name, _), kept in zip(self._replica.named, self._saved[0], strict=True)
+            }
+        return found
+
+    def mended(self) -> None:
+        """My kept parameters were replaced: the forecast from the old ones goes."""
+        if self._saved is not None:
+            self._put(self._saved[0])
+
     def optimizer_state(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = self._saved[1] if self._saved else self.optimizer.state_by_name()
         return found
@@ -147,6 +167,21 @@ class DelayedSteps:
 
     def restart(self) -> None:
         self._flight = self._saved = self._own = None
+
+    def rewind(self) -> dict[int, list[int]]:
+        """What was in flight is lost; its step is computed again, at the agreed parameters."""
+        if self._saved is not None:
+            self._put(self._saved[0])
+            self.optimizer.replace_state_by_name(self._saved[1])
+        if self._flight is not None:
+            self._replica.steps -= 1
+            self._replica.tokens -= int(self._flight.nominal)
+        self.restart()
+        return {}
+
+    def adopt(self, other: DelayedSteps) -> None:
+        self.states[:] = other.states
+        self.load_optimizer_state(other.optimizer_state())
 
     def close(self) -> None:
         self.gradients.close()
@@ -174,12 +209,13 @@ class DelayedSteps:
 
     def _arrive(self) -> _Arrived | None:
         """What was in flight becomes the agreed parameters, which the model then holds."""
-        flight, self._flight = self._flight, None
+        flight = self._flight
         if flight is None:
             return None
         replica = self._replica
         told = Header.of(torch.stack(flight.header.wait()))
         agreed = flight.talks.finish()
+        self._flight = None
         if self._saved is not None:
             self._put(self._saved[0])
             self.optimizer.replace_state_by_name(self._saved[1])

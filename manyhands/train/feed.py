@@ -65,8 +65,10 @@ class Feed:
         ids = self.order.ids(step)
         cuts = cut(len(ids), self.micro_batch)
         mine = self.division(step)[self.rank] if places is None else _ascending(places, len(cuts))
-        batches = [(first, self._batch(ids[begin:end])) for first, begin, end in self._passes(cuts, mine)]
-        return Part(step, batches, len(cuts), len(ids), self.seed)
+        passes = self._passes(cuts, mine)
+        batches = [(first, self._batch(ids[begin:end])) for first, begin, end in passes]
+        spans = [range(first, first + -(-(end - begin) // self.micro_batch)) for first, begin, end in passes]
+        return Part(step, batches, len(cuts), len(ids), self.seed, spans)
 
     def division(self, step: int) -> list[range]:
         """The places of step `step`'s global batch that each rank has by the current weights."""

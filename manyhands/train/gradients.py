@@ -125,6 +125,13 @@ class FlatGradients:
         for param in self.params:
             param.grad = None
 
+    def adopt(self, other: FlatGradients) -> None:
+        """Go on with what `other`, of the same parameters, has added up."""
+        for mine, theirs in zip(self.buckets, other.buckets, strict=True):
+            mine.copy_(theirs)
+        self.used = list(other.used)
+        self.attach(self.used)
+
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()

@@ -59,8 +59,13 @@ class Hogwild:
         self.gradients = FlatGradients(replica.named, Solo(), bucket_mb=math.inf, on_bucket=lambda *_: None)
         self.optimizer = replica.strategy.outer.build(replica.named, replica.device.type)
         self._sums = [0.0, 0.0]
-        self._exact, self._since = 0, 0
+        self._exact, self._since, self._met = 0, 0, 0
+        self._held: dict[int, list[int]] = {}
         self._rested = True
+
+    @property
+    def committed(self) -> int:
+        return self._met
 
     @property
     def at_rest(self) -> bool:
@@ -70,12 +75,14 @@ class Hogwild:
         replica = self._replica
         self._rested = False
         nominal = part.rows * replica.per_row
-        loss_sum, count = accumulate(replica, self.gradients, part, loss, float(nominal), announce=False)
+        done = accumulate(replica, self.gradients, part, loss, float(nominal), announce=False).require()
+        loss_sum, count = done.loss_sum, done.count
         self.gradients.finish()
         norm, lr, skipped = self._update(part, loss_sum, count, nominal)
         replica.steps += 1
         self._since += nominal
         self._sums = [self._sums[0] + loss_sum, self._sums[1] + count]
+        self._held.setdefault(part.step, []).extend(done.places)
         if not self._cadence.due(replica.steps):
             replica.tokens = self._exact + self._since
             mean = loss_sum / count if count else math.nan
@@ -125,7 +132,18 @@ class Hogwild:
 
     def restart(self) -> None:
         self._exact, self._since, self._sums, self._rested = self._replica.tokens, 0, [0.0, 0.0], True
+        self._met, self._held = self._replica.steps, {}
         self._barrier()
+
+    def rewind(self) -> dict[int, list[int]]:
+        """My updates since the workers last spoke are in the common parameters, and stay."""
+        self._replica.steps, self._replica.tokens, self._since = self._met, self._exact, 0
+        return {step: list(places) for step, places in self._held.items()}
+
+    def adopt(self, other: Hogwild) -> None:
+        self._sums, self._exact, self._met = other._sums, other._exact, other._met
+        self._held, self._rested = other._held, other._rested
+        self.load_optimizer_state(other.optimizer_state())
 
     def close(self) -> None:
         self.gradients.close()
@@ -178,6 +196,7 @@ class Hogwild:
         self._exact += told.count
         correction = told.count - self._since
         self._since, self._sums = 0, [0.0, 0.0]
+        self._met, self._held = self._replica.steps, {}
         self._replica.tokens = self._exact
         return told, correction
 

@@ -28,6 +28,7 @@ from manyhands.core.errors import ManyhandsError
 from manyhands.core.request import Gather, Sum
 from manyhands.train.fragments import Fragment, split
 from manyhands.train.gradients import FlatGradients
+from manyhands.train.mending import shared_of
 from manyhands.train.method import (
     MAX_SKIPPED,
     Header,
@@ -79,6 +80,12 @@ class LocalSteps:
             _Flight
         ] = []  # pairs do not wait for everybody's sums: they are read one round later
         self._lost_in_a_row = 0
+        self._met = 0  # the step of the last agreement
+        self._held: dict[int, list[int]] = {}  # what I have computed since then: places by step
+
+    @property
+    def committed(self) -> int:
+        return self._met
 
     @property
     def at_rest(self) -> bool:
@@ -87,12 +94,13 @@ class LocalSteps:
     def step(self, part: Part, loss: Loss, wishes: Wishes) -> StepResult:
         replica = self._replica
         nominal = float(part.rows * replica.per_row)
-        loss_sum, count, norm, lr, skipped = self._inner_step(part, loss, nominal)
+        loss_sum, count, norm, lr, skipped, places = self._inner_step(part, loss, nominal)
         replica.steps += 1
         self._since += int(nominal)
         replica.tokens = self._exact + self._since
         self._sums[0] += loss_sum
         self._sums[1] += count
+        self._held.setdefault(part.step, []).extend(places)
         for fragment in self._fragments:
             fragment.drifted = True
             fragment.targets += count
@@ -154,6 +162,16 @@ class LocalSteps:
                 for a, value in zip((a for f in self._fragments for a in f.anchors), anchors, strict=True):
                     a.copy_(value)
 
+    def shared(self) -> dict[str, dict[str, Tensor]]:
+        """What all replicas hold alike, by kind: anchors, the outer optimizer, and the exchange's part."""
+        found = shared_of(self._replica, self.outer.state_by_name())
+        anchors = {n: a for f in self._fragments for n, a in zip(f.names, f.anchors, strict=True)}
+        return {**found, "parameters": {name: anchor.detach() for name, anchor in anchors.items()}}
+
+    def mended(self) -> None:
+        """My anchors were replaced: what I had gone from the old ones is dropped."""
+        self._adopt()
+
     def optimizer_state(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = self.outer.state_by_name()
         return found
@@ -182,22 +200,69 @@ class LocalSteps:
                 fragment.rest()
                 fragment.flight = None
         self._exact, self._since, self._sums, self._late = self._replica.tokens, 0, [0.0, 0.0], []
+        self._met, self._held = self._replica.steps, {}
+
+    def rewind(self) -> dict[int, list[int]]:
+        """My own way since the last agreement stays; others walk the rest of what the lost had to do.
+
+        Where fragments agree at different times, or only pairs do, there is no common point to go on from: everybody falls
+        back to the anchors, and what was computed since then is dropped.
+        """
+        replica = self._replica
+        if not self.comes_to_rest:
+            self._adopt()
+            for fragment in self._fragments:
+                fragment.rest()
+                fragment.flight = None
+            replica.tokens = self._exact + self._since
+            self._exact, self._since, self._sums, self._late, self._held = (
+                replica.tokens,
+                0,
+                [0.0, 0.0],
+                [],
+                {},
+            )
+            self._met = replica.steps
+            return {}
+        (fragment,) = self._fragments
+        if fragment.flight is not None:
+            self._sums = [a + b for a, b in zip(self._sums, fragment.flight.sums, strict=True)]
+            self._exact -= fragment.flight.told_nominal
+            fragment.targets += fragment.flight.targets
+            fragment.flight, fragment.drifted = None, True
+        fragment.nominal, self._since = 0.0, 0  # counted again as the steps go by again
+        replica.steps, replica.tokens = self._met, self._exact
+        return {step: list(places) for step, places in self._held.items()}
+
+    def adopt(self, other: LocalSteps) -> None:
+        with torch.no_grad():
+            for mine, theirs in zip(self._fragments, other._fragments, strict=True):
+                for anchor, old in zip(mine.anchors, theirs.anchors, strict=True):
+                    anchor.copy_(old)
+                mine.targets, mine.drifted = theirs.targets, theirs.drifted
+        self._sums, self._exact, self._met, self._held = other._sums, other._exact, other._met, other._held
+        self.states[:] = other.states
+        self.load_optimizer_state(other.optimizer_state())
+        self.load_local_state(other.local_state())
 
     def close(self) -> None:
         self.gradients.close()
 
     # -- my own steps
 
-    def _inner_step(self, part: Part, loss: Loss, nominal: float) -> tuple[float, float, float, float, bool]:
-        """One step on my share alone: (loss sum, targets, gradient norm, rate, skipped)."""
+    def _inner_step(
+        self, part: Part, loss: Loss, nominal: float
+    ) -> tuple[float, float, float, float, bool, Sequence[int]]:
+        """One step on my share alone: (loss sum, targets, gradient norm, rate, skipped, places)."""
         replica, spec = self._replica, self._replica.strategy.inner
         assert spec is not None
-        loss_sum, count = accumulate(replica, self.gradients, part, loss, nominal, announce=False)
+        done = accumulate(replica, self.gradients, part, loss, nominal, announce=False).require()
+        loss_sum, count = done.loss_sum, done.count
         self.gradients.finish()
         factor, lr = replica.rate(spec)
         if not count:
             self.gradients.detach()
-            return loss_sum, count, math.nan, lr, False
+            return loss_sum, count, math.nan, lr, False, done.places
         start = time.perf_counter()
         scale = nominal / count
         norm = norm_of(self.gradients.buckets) * scale
@@ -213,7 +278,9 @@ class LocalSteps:
             self.inner.step()
         self.gradients.detach()
         replica.optimize_s += time.perf_counter() - start
-        return (loss_sum, count, norm, lr, False) if finite else (0.0, 0.0, norm, lr, True)
+        if not finite:
+            loss_sum = count = 0.0
+        return loss_sum, count, norm, lr, not finite, done.places
 
     # -- agreements
 
@@ -230,7 +297,9 @@ class LocalSteps:
         header = self._replica.wire.begin(Gather(row, even=True))
         talks = Interleave(self._replica.wire)
         talks.start(self._exchange.talk(self._contribution(fragment), self.states[i]))
-        fragment.flight = _Flight(talks, header, fragment.nominal, self._since)
+        fragment.flight = _Flight(
+            talks, header, fragment.nominal, self._since, fragment.targets, list(self._sums)
+        )
         self._exact += self._since  # corrected when the header arrives
         self._since = 0
         self._sums = [0.0, 0.0]
@@ -239,11 +308,13 @@ class LocalSteps:
     def _finish(self, i: int, keep_local: float | None = None) -> _Told | None:
         """The outer step of fragment `i`; None where nothing was in flight (just resumed)."""
         fragment, replica = self._fragments[i], self._replica
-        flight, fragment.flight = fragment.flight, None
+        flight = fragment.flight
         if flight is None:
             return None
         (agreed,) = flight.talks.finish()
         told = None if self._pairwise else Header.of(torch.stack(flight.header.wait()))
+        fragment.flight = None
+        self._met, self._held = replica.steps, {}
         start = time.perf_counter()
         targets = 1.0 if told is None else float(told.more.sum())
         scale = 1.0 if told is None else flight.nominal / targets if targets else math.nan
@@ -328,3 +399,5 @@ class _Flight:
     header: Handle
     nominal: float
     told_nominal: int
+    targets: float
+    sums: list[float]

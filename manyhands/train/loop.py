@@ -1,28 +1,38 @@
-"""The loop of the main job: feed, step, and at their times evaluate, save, compare, report."""
+"""The loop of the main job: feed, step, and at their times evaluate, save, compare, report.
+
+After each step there are chores. They can be done again, so that whatever of them a lost worker interrupts is repeated by the
+others; a step is done once (see `manyhands.train.crew`).
+"""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from manyhands.core.errors import Stopped
+from manyhands.core.errors import PeerLost, Stopped
 from manyhands.core.events import Emit, Evaluated, Stepped, Warned
+from manyhands.core.membership import Seat
 from manyhands.train import session
 from manyhands.train.balancing import rebalance
+from manyhands.train.division import Division
 from manyhands.train.evaluate import evaluate
+from manyhands.train.loads import Loads
 
 if TYPE_CHECKING:
     from manyhands.balance.balancer import Balancer
+    from manyhands.core.membership import Epoch
     from manyhands.core.signals import Interrupts
     from manyhands.core.types import Rows, Task
     from manyhands.train.checkpoint import AsyncSaver
+    from manyhands.train.crew import Crew, Standing
     from manyhands.train.feed import Feed
+    from manyhands.train.ledger import Ledger
     from manyhands.train.replica import Replica, StepResult
     from manyhands.wire.world import World
 
@@ -70,6 +80,11 @@ class Loop:
 
     Attributes:
         state: what a checkpoint needs beyond the replica, as a function (rank 0's is written).
+        promote: told of each set of workers; its rank 0 speaks for all, and gets what saves.
+        next_attempt: the number of the ledger's next attempt, asked of rank 0.
+        open_ledger: (attempt, the step that it goes on from) -> the ledger.
+        crew: how the loop passes from one set of workers to the next; None: the set never changes.
+        seats: the workers, in rank order.
         flops_per_token, peak_flops: for MFU; peak over all workers.
     """
 
@@ -84,63 +99,143 @@ class Loop:
     autocast: Callable[[], Any]
     eval_rows: Rows | None
     eval_batch: int
-    saver: AsyncSaver | None
+    promote: Callable[[World], AsyncSaver | None]
     state: Callable[[], dict[str, Any]]
     tokenizer: Path | None
     flops_per_token: float
     peak_flops: float
+    next_attempt: Callable[[], int]
+    open_ledger: Callable[[int, int], Ledger]
+    crew: Crew | None = None
     tally: Tally = field(default_factory=Tally)
+    saver: AsyncSaver | None = None
+    ledger: Ledger | None = None
+
+    def __post_init__(self) -> None:
+        self.seats: tuple[Seat, ...] = tuple(
+            Seat(id=f"w{m.rank}", host=m.host, device=m.device) for m in self.world.members
+        )
+        self._loads = Loads()
+        self._work = Division(self.feed)
+        self._chores: list[str] = []
+        self._chores_of = -1  # the step that they belong to
+        self._closing = False
+        self._stop = 0
+        self._attempt = (0, 0)
+        self._save_again = False
+        self._saved_at, self._saved_step, self._save_due, self._torn = time.monotonic(), -1, False, False
+        self._first, self._warm = True, False
+        self._mark = self._begun = time.perf_counter()
+        self._marked = (0, 0, 0.0)
 
     def run(self) -> str:
         """Train to the end or until told to stop; returns "done" or the signal's name. Raises as the parts do."""
+        if self._saved_step < 0:
+            self._begin()
+        while True:
+            try:
+                if self._chores:
+                    self._do(self._chores[0])
+                    del self._chores[:1]
+                elif self.replica.steps < self.schedule.total_steps:
+                    self._advance()
+                elif not self._closing:
+                    self._closing = True
+                    self._set_chores(["meet", "evaluate", "save", "wait"])
+                else:
+                    return "done"
+            except PeerLost as lost:
+                if self.crew is None:
+                    raise
+                self.crew.renew(self, lost)
+
+    def _begin(self) -> None:
         self._mark = self._begun = time.perf_counter()
         self._marked = (self.replica.steps, self.replica.tokens, 0.0)
-        self._saved_at = time.monotonic()
-        self._saved_step = self.replica.steps
-        self._save_due = self._torn = False
-        first, self._warm = True, False
-        while self.replica.steps < self.schedule.total_steps:
-            step = self.replica.steps
-            with self.interrupts.phase("compile" if first else "step", interruptible=first):
-                self._torn = True
-                result = self._step(step)
-                self._torn = False
-            first = False
-            done = self.replica.steps
-            if self._due_log(done):
-                self._log(result)
-            if result.stop:
-                self.replica.meet()
-                self._save(final=True)
-                raise Stopped(result.stop & 0xFF)
-            if self.schedule.check_every and done % self.schedule.check_every == 0:
-                self.replica.check_agreement()
-            if (
-                self.schedule.eval_every
-                and done % self.schedule.eval_every == 0
-                and done < self.schedule.total_steps
-            ):
-                self.evaluate()
-            if result.save or (self.schedule.save_every and done % self.schedule.save_every == 0):
-                self._save_due = True
-            if self._save_due and (self.replica.at_rest or not self.replica.method.comes_to_rest):
-                self.replica.meet()
-                self._save()
-        self.replica.meet()
-        self.evaluate()
-        self._save(final=True)
-        return "done"
+        self._saved_at, self._saved_step = time.monotonic(), self.replica.steps
+        self.saver = self.promote(self.world)
+        if self.crew is not None and self.crew.epoch is not None:
+            self.seats = self.crew.epoch.seats
+        self.begin_attempt()
+
+    def begin_attempt(self) -> None:
+        """From here on the ledger counts anew: what was committed after this step before is void. Collective."""
+        number = self.next_attempt() if self.world.rank == 0 else 0
+        self._attempt = (int(self.world.gather(number)[0]), self.replica.steps)
+        if self.ledger is not None:
+            self.ledger.close()
+        self.ledger = self.open_ledger(*self._attempt)
+
+    def _advance(self) -> None:
+        """One step, and what is to be done after it."""
+        self._tell_phase("step")
+        with self.interrupts.phase("compile" if self._first else "step", interruptible=self._first):
+            self._torn = True
+            result = self._step(self.replica.steps)
+            self._torn = False
+        self._first = False
+        done = self.replica.steps
+        if self._due_log(done):
+            self._log(result)
+        every, chores = self.schedule, []
+        if result.stop:
+            self.stop(result.stop)
+            return
+        if every.check_every and done % every.check_every == 0:
+            chores.append("check")
+        if every.eval_every and done % every.eval_every == 0 and done < every.total_steps:
+            chores.append("evaluate")
+        if result.save or (every.save_every and done % every.save_every == 0):
+            self._save_due = True
+        if self._save_due and (self.replica.at_rest or not self.replica.method.comes_to_rest):
+            chores += ["meet", "save"]
+        if result.change:
+            chores.append("change")
+        self._set_chores(chores)
+
+    def _set_chores(self, chores: list[str]) -> None:
+        self._chores, self._chores_of = chores, self.replica.steps
+
+    def _do(self, chore: str) -> None:
+        self._tell_phase(chore)
+        if chore == "meet":
+            self.replica.meet()
+            self._commit()
+        elif chore == "check":
+            self.replica.check_agreement()
+        elif chore == "evaluate":
+            self.evaluate()
+        elif chore == "save":
+            self._save()
+        elif chore == "wait" and self.saver is not None:
+            self.saver.wait()
+        elif chore == "stop":
+            raise Stopped(self._stop & 0xFF)
+        elif chore == "change":
+            assert self.crew is not None
+            self._chores = []
+            self.crew.change(self)
+
+    def _tell_phase(self, phase: str) -> None:
+        if self.crew is not None:
+            self.crew.membership.at(phase, self.replica.steps)
 
     def _step(self, step: int) -> StepResult:
         start = time.perf_counter()
-        part = self.feed.part(step)
+        part = self._work.part(step)
         loaded = time.perf_counter()
         traffic = self.replica.wire.traffic
         before = traffic.communicate_s + traffic.idle_s
+        if self.crew is not None:
+            self.crew.receive(self)
+        stop, change = self._wishes()
         result = self.replica.step(
-            part, self.task.loss, stop=self.interrupts.requested or 0, save=self._clock_says_save()
+            part, self.task.loss, stop=stop, save=self._clock_says_save(), change=change
         )
         now = time.perf_counter()
+        self._work.done(step, self.seats, self.crew.epoch.number if self.crew and self.crew.epoch else 1)
+        self._commit()
+        rebalance(self.balancer, self.feed, result, self.replica.steps, self.emit)
         self.tally.data_s += loaded - start
         self.tally.compute_s += now - loaded - (traffic.communicate_s + traffic.idle_s - before)
         self.tally.samples += sum(len(next(iter(batch.values()))) for _, batch in part.micro_batches)
@@ -151,8 +246,7 @@ class Loop:
             self.tally.rate_s += now - start
             self.tally.rate_tokens += result.target_tokens
         self._warm = True
-        emit = self.emit if self.world.rank == 0 else _drop
-        rebalance(self.balancer, self.feed, result, self.replica.steps, emit)
+        self._loads.add(result.work, wall_s=now - start)
         if not result.skipped and result.agreed:
             self.tally.losses.append((result.loss, result.target_tokens))
         elif result.skipped and result.target_tokens:
@@ -164,13 +258,95 @@ class Loop:
             )
         return result
 
+    def _wishes(self) -> tuple[int, bool]:
+        """(signal that asks the job to stop, whether the set of workers is to change)."""
+        asked = self.interrupts.requested or 0
+        if self.crew is None:
+            return asked, False
+        return self.crew.wishes(asked)
+
+    def _commit(self) -> None:
+        """Steps whose work is in the agreed parameters by now go into the ledger."""
+        for step, epoch, who, rows in self._work.committed(self.replica.method.committed):
+            if self.ledger is not None:
+                self.ledger.commit(step + 1, epoch=epoch, who=who, rows=rows)
+        if self.crew is not None:
+            self.crew.committed(self)
+
+    # -- other workers (called by the crew)
+
+    def chores_at(self, steps: int) -> list[str]:
+        """What is still to be done after `steps` steps."""
+        return list(self._chores) if self._chores_of == steps else []
+
+    def dropped(self, steps: int, why: str) -> None:
+        """What was computed up to step `steps` and is in no agreement is lost."""
+        for step, epoch, who, rows in self._work.committed(steps):
+            if self.ledger is not None:
+                self.ledger.dropped(step + 1, epoch=epoch, who=who, rows=rows, why=why)
+
+    def enter(self, world: World, standing: Standing, epoch: Epoch) -> None:
+        """Go on in another set of workers."""
+        before = self.world.rank
+        self.world, self.seats = world, epoch.seats
+        self._set_chores(list(standing.chores))
+        ended = standing.steps >= self.schedule.total_steps
+        self._closing = ended and (self._closing or "wait" in standing.chores)
+        self._torn, self._save_due = False, False
+        self.feed.rank = world.rank
+        if self.balancer is not None:
+            self.feed.weights = self.balancer.reset([seat.id for seat in epoch.seats])
+        elif len(self.feed.weights) != world.size:
+            self.feed.weights = (1,) * world.size
+        self._work.go_on(standing)
+        self.saver = self.promote(world) if self.saver is None or before != world.rank else self.saver
+        if world.rank == 0 and before != 0:
+            self._save_again = True  # what the last first worker was writing may be lost with it
+
+    def stop(self, signum: int) -> None:
+        """The whole job ends here in an orderly way."""
+        self._stop = signum
+        self._set_chores(["meet", "save", "wait", "stop"])
+
+    def leave(self, signum: int) -> None:
+        """I alone end here; raises `Stopped`."""
+        self._saved_step = self.replica.steps  # the others go on: there is nothing for me to save
+        raise Stopped(signum & 0xFF)
+
+    def facts(self) -> dict[str, Any]:
+        """What a newcomer must know beside the replica's state."""
+        return {
+            "saved_step": self._saved_step,
+            "job_samples": self.tally.job_samples,
+            "balancer": self.balancer.state() if self.balancer is not None else None,
+            "weights": list(self.feed.weights),
+            "attempt": list(self._attempt),
+        }
+
+    def take_facts(self, facts: Mapping[str, Any]) -> None:
+        """What `facts` said on another worker."""
+        self._saved_step, self.tally.job_samples = int(facts["saved_step"]), int(facts["job_samples"])
+        if self.balancer is not None and facts["balancer"] is not None:
+            self.balancer.load(facts["balancer"])
+            self.balancer.weights = tuple(facts["weights"])
+        self.feed.weights = tuple(facts["weights"])
+        self._attempt = tuple(facts["attempt"])
+        if self.ledger is None:
+            self.ledger = self.open_ledger(*self._attempt)
+        self._marked = (self.replica.steps, self.replica.tokens, 0.0)
+
+    @property
+    def division(self) -> Division:
+        """Who computes what."""
+        return self._work
+
     def _clock_says_save(self) -> bool:
         return (
             self.schedule.save_every is None
             and self.world.rank == 0
             and self.saver is not None
             and time.monotonic() - self._saved_at > SAVE_S
-        )
+        ) or self._save_again
 
     def _due_log(self, done: int) -> bool:
         if self.world.rank != 0:
@@ -207,6 +383,9 @@ class Loop:
             )
         )
         self._mark, self._marked = now, (self.replica.steps, self.replica.tokens, spent)
+        balance = self._loads.take(self.replica.steps, self.seats)
+        if balance is not None:
+            self.emit(balance)
 
     def evaluate(self) -> dict[str, float]:
         """Score the held-out rows now; keeps and emits the metrics."""
@@ -233,16 +412,16 @@ class Loop:
         self._begun += pause
         return metrics
 
-    def _save(self, *, final: bool = False) -> None:
+    def _save(self) -> None:
         """Collective, at rest."""
-        self._save_due = False
         if self._saved_step != self.replica.steps:
             self.replica.check_agreement()
+            if self.ledger is not None:
+                self.ledger.sync()
             self._submit(collective=True)
             self._saved_step = self.replica.steps
             self._saved_at = time.monotonic()
-        if final and self.saver is not None:
-            self.saver.wait()
+        self._save_due = self._save_again = False
 
     def _submit(self, *, collective: bool) -> None:
         state = self.state() if self.saver is not None else {}

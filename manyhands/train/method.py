@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from manyhands.core import rng
+from manyhands.core.errors import PeerLost
 from manyhands.core.types import Summed
 
 if TYPE_CHECKING:
@@ -41,10 +42,12 @@ class Part:
 
     Attributes:
         step: which global batch, from 0.
-        micro_batches: (place in the global batch, batch), in order; empty where this worker has nothing to do.
+        micro_batches: (first place in the global batch, batch) of each forward pass, in order; empty where this worker
+            has nothing to do.
         n_places: micro-batches in the whole global batch.
         rows: rows in the whole global batch.
         seed: with step and place, the source of every random number.
+        spans: which places each forward pass covers; empty: each covers one.
     """
 
     step: int
@@ -52,6 +55,12 @@ class Part:
     n_places: int
     rows: int
     seed: int
+    spans: Sequence[range] = ()
+
+    def places(self, i: int) -> range:
+        """The places of micro-batches that forward pass `i` covers."""
+        first = self.micro_batches[i][0]
+        return self.spans[i] if self.spans else range(first, first + 1)
 
 
 @dataclass(frozen=True)
@@ -109,12 +118,18 @@ class Method(Protocol):
         comes_to_rest: `at_rest` is reached by itself after each exchange, so that a checkpoint can wait for it.
         saves_alone: (optional) the agreed parameters are there at any time, so that after an interruption one worker can save
             them though the method is not at rest.
+        still: (optional) nothing that others may need moves before a step's agreement.
         states: of the exchange, one for each of its conversations.
     """
 
     agrees: bool
     comes_to_rest: bool
     states: list[Any]
+
+    @property
+    def committed(self) -> int:
+        """How many steps' work is in the agreed parameters."""
+        ...
 
     @property
     def at_rest(self) -> bool:
@@ -152,6 +167,18 @@ class Method(Protocol):
 
     def restart(self) -> None:
         """The parameters were replaced (a checkpoint was loaded): begin from them."""
+        ...
+
+    def rewind(self) -> dict[int, list[int]]:
+        """Somebody was lost: go back to the last agreement, keeping whatever can still be used. Not collective.
+
+        Counters are those of the last agreement afterwards. Returns what this worker has computed since then and still
+        holds: places of micro-batches by step, which nobody is to compute again.
+        """
+        ...
+
+    def adopt(self, other: Any) -> None:
+        """Take over from `other`, the rewound method of this replica in the last set of workers."""
         ...
 
     def close(self) -> None: ...
@@ -213,6 +240,28 @@ class Work:
         return found
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What `accumulate` did.
+
+    Attributes:
+        loss_sum, count: over the valid targets of my micro-batches.
+        places: which micro-batches that were.
+        whole: all of them; else the set of workers changed meanwhile.
+    """
+
+    loss_sum: float
+    count: float
+    places: Sequence[int]
+    whole: bool = True
+
+    def require(self) -> Sums:
+        """Itself. Raises `PeerLost` where it is not whole."""
+        if not self.whole:
+            raise PeerLost(None, "forward", "the set of workers has changed")
+        return self
+
+
 def accumulate(
     replica: Replica,
     gradients: FlatGradients,
@@ -223,8 +272,8 @@ def accumulate(
     announce: bool = True,
     fresh: bool = True,
     by_place: Callable[[int], None] | None = None,
-) -> tuple[float, float]:
-    """Run my micro-batches: Σ ∇loss / `nominal` is in `gradients` afterwards. Returns my loss sum and count.
+) -> Sums:
+    """Run my micro-batches: Σ ∇loss / `nominal` is in `gradients` afterwards. Ends early when the set of workers changes.
 
     Args:
         announce: complete buckets are announced during the last backward.
@@ -235,12 +284,16 @@ def accumulate(
         gradients.start()
     loss_sum: Tensor | None = None
     count: int | Tensor = 0
+    places: list[int] = []
+    whole = True
     for i, (place, batch) in enumerate(part.micro_batches):
+        if replica.interrupted:
+            whole = False
+            break
         last = i == len(part.micro_batches) - 1
         gradients.start_micro_batch(
             last=last and announce and by_place is None, separate=by_place is not None
         )
-        replica.watch()
         begun = time.perf_counter()
         rng.seed_torch(part.seed, part.step, place)
         with replica.autocast():
@@ -249,10 +302,12 @@ def accumulate(
         detached = summed.loss_sum.detach().double()
         loss_sum = detached if loss_sum is None else loss_sum + detached
         count = count + summed.count
-        replica.work.add(time.perf_counter() - begun, len(next(iter(batch.values()))))
         if by_place is not None:
             by_place(place)
-    return (0.0 if loss_sum is None else float(loss_sum)), float(count)
+        places.extend(part.places(i))
+        replica.work.add(time.perf_counter() - begun, len(next(iter(batch.values()))))
+    total = 0.0 if loss_sum is None else float(loss_sum)
+    return Sums(total, float(count), places, whole)
 
 
 def norm_of(tensors: Sequence[Tensor]) -> float:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from manyhands.core.errors import Diverged, ManyhandsError, PeerLost
+from manyhands.core.errors import ManyhandsError
+from manyhands.core.events import Emit, ignore
 from manyhands.core.registry import resolve_target
-from manyhands.core.request import Gather
+from manyhands.train.mending import agree_at_start, check_agreement, fingerprint
 from manyhands.train.method import MAX_SKIPPED, Part, StepResult, Wishes, Work
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Replica:
         total: length of the schedule, in its unit (steps or target tokens); None: a constant rate.
         autocast: context for forward passes.
         over: set when somebody was lost (see `manyhands.core.membership`).
+        compare: whether all workers' models are equal already, which is checked.
 
     Attributes:
         steps, tokens: done so far, by the whole job.
@@ -61,6 +63,7 @@ class Replica:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         forward: nn.Module | Callable[..., Any] | None = None,
         over: threading.Event | None = None,
+        compare: bool = True,
     ) -> None:
         self.model = model
         self.strategy = strategy
@@ -79,7 +82,8 @@ class Replica:
         self._skipped_in_a_row = 0
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.device = self.named[0][1].device if self.named else torch.device("cpu")
-        self._compare(fingerprint(model))
+        if compare:
+            agree_at_start(model, wire)
         self.method: Method = resolve_target(strategy.method)(self)
 
     def step(
@@ -100,10 +104,10 @@ class Replica:
         """
         return self.method.step(part, loss, Wishes(stop, save, change))
 
-    def watch(self) -> None:
-        """Called before each forward pass. Raises `PeerLost` where the set of workers is over."""
-        if self.over is not None and self.over.is_set():
-            raise PeerLost(None, "forward", "the set of workers has changed")
+    @property
+    def interrupted(self) -> bool:
+        """Somebody was lost: this set of workers will not finish the step."""
+        return self.over is not None and self.over.is_set()
 
     @property
     def states(self) -> list[Any]:
@@ -132,8 +136,10 @@ class Replica:
         factor = schedule.factor(float(done), float(self.total) if self.total else math.inf)
         return factor, spec.lr * factor
 
-    def check_agreement(self) -> str:
-        """Compare fingerprints of the agreed parameters over the workers (promise 5). Raises `Diverged`.
+    def check_agreement(
+        self, *, mend: bool = False, who: Sequence[tuple[str, str]] = (), emit: Emit = ignore
+    ) -> str:
+        """Compare fingerprints over the workers (promise 5). Collective. Raises `Diverged`; see `manyhands.train.mending`.
 
         Methods whose replicas are never bitwise equal (gossip) are not compared; those that divide a model compare
         what is there more than once.
@@ -141,9 +147,7 @@ class Replica:
         check = getattr(self.method, "check", None)
         if check is not None:
             return str(check())
-        with self.agreed():
-            mine = fingerprint(self.model)
-        return self._compare(mine) if self.method.agrees else _words(mine)
+        return check_agreement(self, mend=mend, who=who, emit=emit)
 
     def took(self, *, finite: bool, step: int, loss: float, norm: float) -> None:
         """Count a step's update as made, or as skipped because something was not finite.
@@ -172,47 +176,14 @@ class Replica:
         """Raises `CheckpointError` where it does not fit."""
         self.method.load_optimizer_state(state)
 
+    def adopt(self, old: Replica) -> None:
+        """Go on where `old`, the same replica in an earlier set of workers, was after its method's `rewind`."""
+        self.steps, self.tokens, self.skipped = old.steps, old.tokens, old.skipped
+        self.optimize_s, self._skipped_in_a_row = old.optimize_s, old._skipped_in_a_row
+        self.method.adopt(old.method)
+
     def close(self) -> None:
         self.method.close()
-
-    def _compare(self, mine: Tensor) -> str:
-        everyones = self.wire.begin(Gather(mine)).wait()
-        for rank, other in enumerate(everyones):
-            if not torch.equal(other, everyones[0]):
-                raise Diverged(
-                    f"the parameters of worker {rank} differ from worker 0's after step {self.steps}",
-                    "replicas are bitwise equal",
-                    "build the model the same everywhere; if this appeared in mid-run, a machine computes wrongly",
-                )
-        return _words(mine)
-
-
-def fingerprint(model: nn.Module) -> Tensor:
-    """Two 64-bit words that change with any bit of any parameter or persistent buffer: [2] int64.
-
-    Word sums of the raw bits, and the same weighted by position; wrap-around arithmetic, so order of addition and
-    number of threads do not matter.
-    """
-    plain = torch.zeros((), dtype=torch.int64)
-    placed = torch.zeros((), dtype=torch.int64)
-    for i, tensor in enumerate(model.state_dict().values()):
-        bits = _bits(tensor)
-        word = bits.sum(dtype=torch.int64).cpu()
-        plain += word
-        placed += word * (2 * i + 1) + (bits[::7].sum(dtype=torch.int64).cpu() << 20)
-    return torch.stack([plain, placed])
-
-
-def _words(mine: Tensor) -> str:
-    return f"{int(mine[0]) & (2**64 - 1):016x}{int(mine[1]) & (2**64 - 1):016x}"
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    ints = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    flat = tensor.detach().reshape(-1)
-    if flat.dtype is torch.bool or flat.is_complex():
-        flat = flat.to(torch.uint8) if flat.dtype is torch.bool else torch.view_as_real(flat).reshape(-1)
-    return flat.view(ints[flat.element_size()])
 
 
 __all__ = ["Part", "Replica", "StepResult", "fingerprint"]

@@ -81,6 +81,10 @@ class Served:
         self._begin()
 
     @property
+    def committed(self) -> int:
+        return self._replica.steps
+
+    @property
     def at_rest(self) -> bool:
         return self._sync or self._rested
 
@@ -88,7 +92,8 @@ class Served:
         replica = self._replica
         self._rested = False
         nominal = float(part.rows * replica.per_row)
-        loss_sum, count = accumulate(replica, self.gradients, part, loss, nominal, announce=False)
+        done = accumulate(replica, self.gradients, part, loss, nominal, announce=False).require()
+        loss_sum, count = done.loss_sum, done.count
         self.gradients.finish()
         norm = math.nan
         if not self._sync and count:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from manyhands.core import rng
-from manyhands.core.errors import Diverged
+from manyhands.core.errors import Diverged, PeerLost
 from manyhands.core.request import Gather
 from manyhands.core.types import Summed
 from manyhands.train import sharded_state
@@ -78,6 +78,10 @@ class ShardedModel:
             from manyhands.strategy.named import NamedOptimizer
 
             self.optimizer = NamedOptimizer([])
+
+    @property
+    def committed(self) -> int:
+        return self._replica.steps
 
     def step(self, part: Part, loss: Loss, wishes: Wishes) -> StepResult:
         replica = self._replica
@@ -227,7 +231,8 @@ class ShardedModel:
         count: int | Tensor = 0
         begun = time.perf_counter()
         for i, each in enumerate(passes):
-            replica.watch()
+            if replica.interrupted:
+                raise PeerLost(None, "forward", "the set of workers has changed")
             layout.begin_pass(
                 last=i == len(passes) - 1,
                 reduce=self._placement.accumulate == "sharded",

@@ -6,7 +6,9 @@ everyone and over accumulation (promise 2). With full rows the factor is exactly
 k-th step adds up the gradients of k global batches before they are exchanged.
 
 A talk touches no parameter, so a failure before the update costs nothing but the step; where the result is not
-finite the update is left out and the exchange keeps its old state.
+finite the update is left out and the exchange keeps its old state. Where the set of workers changes (a `PeerLost`) before
+the gradients travel, what I have added up stays: `adopt` takes it along into the next set, and only the micro-batches
+of those who were lost are computed again.
 """
 
 from __future__ import annotations
@@ -15,18 +17,21 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from manyhands.core.errors import PeerLost
 from manyhands.core.request import Gather
 from manyhands.exchange.ordered import Tree
 from manyhands.train.gradients import FlatGradients
+from manyhands.train.mending import shared_of
 from manyhands.train.method import (
     Header,
     Part,
     StepResult,
+    Sums,
     Wishes,
     accumulate,
     clip_factor,
@@ -48,6 +53,7 @@ class Synchronous:
 
     agrees = True
     comes_to_rest = True
+    still = True
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
@@ -64,7 +70,13 @@ class Synchronous:
             exchange.init(self._contribution(i)) for i in range(len(self.gradients.buckets))
         ]
         self.optimizer = self._build_optimizer()
+        self._lazy = bool(getattr(replica.wire, "lazy", False))
         self._pending = _Pending()
+        self._consumed = False  # the buffers hold what the exchange has made of my contribution
+
+    @property
+    def committed(self) -> int:
+        return self._replica.steps - self._pending.unfinished
 
     @property
     def at_rest(self) -> bool:
@@ -74,26 +86,30 @@ class Synchronous:
         replica, pending = self._replica, self._pending
         due = self._cadence.due(replica.steps + 1)
         nominal = float(part.rows * replica.per_row)
-        if self._by_place:
+        if self._by_place and part.step not in pending.held:
             self._tree = Tree(part.n_places)
-        loss_sum, count = accumulate(
-            replica,
-            self.gradients,
-            part,
-            loss,
-            pending.unit or nominal,
-            announce=due,
-            fresh=not pending.nominal,
-            by_place=self._leaf if self._by_place else None,
-        )
-        pending.add(loss_sum, count, nominal)
-        if due:
-            try:
-                return self._agree_and_update(part, wishes, int(count), finishes=1)
-            except BaseException:
-                self._pending = _Pending()  # nothing was applied: the step can be done again
-                raise
+        try:
+            done = accumulate(
+                replica,
+                self.gradients,
+                part,
+                loss,
+                pending.unit or nominal,
+                announce=due and not self._lazy,
+                fresh=not pending.nominal,
+                by_place=self._leaf if self._by_place else None,
+            )
+            pending.add(part.step, done, nominal)
+            done.require()
+            if due:
+                return self._agree_and_update(part, wishes, int(done.count), finishes=1)
+        except BaseException as error:
+            if not isinstance(error, PeerLost) or replica.over is None:
+                self._forget()  # nothing was applied: the step can be done again
+            raise
+        loss_sum, count = done.loss_sum, done.count
         replica.steps += 1
+        pending.unfinished += 1
         replica.tokens += int(nominal)
         pending.counted += int(nominal)
         mean = loss_sum / count if count else math.nan
@@ -124,7 +140,7 @@ class Synchronous:
         new_tokens = told.count - pending.counted
         replica.steps += finishes
         replica.tokens += new_tokens
-        self._pending = _Pending()
+        self._forget()
         return StepResult(
             mean,
             new_tokens,
@@ -143,6 +159,10 @@ class Synchronous:
     def agreed(self, *, collective: bool = True) -> Iterator[None]:
         yield
 
+    def shared(self) -> dict[str, dict[str, Tensor]]:
+        """What all replicas hold alike, by kind: see `manyhands.train.mending`."""
+        return shared_of(self._replica, self.optimizer.state_by_name())
+
     def optimizer_state(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = self.optimizer.state_by_name()
         return found
@@ -157,12 +177,37 @@ class Synchronous:
         pass
 
     def restart(self) -> None:
-        self._pending = _Pending()
+        self._forget()
+
+    def rewind(self) -> dict[int, list[int]]:
+        pending, replica = self._pending, self._replica
+        replica.steps -= pending.unfinished
+        replica.tokens -= pending.counted
+        if self._consumed:
+            self._forget()
+            return {}
+        pending.unfinished = pending.counted = 0
+        return {step: list(places) for step, places in pending.held.items()}
+
+    def adopt(self, other: Synchronous) -> None:
+        self._pending = other._pending
+        if self._pending.nominal:
+            self.gradients.adopt(other.gradients)
+            if self._by_place:
+                self._tree = other._tree
+        self.states[:] = other.states
+        self.load_optimizer_state(other.optimizer_state())
 
     def close(self) -> None:
         self.gradients.close()
 
     # -- how
+
+    def _forget(self) -> None:
+        """Nothing is added up, nothing is on its way."""
+        self._pending = _Pending()
+        self._talks = Interleave(self._replica.wire)
+        self._consumed = False
 
     def _build_optimizer(self) -> Any:
         replica = self._replica
@@ -170,11 +215,16 @@ class Synchronous:
 
     def _agree(self, loss_sum: float, count: float, wishes: Wishes) -> tuple[Header, list[Any]]:
         """Exchange header and gradients; the buckets hold Σ afterwards. Also the exchange's next states."""
-        if not self._by_place:
+        eager = not (self._lazy or self._by_place)
+        if eager:  # the gradients are already on their way
+            self._consumed = True
             self.gradients.finish()
         row = Header.row(loss_sum, count, wishes, self._replica.work, [float(u) for u in self.gradients.used])
         told = Header.of(torch.stack(self._replica.wire.begin(Gather(row, even=True)).wait()))
         if not self._by_place:
+            self._consumed = True
+            if not eager:
+                self.gradients.finish()
             agreed = self._talks.finish()
             copied = [self._take(i, each) for i, each in enumerate(agreed)]
             if any(copied):
@@ -209,6 +259,7 @@ class Synchronous:
         return [self.gradients.buckets[position]]
 
     def _begin(self, position: int, bucket: Tensor) -> None:
+        self._consumed = True
         self._talks.start(self._exchange.talk(self._contribution(position), self.states[position]))
 
     def _take(self, position: int, agreed: Agreed) -> bool:
@@ -242,7 +293,8 @@ class _Pending:
     Attributes:
         unit: the nominal count by which all of it was divided: the first global batch's.
         nominal: Σ nominal counts.
-        counted: how many of them were added to the replica's tokens already.
+        counted: how many of them were added to the replica's tokens already, and `unfinished` how many steps to its steps.
+        held: the places of which micro-batches, by step.
     """
 
     loss_sum: float = 0.0
@@ -250,9 +302,13 @@ class _Pending:
     unit: float = 0.0
     nominal: float = 0.0
     counted: int = 0
+    unfinished: int = 0
+    held: dict[int, list[int]] = field(default_factory=dict)
 
-    def add(self, loss_sum: float, count: float, nominal: float) -> None:
-        self.loss_sum += loss_sum
-        self.count += count
+    def add(self, step: int, done: Sums, nominal: float) -> None:
+        self.loss_sum += done.loss_sum
+        self.count += done.count
         self.unit = self.unit or nominal
-        self.nominal += nominal
+        if step not in self.held:  # else this step goes on with another set of workers
+            self.nominal += nominal
+        self.held.setdefault(step, []).extend(done.places)

@@ -1,0 +1,72 @@
+"""A replica's state on its way to another worker: as a checkpoint has it, without the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from manyhands.core.request import Sum
+from manyhands.exchange.combine import is_own, leaves
+from manyhands.train import exchange_state
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from manyhands.train.replica import Replica
+
+PARTS = ("model", "optimizer", "exchange")
+
+
+def state_of(replica: Replica) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by ``part/name``, counters). The tensors are the replica's own, not copies."""
+    exchange = exchange_state.alone(replica.states, replica.wire.rank, replica.method.local_state())
+    found = (replica.model.state_dict(), replica.optimizer_state(), exchange)
+    tensors = {
+        f"{part}/{name}": tensor.detach()
+        for part, named in zip(PARTS, found, strict=True)
+        for name, tensor in named.items()
+    }
+    return tensors, {"steps": replica.steps, "tokens": replica.tokens, "skipped": replica.skipped}
+
+
+def load(replica: Replica, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], leader: int) -> None:
+    """Take what `state_of` gave on rank `leader`. What that one holds back of its own contributions stays its own.
+
+    Raises:
+        CheckpointError: it is another model's, optimizer's or exchange's.
+    """
+    named: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+    for full, tensor in tensors.items():
+        part, _, name = full.partition("/")
+        named[part][name] = tensor
+    replica.load_optimizer_state(named["optimizer"])
+    replica.states[:] = exchange_state.restore(
+        replica.states, named["exchange"], rank=leader + 1, size=leader + 2, path="the state of a peer"
+    )
+    replica.method.load_local_state(exchange_state.local(named["exchange"], rank=leader))
+    own = replica.model.state_dict()
+    with torch.no_grad():
+        for name, tensor in named["model"].items():
+            own[name].copy_(tensor)
+    replica.steps, replica.tokens = int(facts["steps"]), int(facts["tokens"])
+    replica.skipped = int(facts["skipped"])
+    replica.method.restart()
+
+
+def hand_over(replica: Replica, leaving: Sequence[bool]) -> None:
+    """What those who leave have held back of their contributions goes to the first who stays. Collective.
+
+    Only the sum of residuals over all workers matters (see `Agreed.state`), and it stays as it was.
+    """
+    heir = list(leaving).index(False)
+    mine = replica.wire.rank
+    for state in replica.states:
+        for path, residual in leaves(state):
+            if not is_own(path):
+                continue
+            owed = residual.clone() if leaving[mine] else torch.zeros_like(residual)
+            total = replica.wire.begin(Sum(owed.reshape(-1))).wait().reshape(residual.shape)
+            if mine == heir:
+                residual.add_(total)

@@ -1,0 +1,337 @@
+"""How a loop passes from one set of workers to the next, inside the same processes.
+
+    somebody is lost (`PeerLost`), joins, or leaves
+      -> rewind      back to the last agreement, keeping what was computed and can be used
+      -> re-form     the coordinator names the next epoch; its members are joined by a new wire
+      -> compare     who is how far, who holds which micro-batches of the unfinished steps
+      -> adopt       a new replica around the same model; state is carried over in memory
+      -> go on       with the same step: what nobody holds is divided among all
+
+Who is behind (an agreement reached some and not others) or fresh gets the whole state from the first of those that
+are ahead. With methods that touch no parameter before the step's agreement that happens while the others already compute:
+the newcomer takes part in its first step with nothing to compute.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from manyhands.core.errors import ManyhandsError, PeerLost
+from manyhands.core.events import Joined, Left, Lost, Reformed
+from manyhands.train import carried
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from manyhands.core.membership import Epoch, Loss, Membership
+    from manyhands.train.loop import Loop
+    from manyhands.train.replica import Replica
+    from manyhands.wire.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where one worker stands when a new set of workers meets.
+
+    Attributes:
+        seat: its id.
+        fresh: it holds no state of the job.
+        steps: steps that are agreed upon.
+        chores: what it still has to do after that step, in order.
+        held: places of micro-batches that it has computed since, by step.
+    """
+
+    seat: str
+    fresh: bool
+    steps: int
+    chores: Sequence[str] = ()
+    held: Mapping[int, Sequence[int]] = field(default_factory=dict)
+
+    def to_data(self) -> dict[str, Any]:
+        """As JSON data."""
+        held = {str(step): list(places) for step, places in self.held.items()}
+        return {**self.__dict__, "chores": list(self.chores), "held": held}
+
+    @staticmethod
+    def of(data: Mapping[str, Any]) -> Position:
+        """From `to_data`'s."""
+        held = {int(step): tuple(places) for step, places in data["held"].items()}
+        return Position(**{**data, "chores": tuple(data["chores"]), "held": held})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """What all workers conclude from their positions, each alike.
+
+    Attributes:
+        steps: how far the job is.
+        leader: the rank that has the job's state.
+        behind: ranks that must get it.
+        fresh: those of them that never had it.
+        chores: what is left to do after that step.
+        held: by step: places by seat that need not be computed again.
+    """
+
+    steps: int
+    leader: int
+    behind: tuple[int, ...] = ()
+    fresh: tuple[int, ...] = ()
+    chores: tuple[str, ...] = ()
+    held: Mapping[int, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+
+
+def conclude(positions: Sequence[Position]) -> Standing:
+    """The job goes on from the furthest agreement that anybody has.
+
+    Raises:
+        ManyhandsError: nobody has any.
+
+    >>> ahead = Position(seat="a", fresh=False, steps=7, held={7: (0, 1)})
+    >>> conclude([Position(seat="b", fresh=False, steps=6, held={6: (4,)}), ahead]).behind
+    (0,)
+    """
+    veterans = [p for p in positions if not p.fresh]
+    if not veterans:
+        raise ManyhandsError(
+            "no worker of this job holds its state any more",
+            "one survivor is enough",
+            "continue from the last checkpoint with --resume",
+        )
+    steps = max(p.steps for p in veterans)
+    up_to_date = [not p.fresh and p.steps == steps for p in positions]
+    there = [p for p, ok in zip(positions, up_to_date, strict=True) if ok]
+    held: dict[int, dict[str, tuple[int, ...]]] = {}
+    for p in there:
+        for step, places in p.held.items():
+            held.setdefault(step, {})[p.seat] = tuple(places)
+    return Standing(
+        steps=steps,
+        leader=up_to_date.index(True),
+        behind=tuple(rank for rank, ok in enumerate(up_to_date) if not ok),
+        fresh=tuple(rank for rank, p in enumerate(positions) if p.fresh),
+        chores=max((tuple(p.chores) for p in there), key=len),
+        held=held,
+    )
+
+
+class Offer(Protocol):
+    """Where a worker hands out its state (`manyhands.wire.transfer`)."""
+
+    def put(self, version: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None: ...
+
+    def withdraw(self) -> None: ...
+
+
+class Crew:
+    """One worker's place in the changing set.
+
+    Args:
+        membership: the connection to the coordinator.
+        join: makes the world of an epoch (`manyhands.wire.form.form`, with this worker's device and transport).
+        offer: where this worker hands its state to others.
+        fetch: gets what a peer offers: (address, version) -> tensors and facts.
+        replica: makes a replica of this job around the model: (world, whether to compare fingerprints).
+        rebuild: for methods that can't be taken over: a replica from the last checkpoint, and what it was made of.
+
+    Attributes:
+        epoch: the current set.
+        fresh: this worker holds no state yet.
+        leaving: the signal that asked this worker, alone, to leave; 0: none.
+    """
+
+    def __init__(
+        self,
+        membership: Membership,
+        join: Callable[[Epoch], World],
+        offer: Offer,
+        *,
+        fetch: Callable[[str, int], tuple[dict[str, Tensor], dict[str, Any]]],
+        replica: Callable[[World, bool], Replica],
+        rebuild: Callable[[World], tuple[Replica, str]],
+    ) -> None:
+        self.membership = membership
+        self._join, self._offer, self._fetch = join, offer, fetch
+        self._replica, self._rebuild = replica, rebuild
+        self.epoch: Epoch | None = None
+        self.fresh = True
+        self.leaving = 0
+        self._offered: tuple[Standing, int, float] | None = None
+        self._waiting: Standing | None = None  # I have not fetched the state yet
+
+    def meet(self) -> World:
+        """Wait for the next epoch and join its members, as often as it takes. Raises what the coordinator says."""
+        while True:
+            self.epoch = self.membership.next()
+            try:
+                return self._join(self.epoch)
+            except PeerLost as lost:
+                self.membership.suspect(lost.rank, str(lost))
+
+    def all_fresh(self, world: World) -> bool:
+        """Whether nobody has any state: the job begins now. Collective."""
+        mine = Position(seat=self.membership.me.id, fresh=self.fresh, steps=0)
+        return all(Position.of(data).fresh for data in world.gather(mine.to_data()))
+
+    def wishes(self, asked: int) -> tuple[int, bool]:
+        """(signal that asks the job to stop, whether the set of workers is to change), of this worker in this step."""
+        if asked and not self.membership.stopping:
+            self.leaving = asked
+        change = bool(self.leaving) or self.membership.change_wanted
+        return (0 if self.leaving else asked), change
+
+    # -- passing from one set to the next
+
+    def change(self, loop: Loop) -> None:
+        """Everybody has agreed to change the set after this step. Collective."""
+        leaving = loop.world.gather(self.leaving)
+        if all(leaving):
+            loop.stop(max(leaving))
+            return
+        if any(leaving):
+            carried.hand_over(loop.replica, [bool(each) for each in leaving])
+        if self.leaving:
+            self.membership.leave("asked to leave")
+            loop.leave(self.leaving)
+        self.renew(loop, None)
+
+    def renew(self, loop: Loop, cause: PeerLost | None) -> None:
+        """Go on with the next set of workers; `cause`: None where it was agreed upon. Raises what the coordinator says."""
+        begun = time.perf_counter()
+        old = loop.replica
+        if cause is not None:
+            self.membership.suspect(cause.rank, str(cause))
+        self.membership.at("re-forming", old.steps)
+        held: dict[int, list[int]] = {}
+        if carries(old) and not self.fresh:
+            steps, committed = old.steps, old.method.committed
+            held = old.method.rewind()
+            if old.steps == steps and steps > committed and not held:
+                loop.dropped(steps, "a worker was lost before the next agreement")
+        while True:
+            loop.replica.wire.close()
+            world = self.meet()
+            mine = Position(
+                seat=self.membership.me.id,
+                fresh=self.fresh,
+                steps=loop.replica.steps,
+                chores=loop.chores_at(loop.replica.steps),
+                held=held,
+            )
+            try:
+                self.settle(loop, world, mine, begun=begun)
+                return
+            except PeerLost as lost:
+                world.wire.close()
+                self.membership.suspect(lost.rank, str(lost))
+
+    def settle(self, loop: Loop, world: World, mine: Position, *, begun: float) -> None:
+        """Agree on where the job stands, and take over. Collective. Raises `PeerLost`."""
+        assert self.epoch is not None
+        standing = conclude([Position.of(data) for data in world.gather(mine.to_data())])
+        made_of = "survivors"
+        traffic = loop.replica.wire.traffic
+        world.wire.traffic = traffic  # type: ignore[misc]  # the counters of the whole run
+        loop.replica.close()
+        if carries(loop.replica):
+            old, loop.replica = loop.replica, self._replica(world, not standing.behind)
+            loop.replica.adopt(old)
+        else:
+            loop.replica, made_of = self._rebuild(world)
+            self.fresh = False
+            standing = Standing(steps=loop.replica.steps, leader=0, fresh=standing.fresh)
+        loop.enter(world, standing, self.epoch)
+        self._hand_out(loop, standing)
+        self._tell(loop, standing, made_of, time.perf_counter() - begun)
+
+    # -- state for those who lack it
+
+    def _hand_out(self, loop: Loop, standing: Standing) -> None:
+        if not standing.behind:
+            return
+        assert self.epoch is not None
+        if loop.world.rank == standing.leader:
+            tensors, facts = carried.state_of(loop.replica)
+            self._offer.put(self.epoch.number, tensors, {**facts, **loop.facts()})
+            size = sum(t.numel() * t.element_size() for t in tensors.values())
+            self._offered = (standing, size, time.perf_counter())
+        if loop.world.rank in standing.behind:
+            self._waiting = standing
+        if standing.chores or not getattr(loop.replica.method, "still", False):
+            self.receive(loop)
+            loop.world.gather(None)  # nobody moves before everybody has it
+
+    def receive(self, loop: Loop) -> None:
+        """Get the state that I am waiting for, if any. Raises `PeerLost`."""
+        if self._waiting is None:
+            return
+        assert self.epoch is not None
+        leader = self._waiting.leader
+        tensors, facts = self._fetch(self.epoch.seats[leader].address, self.epoch.number)
+        carried.load(loop.replica, tensors, facts, leader)
+        loop.take_facts(facts)
+        self.fresh, self._waiting = False, None
+
+    def committed(self, loop: Loop) -> None:
+        """A step was agreed upon: what was offered before it is no longer true."""
+        if self._offered is None:
+            return
+        standing, size, begun = self._offered
+        self._offered = None
+        self._offer.withdraw()
+        for rank in standing.fresh:
+            seat = loop.seats[rank]
+            wall_s = time.perf_counter() - begun
+            loop.emit(
+                Joined(
+                    seat=seat.id,
+                    rank=rank,
+                    host=seat.host,
+                    step=standing.steps,
+                    size_bytes=size,
+                    wall_s=wall_s,
+                )
+            )
+
+    # -- words
+
+    def _tell(self, loop: Loop, standing: Standing, made_of: str, wall_s: float) -> None:
+        assert self.epoch is not None
+        for loss in self.epoch.losses:
+            loop.emit(_words(loss))
+        kept = sum(len(places) for by in standing.held.values() for places in by.values())
+        loop.emit(
+            Reformed(
+                epoch=self.epoch.number,
+                workers=loop.world.size,
+                step=standing.steps,
+                wall_s=wall_s,
+                kept_places=kept,
+                redone_places=max(0, loop.division.open_places() - kept),
+                by=made_of,
+            )
+        )
+
+
+def _words(loss: Loss) -> Left | Lost:
+    seat = loss.seat
+    if loss.how == "left":
+        return Left(seat=seat.id, rank=loss.rank, host=seat.host, step=loss.step, detail=loss.detail)
+    return Lost(
+        seat=seat.id,
+        rank=loss.rank,
+        host=seat.host,
+        how=loss.how,
+        detail=loss.detail,
+        phase=loss.phase,
+        step=loss.step,
+        stack=loss.stack,
+        silent_s=loss.silent_s,
+    )
+
+
+def carries(replica: Replica) -> bool:
+    """Whether every worker holds all of the state, so that survivors can go on with it."""
+    return hasattr(replica.method, "adopt")

@@ -1,0 +1,107 @@
+"""Who computes which micro-batches of each step, also when workers come and go in the middle of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from manyhands.data.partition import divide
+
+if TYPE_CHECKING:
+    from manyhands.core.membership import Seat
+    from manyhands.train.crew import Standing
+    from manyhands.train.feed import Feed
+    from manyhands.train.method import Part
+
+Spans = list[tuple[int, int]]
+
+
+@dataclass
+class Division:
+    """The division of each step among the workers, and who did what of those that are not committed yet.
+
+    Most steps are divided by the feed's weights. Steps that were interrupted are not: what survivors hold stays theirs, and
+    the rest is divided anew, among those that have the job's state.
+    """
+
+    feed: Feed
+    _open: dict[int, Mapping[str, Sequence[int]]] = field(
+        default_factory=dict
+    )  # held places by step and seat
+    _resting: tuple[int, Sequence[int]] = (-1, ())  # in this step these ranks still fetch the state
+    _by: dict[int, tuple[int, dict[str, Spans], int]] = field(default_factory=dict)
+
+    def part(self, step: int) -> Part:
+        """My part of step `step`."""
+        return self.feed.part(
+            step, places=self._places(step)[self.feed.rank] if self._special(step) else None
+        )
+
+    def done(self, step: int, seats: Sequence[Seat], epoch: int) -> None:
+        """Everybody has computed its part of `step`."""
+        places = self._places(step)
+        who = {seat.id: list(mine) for seat, mine in zip(seats, places, strict=True)}
+        for seat, held in self._open.pop(step, {}).items():
+            who[seat] = sorted([*who.get(seat, []), *held])
+        rows = self.feed.order.rows(step)
+        self._by[step] = (epoch, {seat: spans_of(mine) for seat, mine in who.items()}, rows)
+
+    def committed(self, steps: int) -> Iterator[tuple[int, int, dict[str, Spans], int]]:
+        """(step, epoch, who, rows) of the steps before `steps` that were not told of yet, in order."""
+        for step in sorted(s for s in self._by if s < steps):
+            yield (step, *self._by.pop(step))
+
+    def go_on(self, standing: Standing) -> None:
+        """Another set of workers goes on after ``standing.steps`` steps."""
+        self._by.clear()
+        self._open = dict(standing.held)
+        self._resting = (standing.steps, standing.behind)
+
+    def open_places(self) -> int:
+        """Micro-batches of the steps that were interrupted, all together."""
+        return sum(self._n_places(step) for step in self._open)
+
+    # -- how
+
+    def _special(self, step: int) -> bool:
+        return step in self._open or (step == self._resting[0] and bool(self._resting[1]))
+
+    def _n_places(self, step: int) -> int:
+        return sum(len(r) for r in self.feed.division(step))
+
+    def _places(self, step: int) -> Sequence[Sequence[int]]:
+        if not self._special(step):
+            return self.feed.division(step)
+        weights = list(self.feed.weights)
+        if step == self._resting[0]:
+            weights = [0 if rank in self._resting[1] else weight for rank, weight in enumerate(weights)]
+            if not any(weights):  # whoever is there had been resting
+                weights = [int(rank not in self._resting[1]) for rank in range(len(weights))]
+        return remaining(self._n_places(step), self._open.get(step, {}), weights)
+
+
+def remaining(n_places: int, held: Mapping[str, Sequence[int]], weights: Sequence[float]) -> list[list[int]]:
+    """Places that nobody holds, divided by rank.
+
+    >>> remaining(6, {"a": [0, 1], "b": [4]}, [1, 1])
+    [[2, 3], [5]]
+    """
+    taken = {place for places in held.values() for place in places}
+    free = [place for place in range(n_places) if place not in taken]
+    return [[free[i] for i in part] for part in divide(len(free), weights)]
+
+
+def spans_of(places: Sequence[int]) -> Spans:
+    """Half-open ranges of ascending places.
+
+    >>> spans_of([0, 1, 2, 5])
+    [(0, 3), (5, 6)]
+    """
+    spans: Spans = []
+    for place in places:
+        if spans and spans[-1][1] == place:
+            spans[-1] = (spans[-1][0], place + 1)
+        else:
+            spans.append((place, place + 1))
+    return spans
