@@ -218,7 +218,7 @@ def test_a_push_that_is_dropped_takes_nothing_along(serving: Any) -> None:
 def test_a_worker_that_is_stopped_leaves_its_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A standing server outlives the run; the lease must not keep the next one waiting."""
     from manyhands.train.job import Job
-    from manyhands.train.worker import Order as Work
+    from manyhands.train.order import Order as Work
     from manyhands.train.worker import work
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):

@@ -13,7 +13,7 @@ from manyhands.core import config, hardware
 from manyhands.core.environment import read_env
 from manyhands.core.errors import CheckpointError, UsageError
 from manyhands.train.job import Job
-from manyhands.train.worker import Order
+from manyhands.train.order import Order
 
 if TYPE_CHECKING:
     from manyhands.launch.served import ServerProcesses

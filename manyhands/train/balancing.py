@@ -33,7 +33,7 @@ def rebalance(balancer: Balancer | None, feed: Feed, result: StepResult, step: i
     """
     if balancer is None or len(result.work) != len(balancer.weights):
         return
-    weights = balancer.observe(result.work)
-    if weights != tuple(feed.weights):
-        feed.weights = weights
-        emit(Redivided(step=step, shares=weights, rows_per_s=balancer.speeds()))
+    before = balancer.weights
+    feed.weights = balancer.observe(result.work)
+    if balancer.weights != before:
+        emit(Redivided(step=step, shares=balancer.weights, rows_per_s=balancer.speeds()))

@@ -168,7 +168,12 @@ class Crew:
             try:
                 return self._join(self.epoch)
             except PeerLost as lost:
-                self.membership.suspect(lost.rank, str(lost))
+                self.failed(lost)
+
+    def failed(self, lost: PeerLost) -> None:
+        """Tell the others, unless they know."""
+        if not self.membership.over.is_set():
+            self.membership.suspect(lost.rank, str(lost))
 
     def all_fresh(self, world: World) -> bool:
         """Whether nobody has any state: the job begins now. Collective."""
@@ -202,7 +207,7 @@ class Crew:
         begun = time.perf_counter()
         old = loop.replica
         if cause is not None:
-            self.membership.suspect(cause.rank, str(cause))
+            self.failed(cause)
         self.membership.at("re-forming", old.steps)
         held: dict[int, list[int]] = {}
         if carries(old) and not self.fresh:
@@ -225,7 +230,7 @@ class Crew:
                 return
             except PeerLost as lost:
                 world.wire.close()
-                self.membership.suspect(lost.rank, str(lost))
+                self.failed(lost)
 
     def settle(self, loop: Loop, world: World, mine: Position, *, begun: float) -> None:
         """Agree on where the job stands, and take over. Collective. Raises `PeerLost`."""

@@ -7,13 +7,10 @@ others; a step is done once (see `manyhands.train.crew`).
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from manyhands.core.errors import PeerLost, Stopped
 from manyhands.core.events import Emit, Evaluated, Stepped, Warned
@@ -23,6 +20,7 @@ from manyhands.train.balancing import rebalance
 from manyhands.train.division import Division
 from manyhands.train.evaluate import evaluate
 from manyhands.train.loads import Loads
+from manyhands.train.tally import Schedule, Tally, memory_bytes
 
 if TYPE_CHECKING:
     from manyhands.balance.balancer import Balancer
@@ -37,41 +35,7 @@ if TYPE_CHECKING:
     from manyhands.wire.world import World
 
 LOG_S = 2.0
-LOSS_STEPS = 20
 SAVE_S = 600.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """When the loop does what, in steps; None: by the clock (rank 0's, agreed through the step's header)."""
-
-    total_steps: int
-    log_every: int | None
-    eval_every: int | None
-    save_every: int | None
-    check_every: int
-
-
-@dataclass
-class Tally:
-    """What this worker and the job have done so far; rank 0's job totals go into checkpoints."""
-
-    samples: int = 0
-    tokens: int = 0
-    job_samples: int = 0
-    compute_s: float = 0.0
-    data_s: float = 0.0
-    losses: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=LOSS_STEPS))
-    rate_tokens: int = 0
-    rate_s: float = 0.0
-    eval: dict[str, float] = field(default_factory=dict)
-    train_s: float = 0.0
-
-    @property
-    def train_loss(self) -> float:
-        """Σ loss / Σ targets over the last steps."""
-        count = sum(n for _, n in self.losses)
-        return sum(loss * n for loss, n in self.losses) / count if count else float("nan")
 
 
 @dataclass
@@ -378,7 +342,7 @@ class Loop:
                 tokens_per_s=rate,
                 mfu=rate * self.flops_per_token / self.peak_flops if self.peak_flops else 0.0,
                 communicate_share=min(1.0, (spent - communicated) / elapsed),
-                memory_bytes=_memory_bytes(self.feed.device),
+                memory_bytes=memory_bytes(self.feed.device),
                 eta_s=per_step * (self.schedule.total_steps - self.replica.steps),
             )
         )
@@ -445,14 +409,3 @@ class Loop:
 
 def _drop(event: Any) -> None:
     pass
-
-
-def _memory_bytes(device: torch.device) -> int:
-    """Peak memory of this worker: the GPU's, or resident."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)

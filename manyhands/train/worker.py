@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from manyhands.core import config, rng
 from manyhands.core.errors import PeerLost, Stopped, UsageError
 from manyhands.core.events import Finished, Planned, Resumed, Sampled, Served, Warned
-from manyhands.train.job import Job
+from manyhands.train.order import Order
+from manyhands.train.parts import Parts
 
 if TYPE_CHECKING:
     import torch
@@ -22,32 +21,12 @@ if TYPE_CHECKING:
     from manyhands.train.checkpoint import AsyncSaver
     from manyhands.train.crew import Crew
     from manyhands.train.enlist import Enlisted
-    from manyhands.train.ledger import Ledger
     from manyhands.train.loop import Loop
-    from manyhands.train.plan import Facts, Plan
     from manyhands.train.replica import Replica
     from manyhands.wire.world import World
 
+T = TypeVar("T")
 DRAWN = 0x5A  # stream of random numbers for the sampled continuation
-
-
-@dataclasses.dataclass(frozen=True)
-class Order:
-    """What a launcher hands to each worker: the job, where its values came from, how it was started."""
-
-    job: Job
-    origins: Mapping[str, str]
-    started: float = 0.0
-
-    def to_json(self) -> str:
-        return json.dumps(
-            {"job": config.to_data(self.job), "origins": dict(self.origins), "started": self.started}
-        )
-
-    @staticmethod
-    def from_json(text: str) -> Order:
-        data = json.loads(text)
-        return Order(config.from_data(Job, data["job"]), data["origins"], data["started"])
 
 
 def main(argument: str) -> int:
@@ -104,14 +83,13 @@ class _Run:
         self.loop: Loop | None = None
         self.crew: Crew | None = None
         self._enlisted = enlisted
-        self._catching_up = False
         if enlisted is not None:
             self.crew = Crew(
                 enlisted.membership,
                 enlisted.join,
                 enlisted.offer,
                 fetch=enlisted.fetch,
-                replica=self._replica,
+                replica=lambda world, compare: self.parts.replica(world, compare),
                 rebuild=self._rebuild,
             )
 
@@ -120,11 +98,7 @@ class _Run:
         loop = self._ready()
         reason = "done"
         try:
-            loop.run()
-            if self._samples(loop):
-                with loop.replica.agreed():
-                    if loop.world.rank == 0:
-                        self._sample(loop)
+            self._surviving(loop, lambda: self._sample(loop))
         except Stopped as stopped:
             if self.crew is not None and self.crew.leaving:
                 raise
@@ -135,14 +109,18 @@ class _Run:
         finally:
             if loop.saver is not None:
                 loop.saver.close()
+        return self._surviving(loop, lambda: self._finish(loop, reason, collective=True))
+
+    def _surviving(self, loop: Loop, what: Callable[[], T]) -> T:
+        """`what()` after the last step, done again where a lost worker has interrupted it."""
         while True:
             try:
-                return self._finish(loop, reason, collective=True)
+                loop.run()  # the steps, or what is left to do after the last one
+                return what()
             except PeerLost as lost:
                 if self.crew is None:
                     raise
                 self.crew.renew(loop, lost)
-                loop.run()  # what is left to do after the last step
 
     def close(self) -> None:
         """Whatever is open is closed; nobody waits for this worker any more."""
@@ -175,7 +153,7 @@ class _Run:
             except PeerLost as lost:  # before the first step there is nothing to go on with: it begins anew
                 if self.crew is None:
                     raise
-                self.crew.membership.suspect(lost.rank, str(lost))
+                self.crew.failed(lost)
                 self.the_world.wire.close()
 
     @property
@@ -214,8 +192,7 @@ class _Run:
         order = Order.from_json(self.crew.membership.facts()["job"])
         self.job, self.origins, self.started = order.job, order.origins, order.started
         self.world, self.world_sizes = alone(self.device), []
-        self._catching_up = True
-        loop = self._build_all(lambda: None)
+        loop = self._build_all(lambda: None, planned_for=self.job.workers or 1)
         begun = time.perf_counter()
         while True:
             world = self.crew.meet()
@@ -225,27 +202,38 @@ class _Run:
                 return loop
             except PeerLost as lost:
                 world.wire.close()
-                self.crew.membership.suspect(lost.rank, str(lost))
+                self.crew.failed(lost)
 
-    def _build_all(self, resume_path: Callable[[], Path | None]) -> Loop:
-        from manyhands.train.material import gather_material
-
+    def _build_all(self, resume_path: Callable[[], Path | None], planned_for: int | None = None) -> Loop:
+        """Data, model, plan, loop; nothing is kept of an earlier attempt."""
         if self.loop is not None:
             self.loop.replica.close()
+        over = self.crew.membership.over if self.crew is not None else None
+        self.parts = parts = Parts(self.job, self.device, over, planned_for)
         with self.interrupts.phase("prepare", interruptible=True):
             self._at("prepare")
             resume = resume_path()
-            self.material = gather_material(self.job, self.the_world, self.emit)
+            parts.prepare(self.the_world, self.emit)
         with self.interrupts.phase("build", interruptible=True):
             self._at("build")
-            model = self._build()
-            self.facts = self._facts(model)
-            self.plan = self._plan(self.facts)
-            self._announce(model, self.facts, self.plan)
-            self.loop = loop = self._loop(model)
+            parts.build(self.the_world)
+            self.effective = parts.effective(planned_for or self.the_world.size)
+            if planned_for is None:
+                self._announce()
+            self.loop = loop = self._loop()
             if resume is not None:
                 self._restore(loop, resume)
         return loop
+
+    def _announce(self) -> None:
+        from manyhands.train.explain import explain
+
+        parts, world = self.parts, self.the_world
+        if world.rank == 0:
+            rows = explain(
+                self.job, self.origins, parts.material, parts.facts, parts.plan, world, self.allocator
+            )
+            self.emit(Planned(rows=rows))
 
     def _at(self, phase: str) -> None:
         if self.crew is not None:
@@ -268,84 +256,6 @@ class _Run:
         checkpoint.verify(path)
         return path
 
-    def _build(self) -> torch.nn.Module:
-        from manyhands.models.build import build
-        from manyhands.train.forward import quicken
-
-        model = build(
-            self.job.model if self.job.model != "auto" else self.material.default_model,
-            task=self.job.task_name,
-            vocab_size=self.material.vocab_size,
-            seq_len=self.job.seq_len,
-            n_labels=self.material.n_labels,
-            seed=self.job.seed,
-            tokenizer_dir=self.material.tokenizer,
-        )
-        if self.job.gradient_checkpointing:
-            from manyhands.train.forward import checkpoint_activations
-
-            checkpoint_activations(model, self.job.model)
-        if self.job.precision == "fp64":
-            model.double()
-        model.train()
-        quicken(model)
-        return model.to(self.device)
-
-    def _facts(self, model: torch.nn.Module) -> Facts:
-        import torch
-
-        from manyhands.core import hardware
-        from manyhands.models.build import describe, draws_random
-        from manyhands.train.plan import Facts, choose_precision
-        from manyhands.wire.world import hosts
-
-        has_bf16 = torch.cuda.is_bf16_supported() if self.device.type == "cuda" else hardware.cpu_has_bf16()
-        precision, _ = choose_precision(self.job, self.device.type, has_bf16)
-        about = describe(model, seq_len=self.job.seq_len)
-        dtype = {"bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}.get(precision, "float32")
-        peak = hardware.peak_flops(str(self.device), dtype, torch.get_num_threads())
-        return Facts(
-            rows=len(self.material.train),
-            # who catches up plans like those that began
-            world_size=self.job.workers if self._catching_up and self.job.workers else self.the_world.size,
-            hosts=hosts(self.the_world.members),
-            device_type=self.device.type,
-            device_name=hardware.device_name(str(self.device)),
-            threads=torch.get_num_threads(),
-            has_bf16=has_bf16,
-            draws_random=draws_random(model),
-            parameters=about.parameters,
-            flops_per_token=about.flops_per_token,
-            peak_flops=math.fsum(self.the_world.gather(peak)),
-        )
-
-    def _plan(self, facts: Facts) -> Plan:
-        from manyhands.train.plan import derive
-
-        return derive(self.job, facts)
-
-    def _announce(self, model: torch.nn.Module, facts: Facts, plan: Plan) -> None:
-        from manyhands.train.explain import explain
-
-        effective = dataclasses.replace(
-            self.job,
-            model=self.job.model if self.job.model != "auto" else self.material.default_model,
-            tokenizer=self.job.tokenizer if self.job.tokenizer != "auto" else self.material.tokenizer_spec,
-            precision=plan.precision,  # type: ignore[arg-type]
-            compile="on" if plan.compile else "off",
-            micro_batch=plan.micro_batch,
-            device_batch=None if self.job.reproducible else plan.device_batch,
-            steps=None if self.job.epochs is not None else plan.steps,
-            workers=self.the_world.size,
-            eval_fraction=0.05 if self.job.eval_data else self.job.eval_fraction,
-            resume=None,
-        )
-        self.effective = effective
-        if self.the_world.rank != 0 or (self.crew is not None and self._catching_up):
-            return
-        rows = explain(self.job, self.origins, self.material, facts, plan, self.the_world, self.allocator)
-        self.emit(Planned(rows=rows))
-
     def _write_config(self) -> None:
         """Once it is sure that the run begins: a refused one leaves an earlier run's configuration alone."""
         from manyhands.train.durable import write_text
@@ -353,94 +263,52 @@ class _Run:
         if self.the_world.rank == 0:
             write_text(self.output / "config.toml", config.to_toml(self.effective))
 
-    def _replica(self, world: World, compare: bool) -> Replica:
-        """A replica around the model, on a wire."""
-        from manyhands.exchange.ordered import Ordered
-        from manyhands.train import session
-        from manyhands.train.replica import Replica
-
-        strategy = self.job.strategy
-        if self.job.reproducible:
-            strategy = dataclasses.replace(strategy, exchange=Ordered())
-        in_tokens = getattr(strategy.outer.schedule, "unit", "steps") == "tokens"
-        steps, per_row = self.plan.steps, self.material.targets_per_row
-        return Replica(
-            self.model,
-            strategy,
-            world.wire,
-            max_grad_norm=self.job.max_grad_norm,
-            targets_per_row=per_row,
-            total=steps * self.job.global_batch * per_row if in_tokens else steps,
-            autocast=session.autocast_for(self.plan.precision, self.device.type),
-            forward=self.forward,
-            over=self.crew.membership.over if self.crew is not None else None,
-            compare=compare,
-        )
-
     def _rebuild(self, world: World) -> tuple[Replica, str]:
-        """A replica whose state was divided among workers that are gone: from the last checkpoint, or the beginning."""
-        from manyhands.train import checkpoint, session
-
+        """For methods whose state was divided among workers that are gone."""
         assert self.loop is not None
         if self.loop.saver is not None:
             self.loop.saver.wait()
-        newest = checkpoint.latest(self.output) if world.rank == 0 else None
-        found = world.gather(str(newest) if newest else "")[0]
-        self.model = self._build()
-        self.forward = None
-        replica = self._replica(world, True)
-        if not found:
-            return replica, "nothing: no checkpoint was there, and training begins anew"
-        session.restore_replica(replica, Path(found))
-        return replica, found
+        return self.parts.rebuilt(world, self.output)
 
-    def _loop(self, model: torch.nn.Module) -> Loop:
-        from manyhands.data.sample import Order as SampleOrder
+    def _loop(self) -> Loop:
         from manyhands.train import session
         from manyhands.train.balancing import balancer_for
-        from manyhands.train.feed import Feed
-        from manyhands.train.forward import compiled
-        from manyhands.train.ledger import next_attempt
-        from manyhands.train.loop import Loop, Schedule
+        from manyhands.train.ledger import Ledger, next_attempt
+        from manyhands.train.loop import Loop
+        from manyhands.train.tally import Schedule
 
-        plan, world = self.plan, self.the_world
-        self.model, self.forward = model, compiled(model) if plan.compile else None
-        feed = Feed(
-            rows=self.material.train,
-            order=SampleOrder(len(self.material.train), self.job.global_batch, self.job.seed),
-            rank=world.rank,
-            weights=plan.weights,
-            micro_batch=plan.micro_batch,
-            device_batch=plan.device_batch,
-            coalesce=plan.coalesce,
-            device=self.device,
-            seed=self.job.seed,
-        )
+        parts, world, job = self.parts, self.the_world, self.job
+        plan, batches = parts.plan, parts.batches()
+        seat = self.crew.membership.me.id if self.crew is not None else f"w{world.rank}"
+
+        def open_ledger(attempt: int, resumed_at: int) -> Ledger:
+            return Ledger(self.output, seat, batches, attempt=attempt, resumed_at=resumed_at, emit=self.emit)
+
         return Loop(
-            replica=self._replica(world, True),
-            feed=feed,
-            task=self.job.task,
+            replica=parts.replica(world),
+            feed=parts.feed(world.rank),
+            task=job.task,
             world=world,
             schedule=Schedule(
                 total_steps=plan.steps,
-                log_every=self.job.log_every,
-                eval_every=self.job.eval_every,
-                save_every=self.job.save_every,
-                check_every=self.job.check_every,
+                log_every=job.log_every,
+                eval_every=job.eval_every,
+                save_every=job.save_every,
+                check_every=job.check_every,
             ),
             interrupts=self.interrupts,
             emit=self.emit,
             autocast=session.autocast_for(plan.precision, self.device.type),
-            balancer=balancer_for(plan, self._seats(), self.job.global_batch),
-            eval_rows=self.material.evaluation,
+            balancer=balancer_for(plan, self._seats(), job.global_batch),
+            eval_rows=parts.material.evaluation,
             eval_batch=plan.device_batch,
             promote=self._promote,
             next_attempt=lambda: next_attempt(self.output),
-            open_ledger=self._open_ledger,
+            open_ledger=open_ledger,
             state=self._state,
-            tokenizer=self.material.tokenizer,
-            flops_per_token=self.facts.flops_per_token,
-            peak_flops=self.facts.peak_flops,
+            tokenizer=parts.material.tokenizer,
+            flops_per_token=parts.facts.flops_per_token,
+            peak_flops=parts.facts.peak_flops,
             crew=self.crew,
         )
 
@@ -459,28 +327,13 @@ class _Run:
         self.emit.take(world.rank)
         return AsyncSaver(self.output, self.job.keep, self.emit) if world.rank == 0 else None
 
-    def _open_ledger(self, attempt: int, resumed_at: int) -> Ledger:
-        from manyhands.train.ledger import Batches, Ledger
-
-        assert self.loop is not None
-        order = self.loop.feed.order
-        batches = Batches(
-            n=order.n,
-            global_batch=order.global_batch,
-            seed=order.seed,
-            micro_batch=self.plan.micro_batch,
-            drop_last=order.drop_last,
-        )
-        seat = self.crew.membership.me.id if self.crew is not None else f"w{self.the_world.rank}"
-        return Ledger(self.output, seat, batches, attempt=attempt, resumed_at=resumed_at, emit=self.emit)
-
     def _state(self) -> dict[str, Any]:
         return {
             "job": config.to_data(self.effective),
             "strategy": config.to_data(self.job.strategy),
-            "data": self.material.identity,
+            "data": self.parts.material.identity,
             "world_sizes": self.world_sizes,
-            "labels": self.material.labels,
+            "labels": self.parts.material.labels,
         }
 
     def _restore(self, loop: Loop, path: Path) -> None:
@@ -488,7 +341,7 @@ class _Run:
         from manyhands.train.resume import same_order
 
         before = checkpoint.load_state(path).state
-        same_order(path, before, self.job, self.material)
+        same_order(path, before, self.job, self.parts.material)
         session.restore_replica(loop.replica, path, verified=True)
         lost = exchange_state.missing(before)
         if lost and self.the_world.rank == 0:
@@ -505,21 +358,23 @@ class _Run:
                 )
             )
 
-    def _samples(self, loop: Loop) -> bool:
-        """Whether a continuation is drawn at the end; the same on every worker."""
-        model = loop.replica.model
-        if getattr(loop.replica.method, "share", None) is not None:  # no worker computes alone
-            return False
-        return self.job.task_name == "pretrain" and self.job.prompt != "" and hasattr(model, "generate")
-
     def _sample(self, loop: Loop) -> None:
+        """A continuation, drawn by rank 0."""
         from manyhands.train.generate import continuation
 
-        prompt = self.job.prompt if self.job.prompt is not None else self.material.default_prompt
-        with self.interrupts.phase("generate", interruptible=True), loop.autocast():
-            rng.seed_torch(self.job.seed, DRAWN)
-            text = continuation(loop.replica.model, self.material.tokenizer, prompt, new_tokens=96)
-        self.emit(Sampled(step=loop.replica.steps, prompt=prompt, text=text))
+        model = loop.replica.model
+        if getattr(loop.replica.method, "share", None) is not None:  # no worker computes alone
+            return
+        if self.job.task_name != "pretrain" or self.job.prompt == "" or not hasattr(model, "generate"):
+            return
+        prompt = self.job.prompt if self.job.prompt is not None else self.parts.material.default_prompt
+        with loop.replica.agreed():
+            if loop.world.rank != 0:
+                return
+            with self.interrupts.phase("generate", interruptible=True), loop.autocast():
+                rng.seed_torch(self.job.seed, DRAWN)
+                text = continuation(model, self.parts.material.tokenizer, prompt, new_tokens=96)
+            self.emit(Sampled(step=loop.replica.steps, prompt=prompt, text=text))
 
     def _finish(self, loop: Loop, reason: str, *, collective: bool) -> dict[str, Any]:
         from manyhands.train.summary import summarize
@@ -527,9 +382,9 @@ class _Run:
         summary = summarize(
             self.job,
             loop,
-            self.facts,
-            self.plan,
-            self.material,
+            self.parts.facts,
+            self.parts.plan,
+            self.parts.material,
             reason,
             self.world_sizes,
             time.time() - self.started,

@@ -1,0 +1,192 @@
+"""What a worker trains with: data, model, plan, and a replica around the model for any set of workers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from manyhands.train.job import Job
+
+if TYPE_CHECKING:
+    import torch
+
+    from manyhands.core.events import Emit
+    from manyhands.train.feed import Feed
+    from manyhands.train.ledger import Batches
+    from manyhands.train.replica import Replica
+    from manyhands.wire.world import World
+
+
+class Parts:
+    """Made from a job, in the order of the methods.
+
+    Args:
+        job: what to train.
+        device: this worker's.
+        over: set when somebody was lost.
+        planned_for: how many workers the plan is for, where that is not the number there is (a worker that joins later).
+
+    Attributes:
+        material, facts, plan: of the job, once they are made.
+        model, forward: the model, and its compiled form where the plan says so.
+    """
+
+    def __init__(
+        self, job: Job, device: torch.device, over: threading.Event | None, planned_for: int | None = None
+    ) -> None:
+        self.job, self.device = job, device
+        self._over, self._planned_for = over, planned_for
+
+    def prepare(self, world: World, emit: Emit) -> None:
+        """The rows. Collective."""
+        from manyhands.train.material import gather_material
+
+        self.material = gather_material(self.job, world, emit)
+
+    def build(self, world: World) -> None:
+        """Model, facts and plan. Collective."""
+        from manyhands.train.forward import compiled
+        from manyhands.train.plan import derive
+
+        self.model = self.fresh_model()
+        self.facts = self._facts(world)
+        self.plan = derive(self.job, self.facts)
+        self.forward: Any = compiled(self.model) if self.plan.compile else None
+
+    def fresh_model(self) -> torch.nn.Module:
+        """The model as training begins with it."""
+        from manyhands.models.build import build
+        from manyhands.train.forward import checkpoint_activations, quicken
+
+        model = build(
+            self.job.model if self.job.model != "auto" else self.material.default_model,
+            task=self.job.task_name,
+            vocab_size=self.material.vocab_size,
+            seq_len=self.job.seq_len,
+            n_labels=self.material.n_labels,
+            seed=self.job.seed,
+            tokenizer_dir=self.material.tokenizer,
+        )
+        if self.job.gradient_checkpointing:
+            checkpoint_activations(model, self.job.model)
+        if self.job.precision == "fp64":
+            model.double()
+        model.train()
+        quicken(model)
+        return model.to(self.device)
+
+    def effective(self, workers: int) -> Job:
+        """The job with every derived value in place of its "auto"."""
+        job, plan, material = self.job, self.plan, self.material
+        return dataclasses.replace(
+            job,
+            model=job.model if job.model != "auto" else material.default_model,
+            tokenizer=job.tokenizer if job.tokenizer != "auto" else material.tokenizer_spec,
+            precision=plan.precision,  # type: ignore[arg-type]
+            compile="on" if plan.compile else "off",
+            micro_batch=plan.micro_batch,
+            device_batch=None if job.reproducible else plan.device_batch,
+            steps=None if job.epochs is not None else plan.steps,
+            workers=workers,
+            eval_fraction=0.05 if job.eval_data else job.eval_fraction,
+            resume=None,
+        )
+
+    def replica(self, world: World, compare: bool = True) -> Replica:
+        """A replica around the model, on the world's wire. Collective."""
+        from manyhands.exchange.ordered import Ordered
+        from manyhands.train import session
+        from manyhands.train.replica import Replica
+
+        strategy = self.job.strategy
+        if self.job.reproducible:
+            strategy = dataclasses.replace(strategy, exchange=Ordered())
+        in_tokens = getattr(strategy.outer.schedule, "unit", "steps") == "tokens"
+        steps, per_row = self.plan.steps, self.material.targets_per_row
+        return Replica(
+            self.model,
+            strategy,
+            world.wire,
+            max_grad_norm=self.job.max_grad_norm,
+            targets_per_row=per_row,
+            total=steps * self.job.global_batch * per_row if in_tokens else steps,
+            autocast=session.autocast_for(self.plan.precision, self.device.type),
+            forward=self.forward,
+            over=self._over,
+            compare=compare,
+        )
+
+    def rebuilt(self, world: World, output: Path) -> tuple[Replica, str]:
+        """A replica where the state was divided among workers that are gone: from `output`'s last checkpoint, if any.
+
+        Collective. Also says what it was made of.
+        """
+        from manyhands.train import checkpoint, session
+
+        newest = checkpoint.latest(output) if world.rank == 0 else None
+        found = world.gather(str(newest) if newest else "")[0]
+        self.model, self.forward = self.fresh_model(), None
+        replica = self.replica(world)
+        if not found:
+            return replica, "the beginning: there is no checkpoint yet"
+        session.restore_replica(replica, Path(found))
+        return replica, found
+
+    def feed(self, rank: int) -> Feed:
+        """Reads a worker's part of any step."""
+        from manyhands.data.sample import Order
+        from manyhands.train.feed import Feed
+
+        job, plan = self.job, self.plan
+        return Feed(
+            rows=self.material.train,
+            order=Order(len(self.material.train), job.global_batch, job.seed),
+            rank=rank,
+            weights=plan.weights,
+            micro_batch=plan.micro_batch,
+            device_batch=plan.device_batch,
+            coalesce=plan.coalesce,
+            device=self.device,
+            seed=job.seed,
+        )
+
+    def batches(self) -> Batches:
+        """What the ledger must know of the order of samples."""
+        from manyhands.train.ledger import Batches
+
+        return Batches(
+            n=len(self.material.train),
+            global_batch=self.job.global_batch,
+            seed=self.job.seed,
+            micro_batch=self.plan.micro_batch,
+        )
+
+    def _facts(self, world: World) -> Any:
+        import torch
+
+        from manyhands.core import hardware
+        from manyhands.models.build import describe, draws_random
+        from manyhands.train.plan import Facts, choose_precision
+        from manyhands.wire.world import hosts
+
+        has_bf16 = torch.cuda.is_bf16_supported() if self.device.type == "cuda" else hardware.cpu_has_bf16()
+        precision, _ = choose_precision(self.job, self.device.type, has_bf16)
+        about = describe(self.model, seq_len=self.job.seq_len)
+        dtype = {"bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}.get(precision, "float32")
+        peak = hardware.peak_flops(str(self.device), dtype, torch.get_num_threads())
+        return Facts(
+            rows=len(self.material.train),
+            world_size=self._planned_for or world.size,
+            hosts=hosts(world.members),
+            device_type=self.device.type,
+            device_name=hardware.device_name(str(self.device)),
+            threads=torch.get_num_threads(),
+            has_bf16=has_bf16,
+            draws_random=draws_random(self.model),
+            parameters=about.parameters,
+            flops_per_token=about.flops_per_token,
+            peak_flops=math.fsum(world.gather(peak)),
+        )
