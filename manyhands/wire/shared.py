@@ -8,27 +8,36 @@ Measured on two saturated cores, gloo's all-reduce over loopback moves 1.2 GB/s 
 * Anything else goes through a small slot per rank, in two halves used alternately, so that one barrier a chunk is
   enough: nobody can write a half again before all have passed the barrier of the other half.
 
-Files in shared memory are unlinked as soon as everybody has mapped them: nothing is left behind however the
-processes end. A barrier waits by spinning, then yielding, then sleeping; a peer whose process is gone raises `PeerLost`.
+Nothing is left behind however the processes end (`manyhands.wire.segment`). A barrier waits by spinning, then yielding, then
+sleeping; a peer whose process is gone raises `PeerLost`, and so does the end of the membership epoch.
+
+**What holds when somebody dies.** Barriers are the only points of decision. A dead worker's counter is frozen, and who is
+told that the epoch is over looks once more whether all had arrived before it gives up. So all survivors have
+passed the same last barrier, whoever noticed first:
+
+* either every survivor has the reply of a request, or none has;
+* a Sum of a piece of a registered buffer that did not end has either changed nothing, or (between its two barriers) left that piece
+  with parts of the sum: `SharedWire.torn` says which, the same on all survivors. Other requests change nothing before they end.
+
+Who gives up takes its counter back, so that a worker which was stopped, evicted and then continued lets nobody through.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import secrets
-import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 
 from manyhands.core.errors import Diverged, PeerLost
 from manyhands.core.request import ACROSS, Gather, Place, Request, Scatter, Swap, Where, partner
+from manyhands.wire.segment import Segment, find, state_of
 from manyhands.wire.solo import Ready, Solo
 from manyhands.wire.traffic import Traffic
 
@@ -36,10 +45,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from manyhands.wire.watch import Watch
+
 SLOT_BYTES = 1 << 20
 BLOCK_BYTES = 1 << 18  # an addition works on blocks that stay in a core's own cache
 _LINE = 16  # int64 words between two ranks' counters: they never share a cache line
 _ARRIVED, _PID, _KIND = 0, 1, 2
+_GONE = -1  # the counter of who has given up
+_NOTE_BYTES = 256  # of each rank, to tell where its segment is
 
 
 @dataclass
@@ -55,31 +68,34 @@ class SharedWire:
     """The wire of workers that share a host. Every method is collective: all ranks call it, in the same order.
 
     Args:
-        store: a `torch.distributed.Store` through which the ranks meet.
+        store: has `set` and (waiting) `get`, like a `torch.distributed.Store`; one fact of rank 0 goes through it.
         rank, size: this worker's place and how many there are.
         timeout_s: how long a barrier waits for a living peer before it raises.
+        watch: the membership epoch that the wire belongs to.
+
+    Attributes:
+        torn: whether a Sum has begun to overwrite a piece of a registered buffer and did not end.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, *, timeout_s: float = 1800.0) -> None:
+    lazy = True  # nothing moves before `wait`
+
+    def __init__(
+        self, store: Any, rank: int, size: int, *, timeout_s: float = 1800.0, watch: Watch | None = None
+    ) -> None:
         self.rank, self.size = rank, size
         self.traffic = Traffic()
         self.phase = "joining"
-        self._store, self._timeout_s = store, timeout_s
+        self.torn = False
+        self._watch, self._timeout_s = watch, timeout_s
         self._regions: list[_Region] = []
-        self._made = 0
-        self._maps: list[mmap.mmap] = []
         self._fence = threading.Lock()
         self._round = 0
         self._half = 0
+        self._control: NDArray[np.int64]
+        self._notes: NDArray[np.uint8]
         self._alone = Solo()
-        control = self._share_one("control", size * _LINE * 8)
-        self._control: NDArray[np.int64] = np.frombuffer(control, dtype=np.int64).reshape(size, _LINE)
-        self._control[rank, _PID] = os.getpid()
-        self._store.set(f"shared/pid/{rank}", str(os.getpid()))
-        self._pids = [int(self._store.get(f"shared/pid/{r}")) for r in range(size)]
-        self._slots = [
-            torch.frombuffer(m, dtype=torch.uint8) for m in self._share_each("slots", 2 * SLOT_BYTES)
-        ]
+        self._meet(store)
+        self._slots = [torch.frombuffer(m, dtype=torch.uint8) for m in self._share(2 * SLOT_BYTES)]
 
     # -- requests
 
@@ -104,14 +120,14 @@ class SharedWire:
     def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A zeroed flat tensor [numel] whose pieces are added without a copy."""
         size_bytes = max(1, numel) * dtype.itemsize
-        copies = [torch.frombuffer(m, dtype=torch.uint8) for m in self._share_each("buffer", size_bytes)]
+        copies = [torch.frombuffer(m, dtype=torch.uint8) for m in self._share(size_bytes)]
         mine = copies[self.rank]
         self._regions.append(_Region(copies, mine.data_ptr(), mine.numel()))
         return mine[: numel * dtype.itemsize].view(dtype)
 
     def common(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A zeroed flat tensor [numel] that exists once: all ranks read and write the same memory. Collective."""
-        mapped = self._share_one("common", max(1, numel) * dtype.itemsize)
+        mapped = self._share(max(1, numel) * dtype.itemsize, makers=[0])[0]
         return torch.frombuffer(mapped, dtype=torch.uint8)[: numel * dtype.itemsize].view(dtype)
 
     def barrier(self) -> None:
@@ -127,15 +143,23 @@ class SharedWire:
             self._wait(arrived)
 
     def close(self) -> None:
+        """Let go of all memory; what the caller still holds of it lives until the caller lets go, too. Waits for nobody."""
         self._regions.clear()
         self._slots.clear()
+        self._control = np.zeros((0, _LINE), np.int64)
+        self._notes = np.zeros((0, _NOTE_BYTES), np.uint8)
 
     # -- how
 
     def _wait(self, arrived: NDArray[np.int64]) -> None:
         start = time.perf_counter()
         checked = start
+        over = self._watch.over if self._watch is not None else None
         while arrived.min() < self._round:
+            if over is not None and over.is_set():
+                if arrived.min() >= self._round:  # somebody may have passed: then all do
+                    return
+                self._give_up()
             now = time.perf_counter()
             if now - start < 0.002:
                 os.sched_yield()
@@ -145,19 +169,33 @@ class SharedWire:
                 checked = now
                 self._check_peers(arrived, now - start)
 
+    def _give_up(self) -> NoReturn:
+        """The epoch is over and somebody has not arrived."""
+        assert self._watch is not None
+        missing = [r for r in range(self.size) if 0 <= self._control[r, _ARRIVED] < self._round]
+        self._control[self.rank, _ARRIVED] = _GONE
+        states = {rank: state_of(pid) for rank in missing if (pid := int(self._control[rank, _PID]))}
+        named = [r for r in missing if states.get(r) == "gone"] + [
+            r for r in missing if states.get(r) == "stopped"
+        ]
+        raise self._watch.ended(self.phase, named[0] if named else None)
+
     def _check_peers(self, arrived: NDArray[np.int64], waited_s: float) -> None:
-        for rank, pid in enumerate(self._pids):
+        for rank in range(self.size):
             if arrived[rank] >= self._round:
                 continue
-            try:
-                os.kill(pid, 0)
-                gone = _is_zombie(pid)
-            except ProcessLookupError:
-                gone = True
-            if gone and arrived[rank] < self._round:
-                raise PeerLost(rank, self.phase, f"process {pid} has ended")
+            pid = int(self._control[rank, _PID])
+            if pid and state_of(pid) == "gone" and arrived[rank] < self._round:
+                raise self._lost(rank, f"process {pid} has ended")
             if waited_s > self._timeout_s:
-                raise PeerLost(rank, self.phase, f"no sign for {waited_s:.0f} s")
+                raise self._lost(rank, f"no sign for {waited_s:.0f} s")
+
+    def _lost(self, rank: int, detail: str) -> PeerLost:
+        if self._watch is None:
+            return PeerLost(rank, self.phase, detail)
+        if self._round:
+            self._control[self.rank, _ARRIVED] = _GONE
+        return self._watch.failed(self.phase, rank, detail)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         region = self._region_of(tensor)
@@ -176,6 +214,7 @@ class SharedWire:
                 "all add the same piece",
                 "",
             )
+        self.torn = True
         with self.traffic.communicating():
             first = tensor.numel() * self.rank // self.size
             last = tensor.numel() * (self.rank + 1) // self.size
@@ -185,6 +224,7 @@ class SharedWire:
             moved = (last - first) * tensor.element_size()
             self.traffic.count(moved * (self.size - 1), moved * (self.size - 1))
         self.barrier()
+        self.torn = False
         return tensor
 
     def _sum_through_slots(self, tensor: Tensor) -> Tensor:
@@ -281,45 +321,59 @@ class SharedWire:
 
     # -- meeting
 
-    def _share_one(self, what: str, size_bytes: int) -> mmap.mmap:
-        """One segment, made by rank 0 and mapped by all."""
-        key = f"shared/{self._made}/{what}"
-        self._made += 1
-        if self.rank == 0:
-            path, mapped = _create(size_bytes)
-            self._store.set(key, path)
-        else:
-            path, mapped = "", _open(self._store.get(key).decode())
+    def _meet(self, store: Any) -> None:
+        """Map the counters and notes, which rank 0 has made."""
+        size_bytes = self.size * (_LINE * 8 + _NOTE_BYTES)
+        segment = Segment(size_bytes) if self.rank == 0 else None
         try:
-            self._met(key)
+            if segment is not None:
+                self._ask(lambda: store.set("control", segment.place))
+                mapped = segment.mapped
+            else:
+                place = self._ask(lambda: store.get("control"))
+                mapped = self._find(place.decode() if isinstance(place, bytes) else place, 0)
+            counters = np.frombuffer(mapped, dtype=np.int64, count=self.size * _LINE)
+            self._control = counters.reshape(self.size, _LINE)
+            notes = np.frombuffer(mapped, dtype=np.uint8, offset=counters.nbytes)
+            self._notes = notes.reshape(self.size, _NOTE_BYTES)
+            self._control[self.rank, _PID] = os.getpid()
+            self.barrier()
         finally:
-            if path:
-                os.unlink(path)
-        self._maps.append(mapped)
-        return mapped
+            if segment is not None:
+                segment.settled()
 
-    def _share_each(self, what: str, size_bytes: int) -> list[mmap.mmap]:
-        """One segment per rank, each mapped by all, in rank order."""
-        key = f"shared/{self._made}/{what}"
-        self._made += 1
-        path, mine = _create(size_bytes)
+    def _ask(self, what: Callable[[], Any]) -> Any:
+        """What the store answers, which may wait for rank 0."""
         try:
-            self._store.set(f"{key}/{self.rank}", path)
+            return what() if self._watch is None else self._watch.call(what, self.phase)
+        except RuntimeError as error:
+            raise self._lost(0, str(error).split("\n")[0]) from error
+
+    def _share(self, size_bytes: int, makers: Sequence[int] | None = None) -> list[mmap.mmap]:
+        """One segment of each rank of `makers` (None: of all), in that order, each mapped by all."""
+        makers = range(self.size) if makers is None else makers
+        segment = Segment(size_bytes) if self.rank in makers else None
+        try:
+            note = segment.place.encode() if segment is not None else b""
+            self._notes[self.rank] = np.frombuffer(note.ljust(_NOTE_BYTES), dtype=np.uint8)
+            self.barrier()
             maps = [
-                mine if rank == self.rank else _open(self._store.get(f"{key}/{rank}").decode())
-                for rank in range(self.size)
+                segment.mapped
+                if segment is not None and rank == self.rank
+                else self._find(self._notes[rank].tobytes().decode().strip(), rank)
+                for rank in makers
             ]
-            self._met(key)
+            self.barrier()
         finally:
-            os.unlink(path)
-        self._maps.extend(maps)
+            if segment is not None:
+                segment.settled()
         return maps
 
-    def _met(self, key: str) -> None:
-        self._store.add(f"{key}/met", 1)
-        self._store.set(f"{key}/met/{self.rank}", "1")
-        for rank in range(self.size):
-            self._store.get(f"{key}/met/{rank}")
+    def _find(self, place: str, rank: int) -> mmap.mmap:
+        try:
+            return find(place)
+        except OSError as error:
+            raise self._lost(rank, f"its memory is gone: {error}") from error
 
 
 class _Pending:
@@ -344,38 +398,3 @@ def _add(pieces: list[Tensor]) -> None:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def _directory() -> Path:
-    shm = Path("/dev/shm")
-    return shm if shm.is_dir() and os.access(shm, os.W_OK) else Path(tempfile.gettempdir())
-
-
-def _create(size_bytes: int) -> tuple[str, mmap.mmap]:
-    path = str(_directory() / f"manyhands-{os.getpid()}-{secrets.token_hex(8)}")
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        os.posix_fallocate(fd, 0, max(1, size_bytes))  # a full /dev/shm is an error here, not a SIGBUS later
-        return path, mmap.mmap(fd, max(1, size_bytes))
-    except BaseException:
-        os.unlink(path)
-        raise
-    finally:
-        os.close(fd)
-
-
-def _open(path: str) -> mmap.mmap:
-    fd = os.open(path, os.O_RDWR)
-    try:
-        return mmap.mmap(fd, 0)
-    finally:
-        os.close(fd)
-
-
-def _is_zombie(pid: int) -> bool:
-    """Whether the process has ended but was not yet reaped by its parent (Linux; False elsewhere)."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] == b"Z"
-    except OSError:
-        return False

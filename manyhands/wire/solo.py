@@ -26,6 +26,7 @@ class Solo:
 
     rank = 0
     size = 1
+    lazy = True  # nothing travels before `wait`, nor then
 
     def __init__(self, device: str = "cpu") -> None:
         self.traffic = Traffic()

@@ -89,22 +89,53 @@ def connect(
         return World(Solo(str(device)), (me,), "solo")
     store = _store(rank, size, store_path, master, agent_store, timeout_s)
     members = _meet(store, me, size)
-    one_host = len({m.host for m in members}) == 1 and local_size == size
-    all_cpu = all(m.device == "cpu" for m in members)
-    if transport == "shared" and not (one_host and all_cpu):
+    kind = kind_of(members, transport, one_host=local_size == size)
+    if kind == "shared memory":
+        return World(SharedWire(store, rank, size, timeout_s=timeout_s), members, kind)
+    return World(
+        GroupWire(
+            store,
+            rank,
+            size,
+            device=device,
+            nccl=kind == "nccl",
+            timeout_s=timeout_s,
+            nodes=nodes_of(members),
+        ),
+        members,
+        kind,
+    )
+
+
+def kind_of(members: Sequence[Member], transport: str, *, one_host: bool = True) -> str:
+    """Which wire joins them: "solo", "shared memory", "nccl" or "gloo".
+
+    Args:
+        transport: "auto", "shared" or "group".
+        one_host: whether members with the same host's name are known to be on one.
+
+    Raises:
+        UsageError: they cannot be joined by that transport.
+    """
+    if len(members) == 1:
+        return "solo"
+    near = one_host and len(hosts(members)) == 1 and all(m.device == "cpu" for m in members)
+    if transport == "shared" and not near:
         raise UsageError(
             "transport = 'shared'",
             "shared memory joins CPU workers of one host",
             "use transport = 'group' or 'auto'",
         )
-    if transport != "group" and one_host and all_cpu:
-        return World(SharedWire(store, rank, size, timeout_s=timeout_s), members, "shared memory")
-    gpus = [(m.host, m.device) for m in members if m.device.startswith("cuda")]
-    nccl = len(gpus) == size and len(set(gpus)) == size
+    if transport != "group" and near:
+        return "shared memory"
+    gpus = {(m.host, m.device) for m in members if m.device.startswith("cuda")}
+    return "nccl" if len(gpus) == len(members) else "gloo"
+
+
+def nodes_of(members: Sequence[Member]) -> list[int]:
+    """Which host each member is on, as numbers from 0."""
     names = hosts(members)
-    nodes = [names.index(m.host) for m in members]
-    wire = GroupWire(store, rank, size, device=device, nccl=nccl, timeout_s=timeout_s, nodes=nodes)
-    return World(wire, members, "nccl" if nccl else "gloo")
+    return [names.index(m.host) for m in members]
 
 
 def _store(
