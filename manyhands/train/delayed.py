@@ -147,11 +147,6 @@ class DelayedSteps:
             }
         return found
 
-    def mended(self) -> None:
-        """My kept parameters were replaced: the forecast from the old ones goes."""
-        if self._saved is not None:
-            self._put(self._saved[0])
-
     def optimizer_state(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = self._saved[1] if self._saved else self.optimizer.state_by_name()
         return found

@@ -16,6 +16,7 @@ from torch import nn
 
 from manyhands.core.request import Gather
 from manyhands.placement.sharded import elementwise
+from manyhands.train.mending import shared_of
 from manyhands.train.method import Header, clip_factor
 from manyhands.train.sharded_pieces import Owned, Piece, cut, gather_whole, state_pieces
 from manyhands.train.synchronous import Synchronous
@@ -55,6 +56,10 @@ class ShardedOptimizer(Synchronous):
             return NamedOptimizer([])
         built: NamedOptimizer = self._replica.strategy.outer.build(named, self._replica.device.type)
         return built
+
+    def shared(self) -> dict[str, dict[str, Tensor]]:
+        """Parameters and the exchange's part; the optimizer's state is divided."""
+        return shared_of(self._replica, {})
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The whole state by name on rank 0's CPU; empty elsewhere. Collective."""
