@@ -46,7 +46,8 @@ def fit(samples: Sequence[Sample]) -> Cost:
     ys = [seconds / rows for rows, seconds in samples]
     mean = math.fsum(xs) / len(xs)
     spread = math.fsum((x / mean - 1.0) ** 2 for x in xs)
-    pairs = [
+    varied = max(xs) - min(xs) > 1e-6 * mean
+    pairs = varied and [
         ((ys[j] - ys[i]) / (xs[j] - xs[i]), abs(xs[j] - xs[i]))
         for i in range(len(xs))
         for j in range(i)
@@ -86,6 +87,10 @@ class Track:
     idle: int = 0
     rest: int = REST
     warm: bool = False
+    line: Cost = field(default=Cost(0.0, 1.0), init=False, repr=False, compare=False)  # fitted to the samples
+
+    def __post_init__(self) -> None:
+        self._fit()
 
     def observe(self, rows: float, seconds: float) -> bool:
         """Take one step into account; whether the speed has changed."""
@@ -98,8 +103,9 @@ class Track:
         tried, self.idle = self.idle, 0
         if not self.samples:
             self.samples.append((rows, seconds))
+            self._fit()
             return False
-        ratio = math.log(seconds / fit(self.samples).seconds(rows))
+        ratio = self._ratio(rows, seconds)
         nearest = min(abs(math.log(rows / known)) for known, _ in self.samples)
         if abs(ratio) <= max(ODD, 3 * self.off) + nearest:
             self._usual(rows, seconds, ratio)
@@ -119,31 +125,33 @@ class Track:
         """The current line; None where nothing is known."""
         if not self.samples:
             return None
-        known = fit(self.samples)
         trust = 0.5 ** (self.idle / self.rest)
-        return Cost(known.fixed * trust, known.per_row * trust)
-
-    @property
-    def doubt(self) -> float:
-        """The relative standard error of the estimated seconds."""
-        return 1.6 * self.off / math.sqrt(len(self.samples)) if self.samples else 1.0
+        return Cost(self.line.fixed * trust, self.line.per_row * trust)
 
     def _ratio(self, rows: float, seconds: float) -> float:
-        return math.log(seconds / fit(self.samples).seconds(rows))
+        return math.log(seconds / self.line.seconds(rows))
+
+    def _fit(self) -> None:
+        if self.samples:
+            self.line = fit(self.samples)
 
     def _usual(self, rows: float, seconds: float, ratio: float) -> None:
         self.odd = None
         self.off += 0.2 * (abs(ratio) - self.off)
         self.samples = [*self.samples, (rows, seconds)][-WINDOW:]
+        self._fit()
 
     def _change(self, new: list[Sample]) -> bool:
         factor = math.exp(math.fsum(self._ratio(*sample) for sample in new) / len(new))
         kept = [(rows, seconds * factor) for rows, seconds in self.samples[-WINDOW // 3 :]]
         self.samples, self.odd = [*kept, *new], None
+        self._fit()
         return True
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        data = asdict(self)
+        del data["line"]
+        return data
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Track:
