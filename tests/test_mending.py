@@ -13,8 +13,9 @@ from test_exactness import SEQ, make, summed
 from test_methods import feed_of
 
 from manyhands.core import config
-from manyhands.core.errors import Diverged
+from manyhands.core.errors import Diverged, UsageError
 from manyhands.core.events import Mended
+from manyhands.train.job import Job
 from manyhands.train.mending import fingerprint_of, vote
 from manyhands.train.replica import Replica
 
@@ -99,6 +100,14 @@ def test_one_against_one_has_no_majority(fleets: Fleets) -> None:
     found = fleets(2, "shared").run(flipping_run, case_of("ddp", at=4))
     assert "worker 0 (w0 on host-0), worker 1 (w1 on host-1) differ, and no majority" in found[0]["refused"]
     assert "three or more workers" in found[0]["refused"]
+
+
+def test_the_option_is_refused_where_it_would_be_ignored() -> None:
+    for strategy in ("zero3", "hogwild", "gossip"):
+        with pytest.raises(UsageError, match="on_divergence = 'mend' with strategy"):
+            Job(strategy=config.from_text("strategies", strategy), on_divergence="mend")
+    for strategy in ("zero1", "ddp", "diloco"):
+        Job(strategy=config.from_text("strategies", strategy), on_divergence="mend")
 
 
 def test_the_vote_over_all_small_cases() -> None:

@@ -47,6 +47,7 @@ class DelayedSteps:
     """See the module."""
 
     agrees = True
+    skips_alike = True
     comes_to_rest = False
 
     def __init__(self, replica: Replica) -> None:
@@ -119,6 +120,7 @@ class DelayedSteps:
             int(count),
             change=told.change,
             work=told.work,
+            spent=told.spent,
         )
 
     def meet(self) -> None:

@@ -101,6 +101,18 @@ class Job:
     gradient_checkpointing: bool = option(
         False, help="recompute activations in backward: less memory, a third slower"
     )
+    # who is lost, who comes
+    elastic: Literal["auto", "off"] = option(
+        "auto",
+        help="auto: the others go on when a worker is lost, and workers may join; off: it ends the job",
+    )
+    restarts: int = option(
+        3,
+        help="replacements for each lost worker, counted anew after ten minutes of health",
+        aliases=("max_restarts",),
+    )
+    min_workers: int = option(1, help="fewer cannot go on: the job waits for a replacement, or ends")
+    hang_s: float = option(10.0, help="seconds without a sign of life after which a worker is given up")
     # when
     log_every: int | None = option(
         None, help="steps between log lines; none: about every two seconds", aliases=("logging_steps",)
@@ -115,6 +127,10 @@ class Job:
     )
     check_every: int = option(
         100, help="steps between comparisons of all replicas' fingerprints; 0: only at checkpoints"
+    )
+    on_divergence: Literal["stop", "mend"] = option(
+        "stop",
+        help="a replica whose fingerprint differs from the majority's: stop and say which, or give it theirs",
     )
     keep: int = option(3, help="checkpoints to keep", aliases=("save_total_limit",))
     # where
@@ -146,6 +162,12 @@ class Job:
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _at_least("check_every", self.check_every, 0)
+        _at_least("restarts", self.restarts, 0)
+        _at_least("min_workers", self.min_workers, 1)
+        if not 1 <= self.hang_s < 1e6:
+            raise UsageError(
+                f"hang_s = {self.hang_s}", "a busy worker may be silent for a moment", "give hang_s >= 1"
+            )
         if not 0 <= self.eval_fraction < 1:
             raise UsageError(
                 f"eval_fraction = {self.eval_fraction}", "it is a share of the rows", "give 0 <= x < 1"
@@ -193,6 +215,26 @@ class Job:
                 "each forward pass holds exactly one micro-batch then",
                 "use --micro-batch",
             )
+        if self.workers is not None and self.min_workers > self.workers:
+            raise UsageError(
+                f"min_workers = {self.min_workers} with workers = {self.workers}",
+                "the job begins with all of its workers",
+                f"give min_workers <= {self.workers}",
+            )
+        if self.elastic == "off":
+            for name, default in (("restarts", 3), ("min_workers", 1), ("hang_s", 10.0)):
+                if getattr(self, name) != default:
+                    raise UsageError(
+                        f"{name} = {getattr(self, name)} with elastic = 'off'",
+                        "the first lost worker ends the job then",
+                        f"leave out {name}, or elastic",
+                    )
+        if self.on_divergence == "mend" and not self._can_mend():
+            raise UsageError(
+                f"on_divergence = 'mend' with strategy = {self.strategy!r}",
+                "what is mended is there as often as there are workers",
+                "leave out --on-divergence, or use a strategy whose workers hold whole models",
+            )
         if self.micro_batch is not None and self.micro_batch > self.global_batch:
             raise UsageError(
                 f"micro_batch = {self.micro_batch} with global_batch = {self.global_batch}",
@@ -216,6 +258,11 @@ class Job:
                 "held-out rows come from one of them",
                 "leave out --eval-fraction",
             )
+
+    def _can_mend(self) -> bool:
+        method = self.strategy.placement.method
+        whole = method is None or method == "manyhands.train.sharded_optimizer:ShardedOptimizer"
+        return whole and not getattr(self.strategy.exchange, "by_model", False)
 
     def _adds_raw_gradients(self) -> bool:
         """Whether the strategy is plain all-reduce at every step, which the fixed order can stand for."""

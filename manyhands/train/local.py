@@ -128,6 +128,7 @@ class LocalSteps:
             int(count),
             change=header.change,
             work=header.work,
+            spent=header.spent,
         )
 
     def meet(self) -> None:

@@ -27,6 +27,7 @@ from manyhands.core.types import Summed
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from manyhands.core.types import Counters
     from manyhands.train.gradients import FlatGradients
     from manyhands.train.replica import Replica
 
@@ -94,6 +95,7 @@ class StepResult:
         agreed: the workers have spoken in this step, so `loss` is everybody's; else this worker's.
         change: somebody waits to join or to leave: the set of workers changes after this step.
         work: (seconds in forward and backward, rows) of every rank since the last agreement; empty where nobody told.
+        spent: (seconds until its rows were there, waiting for others, moving bytes) of every rank, up to its header.
     """
 
     loss: float
@@ -108,6 +110,7 @@ class StepResult:
     agreed: bool = True
     change: bool = False
     work: tuple[tuple[float, float], ...] = ()
+    spent: tuple[tuple[float, float, float], ...] = ()
 
 
 class Method(Protocol):
@@ -116,6 +119,7 @@ class Method(Protocol):
     Attributes:
         agrees: after `meet` (and whenever `at_rest`) all workers' parameters are bitwise equal.
         comes_to_rest: `at_rest` is reached by itself after each exchange, so that a checkpoint can wait for it.
+        skips_alike: (optional) an update that is left out is left out by every worker.
         saves_alone: (optional) the agreed parameters are there at any time, so that after an interruption one worker can save
             them though the method is not at rest.
         still: (optional) nothing that others may need moves before a step's agreement.
@@ -194,18 +198,18 @@ class Header:
     save: bool
     change: bool
     work: tuple[tuple[float, float], ...]
+    spent: tuple[tuple[float, float, float], ...]
     more: Tensor
 
     @staticmethod
     def row(loss_sum: float, count: float, wishes: Wishes, work: Work, more: Sequence[float] = ()) -> Tensor:
-        """What one worker tells: float64 [7 + len(more)], exact for counts below 2⁵³. Takes what `work` has measured."""
-        seconds, rows = work.take()
-        said = (loss_sum, count, float(wishes.stop), float(wishes.save), float(wishes.change), seconds, rows)
+        """What one worker tells: float64 [10 + len(more)], exact for counts below 2⁵³. Takes what `work` has measured."""
+        said = (loss_sum, count, float(wishes.stop), float(wishes.save), float(wishes.change), *work.take())
         return torch.tensor([*said, *more], dtype=torch.float64)
 
     @staticmethod
     def of(table: Tensor) -> Header:
-        """From everybody's rows [workers, 7 + more]; `more` is [workers, more]."""
+        """From everybody's rows [workers, 10 + more]; `more` is [workers, more]."""
         return Header(
             loss_sum=float(table[:, 0].sum()),
             count=int(table[:, 1].sum()),
@@ -213,7 +217,8 @@ class Header:
             save=bool(table[:, 3].max()),
             change=bool(table[:, 4].max()),
             work=tuple((seconds, rows) for seconds, rows in table[:, 5:7].tolist()),
-            more=table[:, 7:],
+            spent=tuple((data_s, wait_s, move_s) for data_s, wait_s, move_s in table[:, 7:10].tolist()),
+            more=table[:, 10:],
         )
 
     @property
@@ -224,19 +229,31 @@ class Header:
 
 @dataclass
 class Work:
-    """Seconds in forward and backward, and rows, since they were last told."""
+    """What this worker did since it last told the others.
 
+    Attributes:
+        seconds: in forward and backward, of `rows` rows.
+        data_s: until its rows were there.
+        traffic: the wire's counters, of which the increase is told.
+    """
+
+    traffic: Counters
     seconds: float = 0.0
     rows: float = 0.0
+    data_s: float = 0.0
+    _before: tuple[float, float] = (0.0, 0.0)
 
     def add(self, seconds: float, rows: int) -> None:
         self.seconds += seconds
         self.rows += rows
 
-    def take(self) -> tuple[float, float]:
-        """What has come together; counting begins anew."""
-        found = self.seconds, self.rows
-        self.seconds = self.rows = 0.0
+    def take(self) -> tuple[float, float, float, float, float]:
+        """(seconds, rows, data_s, waiting, moving) that have come together; counting begins anew."""
+        now = self.traffic.idle_s, self.traffic.communicate_s
+        waited, moved = now[0] - self._before[0], now[1] - self._before[1]
+        found = self.seconds, self.rows, self.data_s, waited, moved
+        self.seconds = self.rows = self.data_s = 0.0
+        self._before = now
         return found
 
 
@@ -305,9 +322,15 @@ def accumulate(
         if by_place is not None:
             by_place(place)
         places.extend(part.places(i))
-        replica.work.add(time.perf_counter() - begun, len(next(iter(batch.values()))))
+        replica.work.add(time.perf_counter() - begun, rows_of(batch))
     total = 0.0 if loss_sum is None else float(loss_sum)
     return Sums(total, float(count), places, whole)
+
+
+def rows_of(batch: Any) -> int:
+    """Rows of a batch, in whatever form a user's own loop has it."""
+    first = next(iter(batch.values()), ()) if isinstance(batch, Mapping) else batch
+    return len(first)
 
 
 def norm_of(tensors: Sequence[Tensor]) -> float:

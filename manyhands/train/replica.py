@@ -78,7 +78,7 @@ class Replica:
         self.max_norm = max_grad_norm or math.inf
         self.per_row = targets_per_row
         self.autocast = autocast
-        self.work = Work()
+        self.work = Work(wire.traffic)
         self._skipped_in_a_row = 0
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.device = self.named[0][1].device if self.named else torch.device("cpu")

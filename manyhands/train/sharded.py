@@ -24,7 +24,7 @@ from manyhands.core.errors import Diverged, PeerLost
 from manyhands.core.request import Gather
 from manyhands.core.types import Summed
 from manyhands.train import sharded_state
-from manyhands.train.method import Header, Part, StepResult, Wishes, clip_factor, is_finite
+from manyhands.train.method import Header, Part, StepResult, Wishes, clip_factor, is_finite, rows_of
 from manyhands.train.sharded_gradients import ShardGradients
 from manyhands.train.sharded_layout import Layout
 from manyhands.train.sharded_passes import Pass, Passes
@@ -126,6 +126,7 @@ class ShardedModel:
             int(count),
             change=told.change,
             work=told.work,
+            spent=told.spent,
         )
 
     @property
@@ -246,7 +247,7 @@ class ShardedModel:
                 detached = summed.loss_sum.detach().double()
                 loss_sum = detached if loss_sum is None else loss_sum + detached
                 count = count + summed.count
-                replica.work.add(0.0, len(next(iter(each.batch.values()))))
+                replica.work.add(0.0, rows_of(each.batch))
         replica.work.add(
             time.perf_counter() - begun, 0
         )  # with the gathering of parameters, which all wait for

@@ -52,6 +52,7 @@ class Synchronous:
     """All-reduce and its like: see the module."""
 
     agrees = True
+    skips_alike = True
     comes_to_rest = True
     still = True
 
@@ -153,6 +154,7 @@ class Synchronous:
             own,
             change=told.change,
             work=told.work,
+            spent=told.spent,
         )
 
     @contextmanager
