@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
+import threading
 import time
 from typing import Any
 
@@ -11,12 +13,18 @@ import pytest
 import torch
 from members import Job, PipeMembership
 
-from manyhands.core.errors import PeerLost
-from manyhands.core.request import Gather, Scatter, Sum, Swap
+from manyhands.core.errors import PeerLost, UsageError
+from manyhands.core.membership import Epoch, Seat
+from manyhands.core.request import ACROSS, NODE, Gather, Scatter, Sum, Swap
 from manyhands.wire.form import form
+from manyhands.wire.group import GroupWire
+from manyhands.wire.shared import SharedWire
+from manyhands.wire.solo import Solo
+from manyhands.wire.watch import Watch
 
 CPU = torch.device("cpu")
 TRANSPORTS = ["shared", "group"]
+SOON_S = 2.0  # ten times what it takes on a machine that does much else
 
 
 def _check(world: Any) -> None:
@@ -25,56 +33,57 @@ def _check(world: Any) -> None:
     assert total.tolist() == [2.0**world.size - 1] * 1000, total[:3]
 
 
-def _serve(membership: PipeMembership, transport: str, seed: int) -> None:
+def _serve(membership: PipeMembership, transport: str) -> None:
     """Form, check, then random collectives until the epoch is over; again and again."""
-    closing_s = lost_s = 0.0
+    last: dict[str, Any] = {"lost_s": 0.0, "closing_s": 0.0}
     while True:
         epoch = membership.next()
-        begun = time.perf_counter()
         try:
             world = form(epoch, membership, device=CPU, transport=transport)
             _check(world)
         except PeerLost:
-            continue
-        membership.tell(
-            "told", (epoch.number, world.rank, world.size, lost_s, closing_s, time.perf_counter() - begun)
-        )
-        choice = random.Random(seed + epoch.number)  # the same on every worker
+            continue  # the next wire closes what this one left
+        membership.tell("told", {"epoch": epoch.number, "rank": world.rank, **last})
+        choice = random.Random(epoch.number)  # the same on every worker
+        buffer = world.wire.buffer(1 << 18, torch.float32)
+        done = 0
         try:
             while True:
-                _collective(world, choice)
+                _collective(world, choice, buffer)
+                done += 1
         except PeerLost:
             begun = time.perf_counter()
-            lost_s = begun - membership.over_at if membership.over.is_set() else 0.0
+            last = {"of": epoch.number, "done": done, "torn": getattr(world.wire, "torn", None)}
+            last["lost_s"] = begun - membership.over_at if membership.over.is_set() else 0.0
             world.wire.close()
-            closing_s = time.perf_counter() - begun
+            last["closing_s"] = time.perf_counter() - begun
 
 
-def _collective(world: Any, choice: random.Random) -> None:
-    wire, kind, numel = world.wire, choice.randrange(6), choice.choice([1, 1000, 1 << 20])
-    tensor = torch.ones(numel)
+def _collective(world: Any, choice: random.Random, buffer: torch.Tensor) -> None:
+    wire, kind, numel = world.wire, choice.randrange(7), choice.choice([1, 1000, 1 << 20])
     if kind == 0:
-        assert float(wire.begin(Sum(tensor)).wait()[0]) == world.size
+        assert float(wire.begin(Sum(torch.ones(numel))).wait()[0]) == world.size
     elif kind == 1:
-        handles = [wire.begin(Sum(torch.ones(numel))) for _ in range(3)]
-        assert [float(h.wait()[0]) for h in handles] == [world.size] * 3
+        buffer.fill_(1.0)
+        assert float(wire.begin(Sum(buffer)).wait()[-1]) == world.size
     elif kind == 2:
         assert len(wire.begin(Gather(torch.ones(numel + world.rank))).wait()) == world.size
     elif kind == 3:
         wire.begin(Scatter([torch.ones(numel)] * world.size)).wait()
     elif kind == 4:
-        wire.begin(Swap(tensor, choice.randrange(100))).wait()
-    else:
-        wire.begin(Gather(tensor, even=True)).wait()
+        wire.begin(Swap(torch.ones(numel), choice.randrange(100))).wait()
+    elif kind == 5:
+        wire.begin(Gather(torch.ones(numel), even=True)).wait()
+    else:  # several in flight
+        handles = [wire.begin(Gather(torch.ones(numel), even=True)) for _ in range(3)]
+        assert [len(h.wait()) for h in handles] == [world.size] * 3
 
 
-def _formed(job: Job, number: int) -> list[Any]:
+def _formed(job: Job, number: int) -> list[dict[str, Any]]:
     """What all workers of epoch `number` or a later one told, once all have."""
 
     def found() -> list[Any]:
-        if job.epoch.number < number:
-            return []
-        now = [told for _, told in job.told if told[0] == job.epoch.number]
+        now = [told for _, told in job.told if told["epoch"] == job.epoch.number >= number]
         return now if len(now) == len(job.epoch.seats) else []
 
     return job.until(found)
@@ -82,21 +91,201 @@ def _formed(job: Job, number: int) -> list[Any]:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_killed_and_stopped_at_random_moments(transport: str) -> None:
-    """Twenty ends of a worker, each followed by a new wire among survivors and a replacement, and a right sum."""
+    """Ends of a worker, each followed by a new wire among survivors and a replacement, and a right sum."""
     choice = random.Random(7)
-    with Job(_serve, transport, 7) as job:
+    with Job(_serve, transport) as job:
         job.start("w0", "w1", "w2")
         _formed(job, 1)
-        for turn in range(20):
+        for turn in range(10):
             job.start(f"r{turn}")  # it waits to join
             number = job.epoch.number
             victim = choice.choice(job.epoch.seats).id
             time.sleep(choice.random() * 0.02)
-            if turn % 4 == 3:
+            if turn % 3 == 2:
                 job.kill(victim, signal.SIGSTOP)
                 time.sleep(choice.random() * 0.02)
                 job.evict(victim)
             else:
                 job.kill(victim)
             told = _formed(job, number + 1)
-            assert sorted(rank for _, rank, *_ in told) == [0, 1, 2]
+            assert sorted(t["rank"] for t in told) == [0, 1, 2]
+            assert max(t["lost_s"] for t in told) < SOON_S
+            assert max(t["closing_s"] for t in told) < SOON_S
+            survivors = [t for t in told if t.get("of") == number]
+            if transport == "shared":
+                assert len({(t["done"], t["torn"]) for t in survivors}) <= 1, "all or none have a reply"
+
+
+def _axes(membership: PipeMembership) -> None:
+    while True:
+        epoch = membership.next()
+        try:
+            world = form(epoch, membership, device=CPU)
+            assert world.kind == "gloo"
+            for turn in range(1 << 20):
+                for axis, size in ((ACROSS, 2), (NODE, 2), ("replica", 4)):
+                    tensor = torch.ones(1 << (turn % 18))
+                    assert float(world.wire.begin(Sum(tensor, axis)).wait()[0]) == size
+                if turn == 0:
+                    membership.tell("told", {"epoch": epoch.number})
+        except PeerLost:
+            world.wire.close()
+
+
+def test_axes_of_two_hosts_end_with_the_epoch() -> None:
+    hosts = {"a0": "a", "b0": "b", "a1": "a", "b1": "b", "a2": "a", "b2": "b", "a3": "a"}
+    with Job(_axes) as job:
+        job.start("a0", "b0", "a1", "b1", hosts=hosts)
+        _formed(job, 1)
+        for turn, (victim, newcomer) in enumerate([("a0", "a2"), ("b1", "b2"), ("a1", "a3")]):
+            job.start(newcomer, hosts=hosts)
+            number = job.epoch.number
+            job.kill(victim, signal.SIGSTOP if turn else signal.SIGKILL)
+            if turn:
+                job.evict(victim)
+            _formed(job, number + 1)
+
+
+def _stop_at_the_door(membership: PipeMembership, transport: str) -> None:
+    while True:
+        epoch = membership.next()
+        if membership.me.id == "w1":
+            membership.tell("told", {"epoch": epoch.number, "stopped": True})
+            os.kill(os.getpid(), signal.SIGSTOP)
+        try:
+            _check(form(epoch, membership, device=CPU, transport=transport))
+            membership.tell("told", {"epoch": epoch.number})
+        except PeerLost:
+            waited_s = time.perf_counter() - membership.over_at
+            membership.tell("told", {"epoch": -1, "lost_s": waited_s})
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_meeting_ends_with_the_epoch(transport: str) -> None:
+    with Job(_stop_at_the_door, transport) as job:
+        job.start("w0", "w1", "w2")
+        job.until(lambda: any(told.get("stopped") for _, told in job.told))
+        job.evict("w1")
+        _formed(job, 2)
+        late = [told["lost_s"] for _, told in job.told if "lost_s" in told]
+        assert all(lost_s < SOON_S for lost_s in late)
+
+
+def _many_epochs(membership: PipeMembership, transport: str) -> None:
+    kept = torch.zeros(1)
+    for _ in range(50):
+        epoch = membership.next()
+        world = form(epoch, membership, device=CPU, transport=transport)
+        _check(world)
+        buffer = world.wire.buffer(1 << 16, torch.float32)
+        world.wire.begin(Sum(buffer.fill_(1.0))).wait()
+        assert float(kept.sum()) in (0.0, world.size * kept.numel())  # of the wire before, which is closed
+        world.wire.close()
+        kept = buffer
+        kept.add_(0.0)
+        if epoch.number in (10, 50):
+            del world
+            membership.tell("told", {"epoch": epoch.number, "held": _held()})
+    membership.next()
+
+
+def _held() -> dict[str, int]:
+    deadline = time.monotonic() + 10  # threads that watch an old wire look five times a second
+    while threading.active_count() > 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with open("/proc/self/maps") as file:
+        maps = sum("memfd:manyhands" in line or "/dev/shm/manyhands" in line for line in file)
+    files = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_there(fd)]
+    return {
+        "maps": maps,
+        "memory files": sum("memfd" in name for name in files),
+        "sockets": sum("socket" in name for name in files),
+        "threads": len(os.listdir("/proc/self/task")),
+    }
+
+
+def _is_there(fd: str) -> bool:
+    return os.path.islink(f"/proc/self/fd/{fd}")
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_fifty_epochs_leave_nothing_behind(transport: str) -> None:
+    with Job(_many_epochs, transport) as job:
+        job.start("w0", "w1")
+        told = job.until(lambda: (x := [t for _, t in job.told if t["epoch"] == 50]) and len(x) == 2 and x)
+        early = [t["held"] for _, t in job.told if t["epoch"] == 10]
+        for held in (t["held"] for t in told):
+            assert all(held[what] <= max(e[what] for e in early) for what in held), (early, held)
+
+
+def _shard(membership: PipeMembership) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    while True:
+        epoch = membership.next()
+        world = form(epoch, membership, device=CPU, transport="group")
+        torch.manual_seed(0)
+        model = torch.nn.Linear(8, 3 * 8)
+        fully_shard(model, mesh=init_device_mesh("cpu", (world.size,)))
+        try:
+            for turn in range(1 << 20):
+                model(torch.ones(1, 8)).sum().backward()
+                assert dist.get_world_size() == world.size
+                if turn == 2:
+                    membership.tell(
+                        "told",
+                        {"epoch": epoch.number, "weight": float(model.weight.grad.full_tensor().sum())},
+                    )
+                    if epoch.number == 1 and membership.me.id == "w2":
+                        os.kill(os.getpid(), signal.SIGKILL)
+        except RuntimeError as error:  # from within PyTorch
+            assert isinstance(world.wire, GroupWire)
+            lost = world.wire.lost(error)
+            assert isinstance(lost, PeerLost)
+            world.wire.close()
+
+
+def test_sharded_models_use_each_new_default_group() -> None:
+    with Job(_shard) as job:
+        job.start("w0", "w1", "w2")
+        told = _formed(job, 2)
+        assert [t["weight"] for t in told] == [3 * 8.0 * 24] * 2
+
+
+class _Nobody:
+    """A membership that nothing happens in."""
+
+    me = Seat(id="a", host="here")
+    over = threading.Event()
+
+
+def test_what_cannot_be_joined_is_refused() -> None:
+    two_hosts = Epoch(number=1, seats=(Seat(id="a", host="here"), Seat(id="b", host="there")))
+    with pytest.raises(UsageError, match="shared memory"):
+        form(two_hosts, _Nobody(), device=CPU, transport="shared")  # type: ignore[arg-type]
+
+
+def test_one_member_is_alone_and_wires_say_whether_they_are_lazy() -> None:
+    world = form(Epoch(number=1, seats=(_Nobody.me,)), _Nobody(), device=CPU)  # type: ignore[arg-type]
+    assert (world.kind, world.size) == ("solo", 1)
+    assert (Solo.lazy, SharedWire.lazy, GroupWire.lazy) == (True, True, False)
+
+
+def test_a_blocking_call_is_left_behind() -> None:
+    over, release = threading.Event(), threading.Event()
+    said: list[Any] = []
+    watch = Watch(over, lambda rank, detail: said.append((rank, detail)), (4, 7))
+    assert watch.call(lambda: 5, "here") == 5
+    with pytest.raises(KeyError):
+        watch.call(lambda: {}["x"], "here")
+    threading.Timer(0.05, over.set).start()
+    with pytest.raises(PeerLost, match="during there"):
+        watch.call(release.wait, "there")
+    release.set()
+    assert watch.failed("here", 1, "x").rank == 7
+    assert said == [], "the epoch is over: everybody knows"
+    over.clear()
+    assert watch.among([1]).failed("here", 0, "x").rank == 7
+    assert said == [(7, "here: x")]

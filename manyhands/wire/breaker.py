@@ -65,11 +65,13 @@ class Breaker:
         self, watch: Watch, store: Any, rank: int, size: int, *, nccl: bool, timeout_s: float
     ) -> None:
         global _current
+        if _current is not None:  # of an earlier epoch, whose wire nobody has closed
+            _current.leave()
         if dist.is_initialized():
             raise UsageError(
                 "a default process group exists already",
                 "a job that survives its workers makes its own",
-                "end the other one before, or close the previous wire",
+                "end the other one before",
             )
         self._watch = watch
         self._gloos: list[_Gloo] = []

@@ -26,7 +26,7 @@ from manyhands.core.errors import ManyhandsError, PeerLost, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 4 << 20
 HEADER_BYTES = 64 << 20
 FETCHERS = 16  # at once; further ones wait
 LOOK_S = 0.02
