@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from manyhands.core import rng
-from manyhands.core.errors import PeerLost
+from manyhands.core.errors import ManyhandsError, PeerLost
 from manyhands.core.types import Summed
+from manyhands.train.memory import Torn, split_on_oom
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,6 +50,7 @@ class Part:
         rows: rows in the whole global batch.
         seed: with step and place, the source of every random number.
         spans: which places each forward pass covers; empty: each covers one.
+        divisible: whether a pass may be run in pieces: nothing in it is random, and no fixed order of additions is promised.
     """
 
     step: int
@@ -57,6 +59,7 @@ class Part:
     rows: int
     seed: int
     spans: Sequence[range] = ()
+    divisible: bool = False
 
     def places(self, i: int) -> range:
         """The places of micro-batches that forward pass `i` covers."""
@@ -243,6 +246,9 @@ class Work:
     data_s: float = 0.0
     _before: tuple[float, float] = (0.0, 0.0)
 
+    def __post_init__(self) -> None:
+        self._before = self.traffic.idle_s, self.traffic.communicate_s  # counters may go on from an earlier wire
+
     def add(self, seconds: float, rows: int) -> None:
         self.seconds += seconds
         self.rows += rows
@@ -292,11 +298,38 @@ def accumulate(
 ) -> Sums:
     """Run my micro-batches: Σ ∇loss / `nominal` is in `gradients` afterwards. Ends early when the set of workers changes.
 
+    A pass that finds no memory is run in pieces (`manyhands.train.memory`).
+
     Args:
         announce: complete buckets are announced during the last backward.
         fresh: begin a new sum; False: go on adding to that of the last call.
         by_place: called with each micro-batch's place; its gradients then stand alone in the buckets.
+
+    Raises:
+        ManyhandsError: memory ran out, and the passes cannot be cut or done again.
     """
+    while True:
+        try:
+            return _accumulate(replica, gradients, part, loss, nominal, announce, fresh, by_place)
+        except Torn as torn:
+            if not fresh or gradients.announced:
+                raise ManyhandsError(
+                    f"memory ran out in a backward whose gradients are added to others already: {torn}",
+                    "such a sum cannot be taken back",
+                    f"give --device-batch {replica.fits.most}",
+                ) from None
+
+
+def _accumulate(
+    replica: Replica,
+    gradients: FlatGradients,
+    part: Part,
+    loss: Loss,
+    nominal: float,
+    announce: bool,
+    fresh: bool,
+    by_place: Callable[[int], None] | None,
+) -> Sums:
     if fresh:
         gradients.start()
     loss_sum: Tensor | None = None
@@ -307,23 +340,29 @@ def accumulate(
         if replica.interrupted:
             whole = False
             break
-        last = i == len(part.micro_batches) - 1
-        gradients.start_micro_batch(
-            last=last and announce and by_place is None, separate=by_place is not None
-        )
+        last = i == len(part.micro_batches) - 1 and announce and by_place is None
         begun = time.perf_counter()
         rng.seed_torch(part.seed, part.step, place)
-        with replica.autocast():
-            summed = Summed(*loss(replica.forward, batch))
-        (summed.loss_sum / nominal).backward()  # type: ignore[no-untyped-call]
-        detached = summed.loss_sum.detach().double()
-        loss_sum = detached if loss_sum is None else loss_sum + detached
-        count = count + summed.count
+
+        def run(piece: Batch, final: bool, last: bool = last) -> tuple[Tensor, int | Tensor]:
+            gradients.start_micro_batch(last=last and final, separate=by_place is not None)
+            with replica.autocast():
+                summed = Summed(*loss(replica.forward, piece))
+            (summed.loss_sum / nominal).backward()  # type: ignore[no-untyped-call]
+            return summed.loss_sum.detach().double(), summed.count
+
+        for more, n in split_on_oom(
+            run, batch, replica.fits, divisible=part.divisible, untouched=lambda: not gradients.arrived
+        ):
+            loss_sum = more if loss_sum is None else loss_sum + more
+            count = count + n
         if by_place is not None:
             by_place(place)
         places.extend(part.places(i))
         replica.work.add(time.perf_counter() - begun, rows_of(batch))
+    begun = time.perf_counter()
     total = 0.0 if loss_sum is None else float(loss_sum)
+    replica.work.add(time.perf_counter() - begun, 0)  # a GPU is done only now
     return Sums(total, float(count), places, whole)
 
 
