@@ -714,10 +714,10 @@ def own_certificate(directory: Path, *, names: Sequence[str], authority: bool) -
 def test_a_certificate_of_ones_own_serves(
     serve: Any, tmp_path: Path, names: tuple[str, ...], authority: bool
 ) -> None:
-    from manyhands.cli.serve import _identity
+    from manyhands.cli.serve import known_identity
 
     certificate, key = own_certificate(tmp_path, names=names, authority=authority)
-    identity = _identity(argparse.Namespace(tls_cert=certificate, tls_key=key), None)
+    identity = known_identity(argparse.Namespace(tls_cert=certificate, tls_key=key), None)
     server = serve(identity=identity)
     (worker,) = serve.workers([server], 1, patience_s=5.0)
     worker.begin(SGD(0.1), consistency="async")

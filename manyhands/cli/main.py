@@ -15,8 +15,13 @@ VERBS = {
     "prepare": ("manyhands.cli.prepare", "turn text into memory-mapped shards of tokens, once"),
     "evaluate": ("manyhands.cli.evaluate", "score a trained model on held-out data"),
     "generate": ("manyhands.cli.generate", "continue a prompt with a trained model"),
+    "coordinate": ("manyhands.cli.coordinate", "see a job of several machines through losses and newcomers"),
+    "join": ("manyhands.cli.join", "let workers of this machine take part in a running job"),
     "serve-parameters": ("manyhands.cli.serve", "keep parameters for workers of a parameter-server strategy"),
-    "ledger": ("manyhands.cli.ledger", "show which samples each step and worker used; verify that each was once"),
+    "ledger": (
+        "manyhands.cli.ledger",
+        "show which samples each step and worker used; verify that each was once",
+    ),
     "list": (
         "manyhands.cli.listing",
         "names: strategies, exchanges, cadences, optimizers, tasks, models, launchers, …",

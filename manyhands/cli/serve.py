@@ -43,8 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     plain = given.plain or given.listen.startswith("unix:")
     server = Server(
         listen=given.listen,
-        token=_token(given.token_file),
-        identity=None if plain else _identity(given, state),
+        token=token_in(given.token_file),
+        identity=None if plain else known_identity(given, state),
         state=state,
         durability=given.durability,
         interval_s=given.interval,
@@ -111,7 +111,8 @@ def _parser() -> options.Parser:
     return p
 
 
-def _token(path: str) -> str:
+def token_in(path: str) -> str:
+    """The token in a file, which is made where it is absent. Raises `UsageError`."""
     from manyhands.core import tls
 
     if not Path(path).exists():
@@ -123,7 +124,8 @@ def _token(path: str) -> str:
     return tls.read_token(path)
 
 
-def _identity(given: Any, state: Path | None) -> Identity:
+def known_identity(given: Any, state: Path | None) -> Identity:
+    """The certificate that --tls-cert and --tls-key name, else the one kept in `state`. Raises `UsageError`."""
     from manyhands.core import tls
 
     if bool(given.tls_cert) != bool(given.tls_key):

@@ -30,7 +30,8 @@ def stuck(inside: Sequence[Member], stuck_s: float, now: float) -> Member | None
 
 def still(member: Member, now: float) -> str:
     """How long it has stood still, in words."""
-    where = f"{member.phase} of step {member.step + 1}" if member.phase else f"step {member.step + 1}"
+    of = f"{member.phase} of " if member.phase not in ("", "step") else ""
+    where = f"{of}step {member.step + 1}"
     return f"its main thread has stood still in {where} for {now - member.moved_s:.0f} s"
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,10 @@ class Coordinator:
         with self._deciding() as (state, _):
             state.stop()
         with self._lock:
-            return self._lock.wait_for(lambda: all(li.acknowledged for li in self._lines.values()), wait_s)
+            heard = self._lock.wait_for(lambda: all(li.acknowledged for li in self._lines.values()), wait_s)
+            for line in self._launchers:  # only now, because they send signals
+                line.out.put({"op": "stop", "id": "", "detail": ""})
+            return heard
 
     def fail(self, words: str, code: int = 1) -> None:
         """The job cannot go on."""
@@ -314,8 +318,11 @@ class Coordinator:
                     self._journal.append(item.record)
             elif isinstance(item, Happening):
                 self.happenings.put(item)
+                told: dict[str, Any] = {"op": item.kind, "id": item.seat_id, "detail": item.detail}
+                if item.loss is not None:
+                    told["loss"] = asdict(item.loss)
                 for line in self._launchers:
-                    line.out.put({"op": item.kind, "id": item.seat_id, "detail": item.detail})
+                    line.out.put(told)
             elif item.to in self._lines:
                 line = self._lines[item.to]
                 line.out.put(item.message)

@@ -69,3 +69,11 @@ class Member:
     step: int = 0  # committed steps that it holds
     calls: int = 0
     stack: str = ""
+
+
+def during(loss: Loss) -> str:
+    """What it was doing, in words: " in backward of step 57"; empty where unknown."""
+    if not loss.phase:
+        return ""
+    of = "" if loss.phase == "step" else f"{loss.phase} of "
+    return f" in {of}step {loss.step + 1}"

@@ -7,6 +7,7 @@ It pins itself before anything imports torch, dies with its launcher, and leaves
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import faulthandler
 import json
@@ -30,8 +31,12 @@ BOOT = f"import sys; sys.path[:] = sys.argv.pop(1).split({os.pathsep!r}); from m
 
 def main() -> None:
     """Run the entry point that the command line names; ends the process."""
-    entry = sys.argv[1]
-    _die_with_parent(int(os.environ.pop("MANYHANDS_PARENT")))
+    die_with_parent(int(os.environ.pop("MANYHANDS_PARENT")))
+    work(sys.argv[1])
+
+
+def work(entry: str) -> None:
+    """Be a worker, as the environment says; ends the process."""
     error_file = Path(os.environ.pop("MANYHANDS_ERROR_FILE"))
     signal.signal(
         signal.SIGINT, signal.default_int_handler
@@ -65,7 +70,7 @@ def _run(entry: str, error_file: Path) -> int:
         return error.exit_code if isinstance(error, ManyhandsError) else 1
 
 
-def _die_with_parent(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """The kernel kills us with the launcher (Linux; elsewhere and for our own children, `guard` does)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -74,8 +79,12 @@ def _die_with_parent(parent: int) -> None:
 
 
 def _pin(cores: str) -> None:
+    """Pin the whole process: a warmed-up one may have threads already."""
     if cores:
-        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+        tasks = os.listdir("/proc/self/task") if os.path.isdir("/proc/self/task") else ["0"]
+        for task in tasks:
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(int(task), {int(core) for core in cores.split(",")})
 
 
 def _record(error: BaseException, path: Path) -> None:

@@ -16,6 +16,7 @@ from manyhands.train.job import Job
 from manyhands.train.order import Order
 
 if TYPE_CHECKING:
+    from manyhands.launch.control import Elastic
     from manyhands.launch.served import ServerProcesses
 
 Layer = tuple[str, Mapping[str, Any]]
@@ -71,7 +72,33 @@ def begin(entry: str, argument: str, job: Job) -> int:
         output=Path(job.output),
         threads=1 if job.reproducible else job.threads,
         servers=servers_of(job),
+        elastic=elastic_of(job),
     )
+
+
+# What a worker imports until its first step: a waiting replacement has it ready.
+WARM = (
+    "torch",
+    "grpc",
+    "transformers.models.auto.modeling_auto",
+    "manyhands.train.loop",
+    "manyhands.train.material",
+    "manyhands.train.enlist",
+    "manyhands.train.crew",
+    "manyhands.wire.form",
+    "manyhands.models.build",
+)
+
+
+def elastic_of(job: Job) -> Elastic | None:
+    """How the job goes on when workers are lost; None: it does not. Raises `UsageError`: gRPC is absent."""
+    if job.elastic == "off" or workers_of(job) < 2:
+        return None
+    from manyhands.core.rpc import grpc_module
+    from manyhands.launch.control import Elastic
+
+    grpc_module()
+    return Elastic(restarts=job.restarts, min_workers=job.min_workers, hang_s=job.hang_s, warm=WARM)
 
 
 def servers_of(job: Job) -> ServerProcesses | None:

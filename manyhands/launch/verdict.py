@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TAIL_LINES = 8
+TAIL_LINES = 10
 TAIL_BYTES = 4096
 
 
@@ -22,6 +22,7 @@ class End:
         time_s: when the launcher noticed it, in seconds since the epoch.
         record: the contents of its ``rank-k.error.json``, if it could still write one.
         tail: its log's last lines.
+        survived: the job went on without it.
     """
 
     rank: int
@@ -31,6 +32,7 @@ class End:
     record: dict[str, Any] | None
     log: Path
     tail: str = ""
+    survived: bool = False
 
     @property
     def since_s(self) -> float:
@@ -46,7 +48,12 @@ class Verdict:
 
 
 def judge(
-    ends: Sequence[End], *, stopped_by: int | None, told_s: float | None, out_of_memory: bool = False
+    ends: Sequence[End],
+    *,
+    stopped_by: int | None,
+    told_s: float | None,
+    out_of_memory: bool = False,
+    ended: tuple[int, str] | None = None,
 ) -> Verdict:
     """What to say of a launch.
 
@@ -57,7 +64,11 @@ def judge(
         stopped_by: the signal that this launcher was sent.
         told_s: when the launcher began to end the workers itself, because one had failed.
         out_of_memory: whether the kernel killed a process for memory meanwhile.
+        ended: (exit code, why), where the coordinator has ended the job.
     """
+    if ended is not None and ended[0] != 0 and any(end.survived for end in ends) and stopped_by is None:
+        return Verdict(ended[0], f"manyhands: {ended[1]}")  # the losses that led to it were told one by one
+    ends = [end for end in ends if not end.survived] or ends
     bad = sorted((end for end in ends if end.code != 0), key=lambda end: end.since_s)
     kinds = [_kind(end, stopped_by is not None, told_s) for end in bad]
     failed = [end for end, kind in zip(bad, kinds, strict=True) if kind == "failed"]
@@ -88,27 +99,39 @@ def _kind(end: End, stopping: bool, told_s: float | None) -> str:
 
 def describe(end: End, out_of_memory: bool = False) -> str:
     """One failure: worker, host, cause, log."""
+    how = _how(end, out_of_memory)
+    tail = f"\n  its last words:\n{end.tail}" if end.tail and end.record is None else ""
+    return f"manyhands: worker {end.rank} on {end.host} {how}{tail}\n  log: {end.log}"
+
+
+def cause(end: End, out_of_memory: bool = False) -> tuple[str, str]:
+    """(how, in words) of a worker's end, as the coordinator tells them: "death", "failed" by itself, or "left" as asked."""
+    kind = _kind(end, False, None)
+    if kind == "stopped":
+        return "left", "has left, as a signal asked it to"
+    outside = kind == "peer-lost" or (end.record is None and end.code == -signal.SIGKILL)
+    return ("death" if outside else "failed"), _how(end, out_of_memory)
+
+
+def _how(end: End, out_of_memory: bool) -> str:
     record = end.record
     if record is not None:
         during = f" during {record['phase']}" if record.get("phase") else ""
-        cause = (
+        why = (
             str(record["message"])
             if record["ours"]
             else f"{record['type']}: {record['message']} ({record['where']})"
         )
-        how = f"failed{during}: {cause}"
-    elif end.code < 0:
+        return f"failed{during}: {why}"
+    if end.code < 0:
         name = _signal_name(-end.code)
         reason = {
             "SIGKILL": " (the kernel ran out of memory: give a smaller --device-batch or fewer --workers)"
             if out_of_memory
             else " (by hand, by a scheduler, or because a container's memory ran out)",
         }.get(name, "")
-        how = f"was killed by {name}{reason}"
-    else:
-        how = f"ended with exit code {end.code}"
-    tail = f"\n  its last words:\n{end.tail}" if end.tail and record is None else ""
-    return f"manyhands: worker {end.rank} on {end.host} {how}{tail}\n  log: {end.log}"
+        return f"was killed by {name}{reason}"
+    return f"ended with exit code {end.code}"
 
 
 def _signal_name(number: int) -> str:

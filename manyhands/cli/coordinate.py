@@ -1,0 +1,147 @@
+"""`manyhands coordinate [JOB.toml]`: the coordinator alone, for jobs whose workers come from several machines."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from manyhands.cli import options, train
+from manyhands.cli.serve import known_identity, token_in
+from manyhands.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from manyhands.coordinate.server import Coordinator
+
+LINGER_S = 2.0  # so that everybody hears how the job ended
+STOP_S = 600.0  # for the workers to save, after a signal
+
+
+def main(arguments: Sequence[str]) -> int:
+    from manyhands.coordinate.server import Coordinator
+    from manyhands.coordinate.words import Rules
+    from manyhands.launch.control import CONTACT
+    from manyhands.launch.job import placed
+    from manyhands.placement.served import local
+    from manyhands.train.order import Order
+
+    p = train.parser()
+    p.prog = "manyhands coordinate"
+    p.description = "Wait for workers (`manyhands join`), let them train the job, and see it through losses and newcomers."
+    p.epilog = (
+        "Exit codes: those of `manyhands train`. Killed and started again with the same --output, it goes on."
+    )
+    p.add_argument(
+        "--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="port 0: a free one (default)"
+    )
+    p.add_argument(
+        "--token-file",
+        "--token_file",
+        metavar="FILE",
+        help="made where absent; default: OUTPUT/coordinator.token",
+    )
+    p.add_argument("--tls-cert", "--tls_cert", metavar="PEM", help="none: one is made and kept in --output")
+    p.add_argument("--tls-key", "--tls_key", metavar="PEM", help="the certificate's key")
+    p.add_argument("--plain", action="store_true", help="no TLS; for loopback addresses")
+    p.add_argument(
+        "--replace-s", type=float, default=600.0, metavar="S", help="how long too few workers wait for others"
+    )
+    given = options.parse(p, arguments)
+    if given.plain and not local(given.listen):
+        raise UsageError(
+            f"--plain with --listen {given.listen}",
+            "without TLS only this machine is served",
+            "leave out --plain, or listen on 127.0.0.1",
+        )
+    job, origins = train.assemble(given)
+    output = Path(job.output)
+    journal = output / "coordinator.jsonl"
+    if not journal.exists():
+        job = placed(job, origins)
+        output = Path(job.output)
+        journal = output / "coordinator.jsonl"
+    output.mkdir(parents=True, exist_ok=True)
+    token_file = given.token_file or str(output / "coordinator.token")
+    coordinator = Coordinator(
+        token=token_in(token_file),
+        listen=given.listen,
+        identity=None if given.plain else known_identity(given, output),
+        journal=journal,
+        rules=Rules(
+            hang_s=job.hang_s,
+            min_workers=job.min_workers,
+            awaited=job.workers or job.min_workers,
+            patience_s=given.replace_s,
+            resume=f"manyhands coordinate --resume {output}",
+        ),
+        log=_log,
+    )
+    asked: list[int] = []
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda number, _: asked.append(number))
+    coordinator.start()
+    if "order" not in coordinator.facts:
+        coordinator.publish("order", Order(job, dict(origins), time.time()).to_json())
+    contact = {
+        "address": coordinator.address,
+        "token_file": token_file,
+        "fingerprint": coordinator.fingerprint,
+    }
+    (output / CONTACT).write_text(json.dumps(contact) + "\n", encoding="utf-8")
+    fingerprint = f" --fingerprint {coordinator.fingerprint}" if coordinator.fingerprint else ""
+    _log(f"join by: manyhands join {coordinator.address} --token-file {token_file}{fingerprint}")
+    try:
+        return _see_through(coordinator, asked)
+    finally:
+        (output / CONTACT).unlink(missing_ok=True)
+        coordinator.stop()
+
+
+def _see_through(coordinator: Coordinator, asked: list[int]) -> int:
+    """Until the job has ended; returns its code."""
+    told, deadline = 0, float("inf")
+    while coordinator.ended is None:
+        _tell(coordinator)
+        if len(asked) > told:
+            told = len(asked)
+            if told > 1 or (coordinator.epoch is None and not coordinator.alive()):
+                return 128 + asked[0]
+            _log(f"{signal.Signals(asked[0]).name}: stopping the workers; once more to end at once")
+            coordinator.tell_stop()
+            deadline = time.monotonic() + STOP_S
+        if asked and (not coordinator.alive() or time.monotonic() > deadline):
+            return 128 + asked[0]
+        time.sleep(0.05)
+    _tell(coordinator)
+    code, words = coordinator.ended
+    print(f"manyhands: {words}" if code else "manyhands: the job is done", file=sys.stderr, flush=True)
+    deadline = time.monotonic() + LINGER_S
+    while coordinator.alive() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    threading.Event().wait(0.2)  # launchers that joined hear it, too
+    return code
+
+
+def _tell(coordinator: Coordinator) -> None:
+    """What has happened, in lines."""
+    from manyhands.coordinate.words import during
+
+    while not coordinator.happenings.empty():
+        happening = coordinator.happenings.get_nowait()
+        loss, epoch = happening.loss, happening.epoch
+        if happening.kind == "joined":
+            _log(f"{happening.seat_id} is here")
+        elif epoch is not None:
+            _log(f"epoch {epoch.number}: {', '.join(seat.id for seat in epoch.seats)}")
+        elif loss is not None:
+            where = f" on {loss.seat.host}" if loss.seat.host else ""
+            _log(f"{loss.seat.id}{where} is lost{during(loss)} ({loss.how}: {loss.detail})")
+
+
+def _log(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} manyhands: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,88 @@
+"""`manyhands join HOST:PORT --token-file FILE`: workers of this machine take part in a job that runs or waits elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from manyhands.cli import options
+from manyhands.core import hardware
+from manyhands.core.errors import UsageError
+
+
+def main(arguments: Sequence[str]) -> int:
+    from manyhands.launch.control import CONTACT, Elastic, Joined, Remote
+    from manyhands.launch.job import ENTRY, WARM, workers_of
+    from manyhands.launch.local import launch
+    from manyhands.train.order import Order
+
+    given = options.parse(_parser(), arguments)
+    for name, least in (("workers", 1), ("threads", 1), ("restarts", 0)):
+        value = getattr(given, name)
+        if value is not None and value < least:
+            raise UsageError(f"--{name} {value}", f"it is at least {least}", "")
+    contact = Path(given.job) / CONTACT
+    if contact.exists():  # on the same machine
+        found = json.loads(contact.read_text(encoding="utf-8"))
+        address, token_file, fingerprint = (found[n] for n in ("address", "token_file", "fingerprint"))
+    else:
+        address, token_file, fingerprint = given.job, given.token_file, given.fingerprint or ""
+        host, separator, port = address.rpartition(":")
+        if not separator or not host or not port.isdigit():
+            raise UsageError(
+                f"{address!r} is no job",
+                f"a job is HOST:PORT of its coordinator, or the output directory, where {CONTACT} is while it runs",
+                "give what `manyhands coordinate` printed",
+            )
+        if token_file is None:
+            raise UsageError(
+                "no --token-file", "a job takes those who know its token", "give --token-file FILE"
+            )
+    name = f"{hardware.hostname()}-{os.getpid()}"
+    remote = Remote(address=address, token_file=token_file, fingerprint=fingerprint, name=name)
+    told = Joined(remote)
+    try:
+        argument = told.fact("job", "order")
+    finally:
+        told.close()
+    order = Order.from_json(argument)
+    job = order.job
+    alone = dataclasses.replace(job, workers=given.workers, shares=None, min_workers=1)
+    workers = workers_of(alone)
+    output = Path(given.output or job.output)
+    elastic = Elastic(restarts=given.restarts, hang_s=job.hang_s, warm=WARM)
+    print(f"manyhands: {workers} workers join {address}; logs: {output}/logs", file=sys.stderr, flush=True)
+    threads = 1 if job.reproducible else given.threads
+    return launch(
+        ENTRY, argument, workers=workers, output=output, threads=threads, elastic=elastic, remote=remote
+    )
+
+
+def _parser() -> options.Parser:
+    p = options.Parser(
+        prog="manyhands join",
+        description="Let workers of this machine take part in a job that runs, or waits, elsewhere. "
+        "Ctrl-C lets them leave; the job goes on.",
+        epilog="Exit codes: those of `manyhands train`.",
+        allow_abbrev=False,
+    )
+    p.add_argument(
+        "job", metavar="JOB", help="HOST:PORT of its coordinator, or its output directory on this machine"
+    )
+    p.add_argument("--token-file", "--token_file", metavar="FILE", help="the job's token")
+    p.add_argument(
+        "--fingerprint", metavar="sha256:…", help="of the coordinator's certificate; none: without TLS"
+    )
+    p.add_argument("--workers", type=int, metavar="N", help="default: one per core or GPU")
+    p.add_argument(
+        "--threads", type=int, metavar="N", help="of each worker; default: the cores divided among them"
+    )
+    p.add_argument(
+        "--restarts", type=int, default=3, metavar="N", help="replacements for each lost worker (default 3)"
+    )
+    p.add_argument("--output", metavar="DIR", help="of the logs here; default: the job's")
+    return p

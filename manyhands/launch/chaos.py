@@ -1,0 +1,256 @@
+"""Faults for a running job: a seeded schedule of them, and how each is brought about on real processes.
+
+    kill    SIGKILL
+    stop    SIGSTOP for a while, then SIGCONT (a hang; the job gives the worker up after --hang-s)
+    slow    SIGSTOP and SIGCONT in turn: a worker with a part of its speed
+    cut     one of the worker's established connections is shut down, from outside (pidfd_getfd, Linux 5.6)
+    full    RLIMIT_FSIZE: what the worker writes beyond the size that its files have is refused, as on a full disk
+    flip    one bit of a parameter in the worker's memory (/proc/PID/mem, where the worker says that a parameter is)
+
+A schedule is a pure function of its seed. Times are seconds from the moment when the job's first step was committed, and
+a victim is a number in [0, 1) that picks one of the workers that are there then.
+
+Workers are found by what they hold open: ``OUTPUT/ledger/SEAT.jsonl``, so also those that others' launchers have started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import random
+import resource
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from manyhands.core.errors import UsageError
+
+KINDS = {
+    "kills": "kill",
+    "stops": "stop",
+    "slows": "slow",
+    "cuts": "cut",
+    "fulls": "full",
+    "flips": "flip",
+}
+LASTS = {"stop": 3.0, "slow": 10.0, "full": 5.0}  # seconds
+DUTY, PERIOD_S = 0.5, 0.1  # a slowed worker's share of the time, and how finely it is cut
+_PIDFD_GETFD = 438  # linux/unistd.h, the same on all architectures
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault to be: what, when, whom (in [0, 1)), for how long."""
+
+    kind: str
+    at_s: float
+    victim: float
+    for_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Injected:
+    """One that was brought about, or why not. `at` is seconds since the epoch."""
+
+    fault: Fault
+    at: float
+    seat: str
+    pid: int
+    outcome: str
+
+
+def schedule(
+    seed: int, mtbf_s: Mapping[str, float], *, until_s: float, lasts_s: Mapping[str, float] | None = None
+) -> list[Fault]:
+    """Faults of a job of `until_s` seconds: each kind is a Poisson process with its own mean time between faults. Pure.
+
+    Kinds draw from streams of their own, so another kind's rate moves nothing.
+
+    >>> [round(f.at_s, 1) for f in schedule(1, {"kill": 10.0}, until_s=30.0)]
+    [5.1, 8.5, 20.4, 25.8]
+    """
+    lasts = {**LASTS, **(lasts_s or {})}
+    found = []
+    for kind, mean_s in mtbf_s.items():
+        if not mean_s > 0:
+            raise UsageError(f"{kind}: a mean of {mean_s} s between faults", "it is positive", "leave it out for none")
+        draw = random.Random(f"{seed} {kind}")
+        at_s = draw.expovariate(1 / mean_s)
+        while at_s < until_s:
+            found.append(Fault(kind, at_s, draw.random(), lasts.get(kind, 0.0)))
+            at_s += draw.expovariate(1 / mean_s)
+    return sorted(found, key=lambda fault: (fault.at_s, fault.kind))
+
+
+def workers_of(output: Path) -> dict[str, int]:
+    """The job's live workers on this host that take part: seat -> pid."""
+    ledger = f"{(output / 'ledger').resolve()}/"
+    found = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):  # it has just ended, or is not ours
+                for fd in os.scandir(f"/proc/{entry.name}/fd"):
+                    name = os.readlink(fd.path)
+                    if name.startswith(ledger) and name.endswith(".jsonl"):
+                        found[name[len(ledger) : -len(".jsonl")]] = int(entry.name)
+    return found
+
+
+@dataclass
+class Chaos:
+    """Brings a schedule about on the workers of one job, in a thread of its own, until `stop`.
+
+    Args:
+        output: the job's output directory.
+        faults: in order of time.
+        begun: whether the job's clock runs (its first step is done).
+        parameters: directory into which workers tell where a parameter is (``$MANYHANDS_CHAOS``), for flips.
+    """
+
+    output: Path
+    faults: Sequence[Fault]
+    begun: Callable[[], bool]
+    parameters: Path | None = None
+    injected: list[Injected] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._over = threading.Event()
+        self._undo: list[tuple[float, Callable[[], None]]] = []
+        self._slowed: dict[int, tuple[float, bool]] = {}  # pid -> (until, stopped now)
+        self._thread = threading.Thread(target=self._run, name="chaos", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop, and take back what lasts."""
+        self._over.set()
+        self._thread.join()
+        for _, undo in self._undo:
+            undo()
+        for pid in list(self._slowed):
+            _signal(pid, signal.SIGCONT)
+
+    def _run(self) -> None:
+        while not self.begun():
+            if self._over.wait(0.02):
+                return
+        start, left = time.monotonic(), list(self.faults)
+        while not self._over.is_set():
+            now = time.monotonic()
+            while left and left[0].at_s <= now - start:
+                self._inject(left.pop(0))
+            for until, undo in [each for each in self._undo if each[0] <= now]:
+                undo()
+                self._undo.remove((until, undo))
+            self._duty(now)
+            self._over.wait(0.02)
+
+    def _duty(self, now: float) -> None:
+        """Workers that are slowed: stopped for a part of each period."""
+        for pid, (until, stopped) in list(self._slowed.items()):
+            wanted = now < until and now % PERIOD_S >= DUTY * PERIOD_S
+            if wanted != stopped:
+                _signal(pid, signal.SIGSTOP if wanted else signal.SIGCONT)
+                self._slowed[pid] = (until, wanted)
+            if now >= until:
+                del self._slowed[pid]
+
+    def _inject(self, fault: Fault) -> None:
+        there = sorted(workers_of(self.output).items())
+        if not there:
+            self.injected.append(Injected(fault, time.time(), "", 0, "nobody is there"))
+            return
+        seat, pid = there[int(fault.victim * len(there))]
+        at = time.time()
+        try:
+            outcome = getattr(self, f"_{fault.kind}")(seat, pid, fault)
+        except ProcessLookupError:
+            outcome = "it has just ended"
+        except (OSError, ValueError) as error:
+            outcome = f"not possible here: {error}"
+        self.injected.append(Injected(fault, at, seat, pid, outcome))
+
+    # -- kinds
+
+    def _kill(self, seat: str, pid: int, fault: Fault) -> str:
+        os.kill(pid, signal.SIGKILL)
+        return "done"
+
+    def _stop(self, seat: str, pid: int, fault: Fault) -> str:
+        os.kill(pid, signal.SIGSTOP)
+        self._undo.append((time.monotonic() + fault.for_s, lambda: _signal(pid, signal.SIGCONT)))
+        return "done"
+
+    def _slow(self, seat: str, pid: int, fault: Fault) -> str:
+        self._slowed[pid] = (time.monotonic() + fault.for_s, False)
+        return "done"
+
+    def _cut(self, seat: str, pid: int, fault: Fault) -> str:
+        return cut(pid)
+
+    def _full(self, seat: str, pid: int, fault: Fault) -> str:
+        before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        size = (self.output / "ledger" / f"{seat}.jsonl").stat().st_size
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, before[1]))
+
+        def free() -> None:
+            with contextlib.suppress(OSError):
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+
+        self._undo.append((time.monotonic() + fault.for_s, free))
+        return "done"
+
+    def _flip(self, seat: str, pid: int, fault: Fault) -> str:
+        told = self.parameters / f"{seat}.{pid}" if self.parameters is not None else None
+        if told is None or not told.exists():
+            return "the worker has not said where a parameter is"
+        name, address, size = told.read_text().split()
+        draw = random.Random(fault.victim)
+        at = int(address) + draw.randrange(int(size) // 4) * 4
+        bit = 12 + draw.randrange(11)  # of the mantissa's upper half: a different number, and a finite one
+        with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+            memory.seek(at)
+            (word,) = struct.unpack("<I", memory.read(4))
+            memory.seek(at)
+            memory.write(struct.pack("<I", word ^ (1 << bit)))
+        return f"done: bit {bit} of {name}"
+
+
+def cut(pid: int) -> str:
+    """Shut down one established TCP connection of a process, from outside: both ends see it closed.
+
+    Raises:
+        OSError: the kernel does not let us.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    handle = os.pidfd_open(pid)
+    try:
+        for entry in sorted(os.listdir(f"/proc/{pid}/fd"), key=int):
+            with contextlib.suppress(OSError):
+                if not os.readlink(f"/proc/{pid}/fd/{entry}").startswith("socket:"):
+                    continue
+            number = libc.syscall(_PIDFD_GETFD, handle, int(entry), 0)
+            if number < 0:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            with socket.socket(fileno=number) as found:
+                if found.family not in (socket.AF_INET, socket.AF_INET6) or found.type != socket.SOCK_STREAM:
+                    continue
+                with contextlib.suppress(OSError):  # a listening one has no peer
+                    peer = found.getpeername()
+                    found.shutdown(socket.SHUT_RDWR)
+                    return f"done: the connection with {peer[0]}:{peer[1]}"
+    finally:
+        os.close(handle)
+    return "it has no connection"
+
+
+def _signal(pid: int, signum: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signum)

@@ -1,0 +1,240 @@
+"""A launcher's side of the coordinator: inside this process, or at an address that this launch joins."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from manyhands.coordinate.line import Line
+from manyhands.coordinate.messages import loss_of
+from manyhands.coordinate.server import Coordinator
+from manyhands.coordinate.words import Happening, Rules
+from manyhands.core import tls
+from manyhands.core.errors import ManyhandsError
+
+CONTACT = (
+    "coordinator.json"  # in the output directory while the job runs: how `manyhands join OUTPUT` finds it
+)
+REACH_S = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elastic:
+    """How a launch goes on when workers are lost.
+
+    Attributes:
+        restarts: replacements for each worker; counted anew after ten minutes of health.
+        min_workers: fewer cannot go on.
+        hang_s: a worker unheard of for so long is given up.
+        warm: modules that a waiting process imports beforehand, so that a replacement is there at once; empty: none waits.
+    """
+
+    restarts: int = 3
+    min_workers: int = 1
+    hang_s: float = 10.0
+    warm: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remote:
+    """A coordinator elsewhere, and the name under which this launch's workers join."""
+
+    address: str
+    token_file: str
+    fingerprint: str = ""
+    name: str = ""
+
+
+class Control(Protocol):
+    """What the launcher says and hears.
+
+    Attributes:
+        variables: of the environment, by which workers find the coordinator.
+    """
+
+    variables: Mapping[str, str]
+
+    @property
+    def began(self) -> bool:
+        """Whether a worker may be lost and the job go on."""
+        ...
+
+    @property
+    def ended(self) -> tuple[int, str] | None:
+        """(exit code, why) once the job has ended for everybody."""
+        ...
+
+    def expect(self, *ids: str) -> None: ...
+
+    def lost(self, id: str, *, how: str, detail: str) -> None: ...
+
+    def stop(self) -> bool:
+        """Before a signal is handed on. Returns whether it is for the whole job, not for this launch's workers alone."""
+        ...
+
+    def happenings(self) -> list[Happening]:
+        """What has happened since the last call."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Embedded:
+    """The coordinator in this process: it needs no journal, because the workers end with this process."""
+
+    def __init__(self, elastic: Elastic, *, store: Path, output: Path) -> None:
+        self._contact = output / CONTACT
+        token, path = tls.new_token(), store / "coordinator.token"
+        tls.private(path, token.encode())
+        rules = Rules(
+            hang_s=elastic.hang_s,
+            min_workers=elastic.min_workers,
+            resume=f"manyhands train --resume {output}",
+        )
+        self._coordinator = Coordinator(token=token, rules=rules)
+        self._coordinator.start()
+        self.variables: Mapping[str, str] = {
+            "MANYHANDS_COORDINATOR": self._coordinator.address,
+            "MANYHANDS_TOKEN_FILE": str(path),
+        }
+        contact = {"address": self._coordinator.address, "token_file": str(path), "fingerprint": ""}
+        self._contact.write_text(json.dumps(contact) + "\n", encoding="utf-8")
+
+    @property
+    def began(self) -> bool:
+        return self._coordinator.began
+
+    @property
+    def ended(self) -> tuple[int, str] | None:
+        return self._coordinator.ended
+
+    def expect(self, *ids: str) -> None:
+        self._coordinator.expect(ids)
+
+    def lost(self, id: str, *, how: str, detail: str) -> None:
+        self._coordinator.lost(id, how=how, detail=detail)
+
+    def stop(self) -> bool:
+        self._coordinator.tell_stop()
+        return True
+
+    def happenings(self) -> list[Happening]:
+        return _drained(self._coordinator.happenings)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._contact.unlink()
+        self._coordinator.stop()
+
+
+class Joined:
+    """A coordinator elsewhere.
+
+    Raises:
+        UsageError: the token or the certificate is not its own, or it is none.
+        ManyhandsError: it is not reached.
+    """
+
+    def __init__(self, remote: Remote) -> None:
+        self.variables: Mapping[str, str] = {
+            "MANYHANDS_COORDINATOR": remote.address,
+            "MANYHANDS_TOKEN_FILE": str(Path(remote.token_file).absolute()),
+            **({"MANYHANDS_FINGERPRINT": remote.fingerprint} if remote.fingerprint else {}),
+        }
+        self.facts: dict[str, str] = {}
+        self._queue: queue.SimpleQueue[Happening] = queue.SimpleQueue()
+        self._ended: tuple[int, str] | None = None
+        self._error: ManyhandsError | None = None
+        self._told: list[tuple[str, dict[str, str]]] = []  # said again after a reconnection
+        self._line = Line(
+            remote.address,
+            tls.read_token(remote.token_file),
+            fingerprint=remote.fingerprint,
+            greeting=lambda: {"op": "hello"},
+            hear=self._hear,
+            fatal=self._fail,
+        )
+        self._line.start()
+        deadline = time.monotonic() + REACH_S
+        while self._line.gone_s is not None and self._error is None:
+            if time.monotonic() > deadline:
+                self._error = ManyhandsError(
+                    f"the coordinator at {remote.address} cannot be reached ({self._line.reason})",
+                    "workers join a job through it",
+                    "see that it runs there, and that no firewall is in between",
+                )
+            time.sleep(0.01)
+        if self._error is not None:
+            self._line.close()
+            raise self._error
+
+    def fact(self, *keys: str) -> str:
+        """The first of these facts that the job publishes, awaited. Raises `ManyhandsError`: the job has ended."""
+        while True:
+            for key in keys:
+                if key in self.facts:
+                    return self.facts[key]
+            if self._ended is not None:
+                raise ManyhandsError(f"the job has ended: {self._ended[1]}")
+            time.sleep(0.02)
+
+    @property
+    def began(self) -> bool:
+        return True  # the others do not depend on these workers
+
+    @property
+    def ended(self) -> tuple[int, str] | None:
+        return self._ended
+
+    def expect(self, *ids: str) -> None:
+        for id in ids:
+            self._say("expect", id=id)
+
+    def lost(self, id: str, *, how: str, detail: str) -> None:
+        self._say("lost", id=id, how=how, detail=detail[:1000])
+
+    def stop(self) -> bool:
+        return False
+
+    def happenings(self) -> list[Happening]:
+        return _drained(self._queue)
+
+    def close(self) -> None:
+        self._line.close()
+
+    def _say(self, op: str, **fields: str) -> None:
+        self._told.append((op, fields))
+        self._line.say(op, **fields)
+
+    def _hear(self, message: Mapping[str, Any]) -> None:
+        op = message["op"]
+        if op == "welcome":
+            self.facts.update(message["facts"])
+            for said, fields in self._told:
+                self._line.say(said, **fields)
+        elif op == "fact":
+            self.facts[message["key"]] = message["text"]
+        elif op in ("evict", "lost", "stop"):
+            loss = loss_of(message["loss"]) if "loss" in message else None
+            self._queue.put(Happening(kind=op, seat_id=message["id"], detail=message["detail"], loss=loss))
+        elif op in ("failed", "done"):
+            self._ended = (1 if op == "failed" else 0, message["detail"])
+
+    def _fail(self, error: ManyhandsError) -> None:
+        self._error = error
+        if self._ended is None:
+            self._ended = (1, str(error))
+
+
+def _drained(happenings: queue.SimpleQueue[Happening]) -> list[Happening]:
+    found = []
+    with contextlib.suppress(queue.Empty):
+        while True:
+            found.append(happenings.get_nowait())
+    return found

@@ -1,0 +1,313 @@
+"""The workers of one launch: started, watched, replaced, ended."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from manyhands.coordinate.words import during
+from manyhands.core import hardware
+from manyhands.core.errors import UsageError
+from manyhands.launch import child, guard, place
+from manyhands.launch.spare import Spare, affordable
+from manyhands.launch.terminal import Requests
+from manyhands.launch.verdict import End, cause, read_record, read_tail
+
+if TYPE_CHECKING:
+    from manyhands.core.membership import Loss
+    from manyhands.launch.control import Control, Elastic
+    from manyhands.launch.served import ServerProcesses
+
+GRACE_S = 10.0  # between SIGTERM and SIGKILL for the peers of a failed worker
+POLL_S = 0.02
+HEALTHY_S = 600.0  # of life, after which a worker's replacements are counted anew
+
+
+@dataclass
+class Worker:
+    """One process. `id` is its name in the job, `generation` counts its predecessors in this place."""
+
+    rank: int
+    generation: int
+    id: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    log_begin: int  # where this process's part of the log begins: others' may stand before it
+    error: Path
+    started_s: float = field(default_factory=time.time)
+    ended_s: float | None = None
+    survived: bool = False  # the job went on without it
+    _end: End | None = None
+
+    def end(self) -> End:
+        """How it ended; read once, before a successor writes to the same files."""
+        if self._end is None:
+            self._end = End(
+                rank=self.rank,
+                host=hardware.hostname(),
+                code=self.process.returncode,
+                time_s=self.ended_s or time.time(),
+                record=read_record(self.error),
+                log=self.log,
+                tail=read_tail(self.log, self.log_begin),
+                survived=self.survived,
+            )
+        return self._end
+
+
+@dataclass
+class Crew:
+    """See the module.
+
+    Attributes:
+        told_s: when this launcher began to end the workers itself.
+    """
+
+    requests: Requests
+    watcher: subprocess.Popen[bytes]
+    entry: str
+    logs: Path
+    console: int
+    servers: ServerProcesses | None = None
+    control: Control | None = None
+    elastic: Elastic | None = None
+    prefix: str = ""
+    workers: list[Worker] = field(default_factory=list)
+    told_s: float | None = None
+    _variables: dict[int, dict[str, str]] = field(default_factory=dict)
+    _spent: Counter[int] = field(default_factory=Counter)  # replacements, by rank
+    _known: dict[str, tuple[str, str]] = field(
+        default_factory=dict
+    )  # by id: its end, and what is done about it
+    _losses: dict[str, Loss] = field(default_factory=dict)  # by id: what the coordinator knows of it
+    _spare: Spare | None = None
+    _kills_before: int = field(default_factory=lambda: place.oom_kills())
+    _forwarded: int = 0
+
+    def name(self, rank: int, generation: int) -> str:
+        """A worker's id in the job."""
+        first = f"{self.prefix}{rank}" if self.prefix else f"w{rank}"
+        return f"{first}-{generation}" if generation else first
+
+    def start(self, rank: int, variables: dict[str, str], generation: int = 0) -> None:
+        """Start a worker: the waiting process, if there is one, else a new one."""
+        label = f"{self.prefix or 'rank-'}{rank}"
+        log, error = self.logs / f"{label}.log", self.logs / f"{label}.error.json"
+        with contextlib.suppress(OSError):
+            error.unlink()
+        self._variables[rank] = variables
+        id = self.name(rank, generation)
+        mine = {**variables, "MANYHANDS_ERROR_FILE": str(error.absolute())}
+        if self.control is not None:
+            mine |= {**self.control.variables, "MANYHANDS_SEAT": id}
+        if self.control is not None or rank == 0:  # any worker may become the first
+            mine["MANYHANDS_CONSOLE"] = str(self.console)
+        begin = log.stat().st_size if log.exists() else 0
+        process = self._wake(mine, log) if generation else None
+        if process is None:
+            with log.open("ab") as sink:
+                process = subprocess.Popen(
+                    [sys.executable, *place.flags(), "-c", child.BOOT, os.pathsep.join(sys.path), self.entry],
+                    stdin=subprocess.DEVNULL,
+                    stdout=sink,
+                    stderr=sink,
+                    env=mine,
+                    pass_fds=[self.console] if "MANYHANDS_CONSOLE" in mine else [],
+                    start_new_session=True,  # a Ctrl-C reaches us alone, and we hand it on once
+                )
+            self.tell(f"started {process.pid}")
+        self.workers.append(Worker(rank, generation, id, process, log, begin, error))
+
+    def watch(self) -> None:
+        """Until all have ended."""
+        while True:
+            for worker in list(self.workers):
+                if worker.ended_s is None and worker.process.poll() is not None:
+                    worker.ended_s = time.time()
+                    self._ended(worker)
+            self._hear()
+            if all(worker.ended_s is not None for worker in self.workers):
+                return
+            self._serve()
+            if self.servers is not None:
+                self.servers.watch()
+            self._keep_spare()
+            if self.told_s is not None and time.time() - self.told_s > GRACE_S:
+                self._signal(signal.SIGKILL)
+            time.sleep(POLL_S)
+
+    def end(self) -> None:
+        """Whatever still runs is killed, with all that the workers had started."""
+        if self._spare is not None:
+            self._spare.end()
+            self.tell(f"ended {self._spare.process.pid}")
+        self._signal(signal.SIGKILL)
+        for worker in self.workers:
+            worker.process.wait()
+            if not worker.survived:
+                worker.ended_s = worker.ended_s or time.time()
+                self._clear(worker)
+        if self.servers is not None:
+            self.servers.end()
+
+    def out_of_memory(self) -> bool:
+        return place.oom_kills() > self._kills_before
+
+    def tell(self, line: str) -> None:
+        """To the process that clears up after us."""
+        assert self.watcher.stdin is not None
+        with contextlib.suppress(OSError):  # somebody killed it
+            self.watcher.stdin.write(line.encode() + b"\n")
+            self.watcher.stdin.flush()
+
+    # -- who is lost
+
+    def _ended(self, worker: Worker) -> None:
+        """A process is gone: the job goes on without it, or all are ended."""
+        code, control = worker.process.returncode, self.control
+        if control is None:
+            if code != 0:
+                self._give_up()
+            return
+        if code == 0:
+            control.lost(worker.id, how="left", detail="done")
+            return
+        end = worker.end()
+        how, detail = cause(end, self.out_of_memory())
+        finished = any(w.ended_s is not None and w.process.returncode == 0 for w in self.workers)
+        ending = finished or control.ended is not None or self.requests.stop or self.told_s is not None
+        if ending or not control.began:
+            control.lost(worker.id, how=how, detail=detail)
+            self._give_up()
+            return
+        worker.survived, worker._end = True, dataclasses.replace(end, survived=True)
+        then = self._replace(worker) if how != "left" else "the others go on"
+        self._known[worker.id] = (detail, then)
+        control.lost(worker.id, how=how, detail=detail)
+        self._clear(worker)
+        self._say_lost(worker)
+
+    def _replace(self, worker: Worker) -> str:
+        """Start its successor, if it may have one; what was done, in words."""
+        assert self.control is not None
+        assert self.elastic is not None
+        if worker.ended_s is not None and worker.ended_s - worker.started_s >= HEALTHY_S:
+            self._spent[worker.rank] = 0
+        if worker.process.returncode == UsageError.exit_code:
+            return "it is not replaced: it would meet the same"
+        if self._spent[worker.rank] >= self.elastic.restarts:
+            return f"it is not replaced (restarts = {self.elastic.restarts})"
+        self._spent[worker.rank] += 1
+        successor = self.name(worker.rank, worker.generation + 1)
+        self.control.expect(successor)
+        self.start(worker.rank, self._variables[worker.rank], worker.generation + 1)
+        return f"{successor} takes its place ({self._spent[worker.rank]} of {self.elastic.restarts})"
+
+    def _hear(self) -> None:
+        """What the coordinator has decided."""
+        if self.control is None:
+            return
+        for happening in self.control.happenings():
+            if happening.kind == "evict":
+                for worker in self.workers:
+                    if worker.id == happening.seat_id and worker.ended_s is None:
+                        with contextlib.suppress(ProcessLookupError):
+                            worker.process.kill()
+            elif happening.kind == "lost":
+                for worker in self.workers:
+                    if worker.id == happening.seat_id and happening.loss is not None:
+                        self._losses[worker.id] = happening.loss
+                        self._say_lost(worker)
+            elif happening.kind == "stop" and not self.requests.stop:
+                self.requests.stop.append(signal.SIGTERM)
+        if self.control.ended is not None and self.control.ended[0] != 0:
+            self._give_up()
+
+    def _say_lost(self, worker: Worker) -> None:
+        """One line for people, and the last stack to the worker's log, once both sides of it are known."""
+        if worker.id not in self._known or worker.id not in self._losses:
+            return
+        (detail, then), loss = self._known.pop(worker.id), self._losses.pop(worker.id)
+        rank = f" (rank {loss.rank})" if loss.rank >= 0 else ""
+        what = f"was given up: {loss.detail}" if loss.how == "hang" else detail
+        line = f"manyhands: worker {worker.id}{rank} on {hardware.hostname()}{during(loss)} {what}; {then}"
+        print(line, file=sys.stderr, flush=True)
+        if loss.stack:
+            with contextlib.suppress(OSError), worker.log.open("a", encoding="utf-8") as log:
+                log.write(f"manyhands: last known stack of {worker.id}, innermost call last:\n{loss.stack}\n")
+
+    def _give_up(self) -> None:
+        if self.told_s is None and not self.requests.stop:
+            self.told_s = time.time()
+            self._signal(signal.SIGTERM)
+
+    def _clear(self, worker: Worker) -> None:
+        guard.end_group(worker.process.pid, linger_s=0 if worker.survived else guard.LINGER_S)
+        self.tell(f"ended {worker.process.pid}")
+        guard.clear([worker.process.pid])
+
+    # -- the waiting process
+
+    def _keep_spare(self) -> None:
+        """Once the job runs, have a process ready to replace somebody."""
+        elastic, control = self.elastic, self.control
+        if elastic is None or control is None or not elastic.warm or not elastic.restarts:
+            return
+        if self._spare is not None or not control.began or self.requests.stop or self.told_s is not None:
+            return
+        if not any(w.ended_s is None and self._spent[w.rank] < elastic.restarts for w in self.workers):
+            return
+        if not affordable():
+            return
+        variables = {**self._variables[0], **control.variables}
+        self._spare = Spare(
+            elastic.warm,
+            self.entry,
+            variables,
+            flags=place.flags(),
+            files=[self.console],
+            urgent=bool(self._spent),  # where one was lost, another may be soon
+        )
+        self.tell(f"started {self._spare.process.pid}")
+
+    def _wake(self, variables: Mapping[str, str], log: Path) -> subprocess.Popen[bytes] | None:
+        spare = self._spare
+        if spare is None or not spare.ready:
+            return None
+        self._spare = None
+        return spare.wake(variables, log)
+
+    # -- signals
+
+    def _serve(self) -> None:
+        """Hand on what we were asked: the first SIGINT or SIGTERM once, later ones as SIGKILL; a Ctrl-Z to all."""
+        asked = list(self.requests.stop)
+        for number in range(self._forwarded, len(asked)):
+            signum = asked[0] if number == 0 else signal.SIGKILL
+            what = "stopping the workers; once more to kill them" if number == 0 else "killing the workers"
+            print(f"manyhands: {signal.Signals(asked[number]).name}: {what}", file=sys.stderr, flush=True)
+            if number == 0 and self.control is not None:
+                self.control.stop()  # so that they know: all of them are to stop
+            self._signal(signum)
+        self._forwarded = len(asked)
+        if self.requests.pause:
+            self.requests.pause = False
+            self._signal(signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            self._signal(signal.SIGCONT)  # here we are in the foreground again
+
+    def _signal(self, signum: int) -> None:
+        for worker in self.workers:
+            if worker.process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    worker.process.send_signal(signum)

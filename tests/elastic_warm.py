@@ -1,0 +1,1 @@
+"""What a waiting replacement imports beforehand, in the launcher's tests."""
