@@ -32,6 +32,18 @@ if TYPE_CHECKING:
     from manyhands.wire.world import World
 
 
+SURVIVORS = "survivors"
+Held = Mapping[int, Sequence[int]]  # places of micro-batches by step
+
+
+def _texts(held: Held) -> dict[str, list[int]]:
+    return {str(step): list(places) for step, places in held.items()}
+
+
+def _numbers(held: Mapping[str, Sequence[int]]) -> dict[int, tuple[int, ...]]:
+    return {int(step): tuple(places) for step, places in held.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Position:
     """Where one worker stands when a new set of workers meets.
@@ -42,24 +54,27 @@ class Position:
         steps: steps that are agreed upon.
         chores: what it still has to do after that step, in order.
         held: places of micro-batches that it has computed since, by step.
+        gone: the same of those who were lost, where what they did stays (they wrote into common parameters).
     """
 
     seat: str
     fresh: bool
     steps: int
     chores: Sequence[str] = ()
-    held: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    held: Held = field(default_factory=dict)
+    gone: Mapping[str, Held] = field(default_factory=dict)
 
     def to_data(self) -> dict[str, Any]:
         """As JSON data."""
-        held = {str(step): list(places) for step, places in self.held.items()}
-        return {**self.__dict__, "chores": list(self.chores), "held": held}
+        gone = {seat: _texts(held) for seat, held in self.gone.items()}
+        return {**self.__dict__, "chores": list(self.chores), "held": _texts(self.held), "gone": gone}
 
     @staticmethod
     def of(data: Mapping[str, Any]) -> Position:
         """From `to_data`'s."""
-        held = {int(step): tuple(places) for step, places in data["held"].items()}
-        return Position(**{**data, "chores": tuple(data["chores"]), "held": held})
+        gone = {seat: _numbers(held) for seat, held in data["gone"].items()}
+        more = {"chores": tuple(data["chores"]), "held": _numbers(data["held"]), "gone": gone}
+        return Position(**{**data, **more})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +122,9 @@ def conclude(positions: Sequence[Position]) -> Standing:
     for p in there:
         for step, places in p.held.items():
             held.setdefault(step, {})[p.seat] = tuple(places)
+    for seat, by in there[0].gone.items():
+        for step, places in by.items():
+            held.setdefault(step, {})[seat] = tuple(places)
     return Standing(
         steps=steps,
         leader=up_to_date.index(True),
@@ -133,7 +151,7 @@ class Crew:
         join: makes the world of an epoch (`manyhands.wire.form.form`, with this worker's device and transport).
         offer: where this worker hands its state to others.
         fetch: gets what a peer offers: (address, version) -> tensors and facts.
-        replica: makes a replica of this job around the model: (world, whether to compare fingerprints).
+        replica: makes a replica of this job around the model.
         rebuild: for methods that can't be taken over: a replica from the last checkpoint, and what it was made of.
 
     Attributes:
@@ -149,7 +167,7 @@ class Crew:
         offer: Offer,
         *,
         fetch: Callable[[str, int], tuple[dict[str, Tensor], dict[str, Any]]],
-        replica: Callable[[World, bool], Replica],
+        replica: Callable[[World], Replica],
         rebuild: Callable[[World], tuple[Replica, str]],
     ) -> None:
         self.membership = membership
@@ -215,15 +233,19 @@ class Crew:
             held = old.method.rewind()
             if old.steps == steps and steps > committed and not held:
                 loop.dropped(steps, "a worker was lost before the next agreement")
+        applied = applied_by(loop)
         while True:
             loop.replica.wire.close()
             world = self.meet()
+            assert self.epoch is not None
+            staying = {seat.id for seat in self.epoch.seats}
             mine = Position(
                 seat=self.membership.me.id,
                 fresh=self.fresh,
                 steps=loop.replica.steps,
                 chores=loop.chores_at(loop.replica.steps),
                 held=held,
+                gone={seat: by for seat, by in applied.items() if seat not in staying},
             )
             try:
                 self.settle(loop, world, mine, begun=begun)
@@ -236,18 +258,20 @@ class Crew:
         """Agree on where the job stands, and take over. Collective. Raises `PeerLost`."""
         assert self.epoch is not None
         standing = conclude([Position.of(data) for data in world.gather(mine.to_data())])
-        made_of = "survivors"
+        made_of = SURVIVORS
         traffic = loop.replica.wire.traffic
         world.wire.traffic = traffic  # type: ignore[misc]  # the counters of the whole run
         loop.replica.close()
         if carries(loop.replica):
-            old, loop.replica = loop.replica, self._replica(world, not standing.behind)
+            old, loop.replica = loop.replica, self._replica(world)
             loop.replica.adopt(old)
         else:
             loop.replica, made_of = self._rebuild(world)
             self.fresh = False
             standing = Standing(steps=loop.replica.steps, leader=0, fresh=standing.fresh)
         loop.enter(world, standing, self.epoch)
+        if made_of != SURVIVORS:  # steps may be done again
+            loop.begin_attempt()
         self._hand_out(loop, standing)
         self._tell(loop, standing, made_of, time.perf_counter() - begun)
 
@@ -278,6 +302,10 @@ class Crew:
         carried.load(loop.replica, tensors, facts, leader)
         loop.take_facts(facts)
         self.fresh, self._waiting = False, None
+
+    def position(self, loop: Loop) -> int:
+        """How many steps the job has done, also while I have not got its state."""
+        return self._waiting.steps if self._waiting is not None else loop.replica.steps
 
     def committed(self, loop: Loop) -> None:
         """A step was agreed upon: what was offered before it is no longer true."""
@@ -337,6 +365,15 @@ def _words(loss: Loss) -> Left | Lost:
     )
 
 
+def applied_by(loop: Loop) -> dict[str, Held]:
+    """What every worker of the set that ends has applied since the last agreement, where that can be seen from outside."""
+    counts: Sequence[int] = getattr(loop.replica.method, "applied", ())
+    return {
+        seat.id: loop.division.of_rank(rank, range(loop.replica.steps, loop.replica.steps + counts[rank]))
+        for rank, seat in enumerate(loop.seats[: len(counts)])
+    }
+
+
 def carries(replica: Replica) -> bool:
     """Whether every worker holds all of the state, so that survivors can go on with it."""
-    return hasattr(replica.method, "adopt")
+    return hasattr(replica.method, "adopt") and not getattr(replica.method, "divided", False)

@@ -38,11 +38,11 @@ class Division:
             step, places=self._places(step)[self.feed.rank] if self._special(step) else None
         )
 
-    def done(self, step: int, seats: Sequence[Seat], epoch: int) -> None:
-        """Everybody has computed its part of `step`."""
+    def begin(self, step: int, seats: Sequence[Seat], epoch: int) -> None:
+        """Everybody computes its part of `step` now."""
         places = self._places(step)
         who = {seat.id: list(mine) for seat, mine in zip(seats, places, strict=True)}
-        for seat, held in self._open.pop(step, {}).items():
+        for seat, held in self._open.get(step, {}).items():
             who[seat] = sorted([*who.get(seat, []), *held])
         rows = self.feed.order.rows(step)
         self._by[step] = (epoch, {seat: spans_of(mine) for seat, mine in who.items()}, rows)
@@ -61,6 +61,10 @@ class Division:
     def open_places(self) -> int:
         """Micro-batches of the steps that were interrupted, all together."""
         return sum(self._n_places(step) for step in self._open)
+
+    def of_rank(self, rank: int, steps: range) -> dict[int, list[int]]:
+        """The places that a rank of the present set has in each of `steps`."""
+        return {step: list(self._places(step)[rank]) for step in steps}
 
     # -- how
 

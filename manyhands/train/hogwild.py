@@ -64,6 +64,11 @@ class Hogwild:
         self._rested = True
 
     @property
+    def applied(self) -> list[int]:
+        """How many steps since the workers last spoke each rank has written into the common parameters."""
+        return [max(0, int(steps) - self._met) for steps in self._applied]
+
+    @property
     def committed(self) -> int:
         return self._met
 
@@ -80,6 +85,7 @@ class Hogwild:
         self.gradients.finish()
         norm, lr, skipped = self._update(part, loss_sum, count, nominal)
         replica.steps += 1
+        self._applied[replica.wire.rank] = replica.steps
         self._since += nominal
         self._sums = [self._sums[0] + loss_sum, self._sums[1] + count]
         self._held.setdefault(part.step, []).extend(done.places)
@@ -101,6 +107,7 @@ class Hogwild:
             int(count),
             change=told.change,
             work=told.work,
+            spent=told.spent,
         )
 
     def meet(self) -> None:
@@ -163,6 +170,7 @@ class Hogwild:
                     view.copy_(param.detach())
                 param.data = view
                 offset += param.numel()
+        self._applied = wire.common(wire.size, torch.int64)  # how many steps each rank has applied
         self._barrier()
 
     def _update(self, part: Part, loss_sum: float, count: float, nominal: int) -> tuple[float, float, bool]:

@@ -49,6 +49,7 @@ class Loop:
         open_ledger: (attempt, the step that it goes on from) -> the ledger.
         crew: how the loop passes from one set of workers to the next; None: the set never changes.
         seats: the workers, in rank order.
+        mend: replicas that differ from the majority are mended (else the job stops).
         flops_per_token, peak_flops: for MFU; peak over all workers.
     """
 
@@ -71,6 +72,7 @@ class Loop:
     next_attempt: Callable[[], int]
     open_ledger: Callable[[int, int], Ledger]
     crew: Crew | None = None
+    mend: bool = False
     tally: Tally = field(default_factory=Tally)
     saver: AsyncSaver | None = None
     ledger: Ledger | None = None
@@ -83,6 +85,7 @@ class Loop:
         self._work = Division(self.feed)
         self._chores: list[str] = []
         self._chores_of = -1  # the step that they belong to
+        self._entered = False  # into a set of workers that had begun
         self._closing = False
         self._stop = 0
         self._attempt = (0, 0)
@@ -120,7 +123,8 @@ class Loop:
         self.saver = self.promote(self.world)
         if self.crew is not None and self.crew.epoch is not None:
             self.seats = self.crew.epoch.seats
-        self.begin_attempt()
+        if not self._entered:  # else the others are in the middle of an attempt
+            self.begin_attempt()
 
     def begin_attempt(self) -> None:
         """From here on the ledger counts anew: what was committed after this step before is void. Collective."""
@@ -135,7 +139,7 @@ class Loop:
         self._tell_phase("step")
         with self.interrupts.phase("compile" if self._first else "step", interruptible=self._first):
             self._torn = True
-            result = self._step(self.replica.steps)
+            result = self._step(self.crew.position(self) if self.crew is not None else self.replica.steps)
             self._torn = False
         self._first = False
         done = self.replica.steps
@@ -145,7 +149,8 @@ class Loop:
         if result.stop:
             self.stop(result.stop)
             return
-        if every.check_every and done % every.check_every == 0:
+        odd = result.skipped and getattr(self.replica.method, "skips_alike", False)
+        if odd or (every.check_every and done % every.check_every == 0):
             chores.append("check")
         if every.eval_every and done % every.eval_every == 0 and done < every.total_steps:
             chores.append("evaluate")
@@ -166,7 +171,7 @@ class Loop:
             self.replica.meet()
             self._commit()
         elif chore == "check":
-            self.replica.check_agreement()
+            self._check()
         elif chore == "evaluate":
             self.evaluate()
         elif chore == "save":
@@ -186,8 +191,10 @@ class Loop:
 
     def _step(self, step: int) -> StepResult:
         start = time.perf_counter()
+        self._work.begin(step, self.seats, self.crew.epoch.number if self.crew and self.crew.epoch else 1)
         part = self._work.part(step)
         loaded = time.perf_counter()
+        self.replica.work.data_s += loaded - start
         traffic = self.replica.wire.traffic
         before = traffic.communicate_s + traffic.idle_s
         if self.crew is not None:
@@ -197,7 +204,6 @@ class Loop:
             part, self.task.loss, stop=stop, save=self._clock_says_save(), change=change
         )
         now = time.perf_counter()
-        self._work.done(step, self.seats, self.crew.epoch.number if self.crew and self.crew.epoch else 1)
         self._commit()
         rebalance(self.balancer, self.feed, result, self.replica.steps, self.emit)
         self.tally.data_s += loaded - start
@@ -210,7 +216,7 @@ class Loop:
             self.tally.rate_s += now - start
             self.tally.rate_tokens += result.target_tokens
         self._warm = True
-        self._loads.add(result.work, wall_s=now - start)
+        self._loads.add(result.work, result.spent, wall_s=now - start)
         if not result.skipped and result.agreed:
             self.tally.losses.append((result.loss, result.target_tokens))
         elif result.skipped and result.target_tokens:
@@ -251,7 +257,7 @@ class Loop:
 
     def enter(self, world: World, standing: Standing, epoch: Epoch) -> None:
         """Go on in another set of workers."""
-        before = self.world.rank
+        before, self._entered = self.world.rank, True
         self.world, self.seats = world, epoch.seats
         self._set_chores(list(standing.chores))
         ended = standing.steps >= self.schedule.total_steps
@@ -379,13 +385,18 @@ class Loop:
     def _save(self) -> None:
         """Collective, at rest."""
         if self._saved_step != self.replica.steps:
-            self.replica.check_agreement()
+            self._check()
             if self.ledger is not None:
                 self.ledger.sync()
             self._submit(collective=True)
             self._saved_step = self.replica.steps
             self._saved_at = time.monotonic()
         self._save_due = self._save_again = False
+
+    def _check(self) -> None:
+        """Replicas are equal, or the job stops, or they are made so. Collective."""
+        who = [(seat.id, seat.host) for seat in self.seats]
+        self.replica.check_agreement(mend=self.mend, who=who, emit=self.emit)
 
     def _submit(self, *, collective: bool) -> None:
         state = self.state() if self.saver is not None else {}

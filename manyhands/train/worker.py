@@ -89,7 +89,7 @@ class _Run:
                 enlisted.join,
                 enlisted.offer,
                 fetch=enlisted.fetch,
-                replica=lambda world, compare: self.parts.replica(world, compare),
+                replica=lambda world: self.parts.replica(world, compare=False),
                 rebuild=self._rebuild,
             )
 
@@ -310,6 +310,7 @@ class _Run:
             flops_per_token=parts.facts.flops_per_token,
             peak_flops=parts.facts.peak_flops,
             crew=self.crew,
+            mend=job.on_divergence == "mend",
         )
 
     def _seats(self) -> list[str]:
