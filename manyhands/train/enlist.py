@@ -65,7 +65,7 @@ def enlist(job: Job, device: torch.device) -> Enlisted | None:
     from manyhands.wire.transfer import Offer, fetch
 
     token = tls.read_token(env.token_file)
-    offer = Offer(token)
+    offer = Offer(token, toward=env.coordinator)
     host = env.host or socket.gethostname()
     seat = Seat(
         id=env.seat or f"w{env.rank}", host=host, device=str(device), pid=os.getpid(), address=offer.address
