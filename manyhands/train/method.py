@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -112,8 +112,8 @@ class StepResult:
     own_tokens: int
     agreed: bool = True
     change: bool = False
-    work: tuple[tuple[float, float], ...] = ()
-    spent: tuple[tuple[float, float, float], ...] = ()
+    work: tuple[tuple[float, float], ...] = field(default=(), compare=False)
+    spent: tuple[tuple[float, float, float], ...] = field(default=(), compare=False)
 
 
 class Method(Protocol):
