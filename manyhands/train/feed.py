@@ -68,7 +68,7 @@ class Feed:
         passes = self._passes(cuts, mine)
         batches = [(first, self._batch(ids[begin:end])) for first, begin, end in passes]
         spans = [range(first, first + -(-(end - begin) // self.micro_batch)) for first, begin, end in passes]
-        return Part(step, batches, len(cuts), len(ids), self.seed, spans)
+        return Part(step, batches, len(cuts), len(ids), self.seed, spans, divisible=self.coalesce)
 
     def division(self, step: int) -> list[range]:
         """The places of step `step`'s global batch that each rank has by the current weights."""

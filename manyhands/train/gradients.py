@@ -62,10 +62,16 @@ class FlatGradients:
         self._announce = False
         self._waiting: list[int] = []
         self._next = 0
+        self.arrived = 0  # gradients that this micro-batch's backward has handed over
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._hook(i))  # type: ignore[no-untyped-call]
             for i, p in enumerate(self.params)
         ]
+
+    @property
+    def announced(self) -> bool:
+        """Whether a bucket of this micro-batch's backward is on its way."""
+        return self._announce and self._next > 0
 
     def start(self) -> None:
         """Begin a step: no gradient yet."""
@@ -81,6 +87,7 @@ class FlatGradients:
         """
         self._announce = last
         self._next = 0
+        self.arrived = 0
         if last:
             self._waiting = [self._bucket_of.count(b) for b in range(len(self.buckets))]
         if separate:
@@ -171,6 +178,7 @@ class FlatGradients:
                 view.copy_(param.grad)
                 param.grad = view
             self.used[i] = self._fresh[i] = True
+            self.arrived += 1
             if self._announce:
                 bucket = self._bucket_of[i]
                 self._waiting[bucket] -= 1

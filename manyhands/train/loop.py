@@ -20,6 +20,7 @@ from manyhands.train.balancing import rebalance
 from manyhands.train.division import Division
 from manyhands.train.evaluate import evaluate
 from manyhands.train.loads import Loads
+from manyhands.train.memory import heed
 from manyhands.train.tally import Schedule, Tally, memory_bytes
 
 if TYPE_CHECKING:
@@ -206,6 +207,7 @@ class Loop:
         now = time.perf_counter()
         self._commit()
         rebalance(self.balancer, self.feed, result, self.replica.steps, self.emit)
+        heed(self.feed, self.replica.fits, self.replica.steps, self.emit)
         self.tally.data_s += loaded - start
         self.tally.compute_s += now - loaded - (traffic.communicate_s + traffic.idle_s - before)
         self.tally.samples += sum(len(next(iter(batch.values()))) for _, batch in part.micro_batches)

@@ -177,6 +177,7 @@ class Parts:
         about = describe(self.model, seq_len=self.job.seq_len)
         dtype = {"bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}.get(precision, "float32")
         peak = hardware.peak_flops(str(self.device), dtype, torch.get_num_threads())
+        random = draws_random(self.model)
         return Facts(
             rows=len(self.material.train),
             world_size=self._planned_for or world.size,
@@ -185,8 +186,34 @@ class Parts:
             device_name=hardware.device_name(str(self.device)),
             threads=torch.get_num_threads(),
             has_bf16=has_bf16,
-            draws_random=draws_random(self.model),
+            draws_random=random,
+            memory_rows=None if random else self._memory_rows(world, precision),
             parameters=about.parameters,
             flops_per_token=about.flops_per_token,
             peak_flops=math.fsum(world.gather(peak)),
+        )
+
+    def _memory_rows(self, world: World, precision: str) -> int | None:
+        """The rows that fit into a pass of this worker; None where nobody asks."""
+        from manyhands.train import memory, session
+        from manyhands.train.plan import busy_rows
+
+        job = self.job
+        divided = getattr(job.strategy.placement, "needs_group", False)  # the whole model may not even fit
+        if job.device_batch is not None or job.reproducible or divided:
+            return None
+        me = world.members[world.rank]
+        here = [m for m in world.members if m.host == me.host and m.device == me.device]
+        return memory.rows_that_fit(
+            self.model,
+            job.task,
+            self.material.train,
+            autocast=session.autocast_for(precision, self.device.type),
+            wanted=busy_rows(self.device.type, job.seq_len)[0],
+            workers_here=len(here),
+            key={
+                "seq_len": job.seq_len,
+                "precision": precision,
+                "checkpointing": job.gradient_checkpointing,
+            },
         )

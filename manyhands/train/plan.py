@@ -37,6 +37,7 @@ class Facts:
     flops_per_token: float
     peak_flops: float
     cached_compile: bool = False
+    memory_rows: int | None = None  # that fit into a pass; None: not measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +141,19 @@ def _balance(job: Job, facts: Facts) -> tuple[bool, str]:
 def _device_batch(job: Job, facts: Facts) -> tuple[int, str]:
     if job.device_batch is not None:
         return job.device_batch, "given"
-    tokens = 1 << 12 if facts.device_type == "cpu" else 1 << 15
-    rows = max(1, tokens // job.seq_len)
+    rows, tokens = busy_rows(facts.device_type, job.seq_len)
+    if facts.memory_rows is not None and facts.memory_rows < rows:
+        return (
+            facts.memory_rows,
+            f"more do not fit into memory; {rows} would keep a {facts.device_type.upper()} busy",
+        )
     return rows, f"about {tokens:,} tokens keep a {facts.device_type.upper()} busy"
+
+
+def busy_rows(device_type: str, seq_len: int) -> tuple[int, int]:
+    """(rows, tokens) of a pass that keeps a device busy; more gain nothing."""
+    tokens = 1 << 12 if device_type == "cpu" else 1 << 15
+    return max(1, tokens // seq_len), tokens
 
 
 def _compile(job: Job, facts: Facts, steps: int) -> tuple[bool, str]:

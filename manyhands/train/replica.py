@@ -19,6 +19,7 @@ import torch
 from manyhands.core.errors import ManyhandsError
 from manyhands.core.events import Emit, ignore
 from manyhands.core.registry import resolve_target
+from manyhands.train.memory import Fits
 from manyhands.train.mending import agree_at_start, check_agreement, fingerprint
 from manyhands.train.method import MAX_SKIPPED, Part, StepResult, Wishes, Work
 
@@ -49,6 +50,7 @@ class Replica:
         skipped: steps without an update because a gradient was not finite.
         optimize_s: seconds in optimizers.
         work: seconds and rows of forward and backward since they were last told.
+        fits: the most rows of a pass that memory was found to hold.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Replica:
         self.per_row = targets_per_row
         self.autocast = autocast
         self.work = Work(wire.traffic)
+        self.fits = Fits()
         self._skipped_in_a_row = 0
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.device = self.named[0][1].device if self.named else torch.device("cpu")
