@@ -18,6 +18,10 @@ VERBS = {
     "coordinate": ("manyhands.cli.coordinate", "see a job of several machines through losses and newcomers"),
     "join": ("manyhands.cli.join", "let workers of this machine take part in a running job"),
     "serve-parameters": ("manyhands.cli.serve", "keep parameters for workers of a parameter-server strategy"),
+    "chaos": (
+        "manyhands.cli.chaos",
+        "run a job under a schedule of kills, hangs, slowdowns, …, and say what they cost",
+    ),
     "ledger": (
         "manyhands.cli.ledger",
         "show which samples each step and worker used; verify that each was once",

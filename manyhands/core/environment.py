@@ -151,3 +151,8 @@ def console() -> TextIO:
         errors="replace",
         closefd=False,
     )
+
+
+def chaos_directory() -> str | None:
+    """Where workers say what a test of faults must know of them ($MANYHANDS_CHAOS); None: nobody asks."""
+    return os.environ.get("MANYHANDS_CHAOS") or None

