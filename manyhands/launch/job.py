@@ -76,11 +76,18 @@ def begin(entry: str, argument: str, job: Job) -> int:
     )
 
 
-# What a worker imports until its first step: a waiting replacement has it ready.
+# What a worker imports until its first step: a waiting replacement has it ready. Of the models any one will do: what is
+# slow, they have in common. pyarrow imports pandas, where there is one, for its first array.
 WARM = (
     "torch",
+    "torch._dynamo",
     "grpc",
+    "pandas",
     "transformers.models.auto.modeling_auto",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.loss.loss_utils",
+    "manyhands.train.worker",
+    "manyhands.train.parts",
     "manyhands.train.loop",
     "manyhands.train.material",
     "manyhands.train.enlist",
