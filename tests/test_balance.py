@@ -19,6 +19,7 @@ from manyhands.balance.balancer import Balancer
 from manyhands.balance.estimate import Track, fit
 from manyhands.balance.shares import Cost, makespan, solve
 from manyhands.core.errors import UsageError
+from manyhands.data.partition import divide, divide_costs
 from manyhands.data.sample import Order
 from manyhands.train.feed import Feed
 
@@ -270,3 +271,97 @@ def test_a_worker_that_can_take_nothing_gets_nothing() -> None:
     for _ in range(100):
         balancer.observe([(1.0, 6.0), (0.0, 0.0), (0.1, 2.0)])
         assert balancer.weights == (6, 0, 2)
+
+
+# -- tokens, where lengths differ
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    st.lists(st.sampled_from([0, 1, 1, 2, 3, 7, 20]), max_size=8),
+    st.lists(st.sampled_from([0, 0.5, 1, 2]), min_size=1, max_size=4).filter(any),
+)
+def test_costs_are_divided_with_the_least_maximum(costs: list[int], weights: list[float]) -> None:
+    found = divide_costs(np.array(costs, dtype=np.int64), weights)
+    assert [place for part in found for place in part] == list(range(len(costs)))
+    assert all(not part for part, weight in zip(found, weights, strict=True) if not weight)
+    if len(set(costs)) < 2:
+        assert found == divide(len(costs), weights)
+        return
+
+    def worst(parts: Sequence[range]) -> float:
+        sums = [sum(costs[part.start : part.stop]) for part in parts]
+        each = zip(sums, weights, strict=True)
+        return max((cost / weight if weight else math.inf) if cost else 0.0 for cost, weight in each)
+
+    cuts = itertools.combinations_with_replacement(range(len(costs) + 1), len(weights) - 1)
+    best = min(worst([range(*ends) for ends in itertools.pairwise((0, *cut, len(costs)))]) for cut in cuts)
+    assert worst(found) <= best * (1 + 1e-8)
+
+
+class Texts(Numbers):
+    """Rows of 1 to 64 tokens, in four classes of unequal size."""
+
+    def __init__(self, n: int = 400) -> None:
+        super().__init__(n)
+        draw = np.random.default_rng(3)
+        self.lengths = draw.integers(1, 65, n)
+        self.classes = np.searchsorted([0.6, 0.9, 0.99], draw.random(n)).astype(np.int64)
+
+
+def test_a_feed_divides_tokens_where_lengths_differ() -> None:
+    rows = Texts()
+    feed = feed_of(rows=rows, order=Order(400, 40, seed=1), weights=[1, 2, 1], micro_batch=1)
+    for step in range(10):
+        ids = feed.order.ids(step)
+        tokens = [int(rows.lengths[ids[part.start : part.stop]].sum()) for part in feed.division(step)]
+        quota = rows.lengths[ids].sum() / 4
+        assert max(tokens[0], tokens[1] / 2, tokens[2]) <= quota + 64
+        counted = feed.amounts(step)
+        assert sum(n for n, _ in counted) == 40
+        assert [cost for _, cost in counted] == pytest.approx([t / rows.lengths.mean() for t in tokens])
+
+
+# -- orders of labelled rows
+
+
+@pytest.mark.parametrize("n", [1, 7, 400])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_each_sample_comes_once_an_epoch_in_every_order(n: int, drop_last: bool) -> None:
+    rows = Texts(n)
+    batch = min(n, 32)
+    for kinds in (
+        {"classes": rows.classes},
+        {"lengths": rows.lengths},
+        {"classes": rows.classes, "lengths": rows.lengths},
+    ):
+        order = Order(n, batch, seed=9, drop_last=drop_last, **kinds)
+        for epoch in range(3):
+            steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+            taken = np.concatenate([order.ids(step) for step in steps])
+            assert len(set(taken.tolist())) == len(taken) == (n // batch * batch if drop_last else n)
+            assert [len(order.ids(step)) for step in steps] == [order.rows(step) for step in steps]
+
+
+def test_stratified_batches_have_every_class_in_proportion() -> None:
+    rows = Texts()
+    order = Order(400, 40, seed=4, classes=rows.classes)
+    share = np.bincount(rows.classes, minlength=4) / 400 * 40
+    epochs = []
+    for step in range(20):
+        counts = np.bincount(rows.classes[order.ids(step)], minlength=4)
+        assert np.abs(counts - share).max() < 2
+    for epoch in range(2):
+        epochs.append(np.concatenate([order.ids(epoch * 10 + step) for step in range(10)]))
+    assert (epochs[0] != epochs[1]).mean() > 0.9  # shuffled anew
+    assert (Order(400, 40, seed=4, classes=rows.classes).ids(13) == order.ids(13)).all()  # a pure function
+    assert (Order(400, 40, seed=5, classes=rows.classes).ids(13) != order.ids(13)).any()
+
+
+def test_sorting_by_length_moves_no_sample_to_another_batch() -> None:
+    rows = Texts()
+    plain, sorted_ = Order(400, 40, seed=4), Order(400, 40, seed=4, lengths=rows.lengths)
+    for step in (0, 3, 11):
+        ids = sorted_.ids(step)
+        assert sorted(ids.tolist()) == sorted(plain.ids(step).tolist())
+        assert (np.diff(rows.lengths[ids]) >= 0).all()

@@ -182,16 +182,16 @@ from manyhands.train.replica import Replica
 from manyhands.wire.solo import Solo
 torch.set_num_threads(1)
 torch.manual_seed(0)
-model = nn.Linear(8, 1 << 18)
+model = nn.Linear(8, 1 << 19)
 def squares(model, batch):
-    return (model(batch["x"]) ** 2).sum(), len(batch["x"])  # 1 MiB a row, and as much again for the square
+    return (model(batch["x"]) ** 2).sum(), len(batch["x"])  # 2 MiB a row, and as much again for the square
 strategy = manyhands.presets.ddp(lr=1e-30, schedule="constant")
 replica = Replica(model, strategy, Solo("cpu"), max_grad_norm=1.0)
 x = torch.arange(64 * 8).reshape(64, 8) / 512
 def step(n):
     return replica.step(Part(n, [(0, {{"x": x}})], 64, 64, 0, [range(64)], divisible=True), squares)
 replica.step(Part(0, [(0, {{"x": x[:1]}})], 1, 1, 0), squares)
-limit = int(open("/proc/self/statm").read().split()[0]) * 4096 + (50 << 20)
+limit = int(open("/proc/self/statm").read().split()[0]) * 4096 + (110 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 limited = step(1)
 most = replica.fits.most

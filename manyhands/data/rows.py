@@ -101,6 +101,9 @@ class LabelledRows:
         max_len: longer texts are cut.
         ids: which rows of the data, in this order.
         labels: class names in order; default: the data's own.
+
+    Attributes:
+        lengths, classes: tokens and class of each row, [len(self)] int64; known without reading the texts.
     """
 
     def __init__(
@@ -121,16 +124,16 @@ class LabelledRows:
                 "correct the label column",
             )
         self._labels = np.array([number[name] for _, _, each in parts for name in each], dtype=np.int64)
-        self.lengths = np.concatenate([np.diff(o) for o, _ in self._parts] or [np.empty(0)]).astype(np.int64)[
-            ids
-        ]
+        lengths = np.concatenate([np.diff(o) for o, _ in self._parts] or [np.empty(0)]).astype(np.int64)[ids]
+        self.lengths = np.clip(lengths, 1, max_len)  # tokens of each row, as far as they are used
+        self.classes = self._labels[ids]
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def take(self, ids: NDArray[np.int64]) -> dict[str, Tensor]:
         """Rows `ids`: ``input_ids``, ``attention_mask`` [n, longest, to a multiple of 8] and ``label`` [n], int64."""
-        longest = int(min(self._max_len, max(1, self.lengths[ids].max()))) if len(ids) else 1
+        longest = int(self.lengths[ids].max()) if len(ids) else 1
         width = min(self._max_len, -(-longest // 8) * 8)
         inputs = np.full((len(ids), width), self._pad(), dtype=np.int64)
         mask = np.zeros((len(ids), width), dtype=np.int64)

@@ -5,17 +5,20 @@ Who computes which part of it is another matter (`manyhands.data.partition`); no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from manyhands.core import rng
 from manyhands.core.errors import DataError, UsageError
 from manyhands.data.permute import Permutation
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+STRATA = 0x57  # stream of random numbers that spreads classes
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class Order:
         global_batch: samples in one step, over all workers.
         seed: of the job.
         drop_last: leave out an epoch's last batch where it is partial; by default it is kept.
+        classes: of each sample, [n] int64: every batch then has each class in proportion, to one or two samples.
+        lengths: of each sample, [n]: a batch's samples are then in the order of their lengths, so that neighbours need
+            little padding. Which batch a sample is in does not depend on it.
 
     Raises:
         DataError: there is no sample, or (with `drop_last`) no full batch.
@@ -42,6 +48,9 @@ class Order:
     global_batch: int
     seed: int
     drop_last: bool = False
+    classes: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
+    lengths: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
+    _epochs: dict[int, NDArray[np.int64]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.global_batch < 1:
@@ -77,7 +86,35 @@ class Order:
         """The samples of step `step` (from 0; it runs over epochs), in order: [rows] int64."""
         epoch, first = self._place(step)
         last = min(first + self.global_batch, self.n)
-        return _permutation(self.n, self.seed, epoch).take(np.arange(first, last, dtype=np.int64))
+        if self.classes is None:
+            found = _permutation(self.n, self.seed, epoch).take(np.arange(first, last, dtype=np.int64))
+        else:
+            found = self._mixed(epoch)[first:last]
+        if self.lengths is not None:
+            found = found[np.argsort(self.lengths[found], kind="stable")]
+        return found
+
+    def _mixed(self, epoch: int) -> NDArray[np.int64]:
+        """An epoch's samples, each class spread evenly over it, [n].
+
+        The k-th of a class's n꜀ samples, which are shuffled among themselves, stands at (k + u)/n꜀ of the epoch, u drawn for
+        the class: so between any two places there are n꜀ times their distance of it, to one.
+        """
+        if epoch not in self._epochs:
+            assert self.classes is not None
+            members: list[NDArray[np.int64]] = []
+            at: list[NDArray[np.float64]] = []
+            for label in np.unique(self.classes):
+                of_class = np.flatnonzero(self.classes == label)
+                n, seed = len(of_class), rng.key(STRATA, self.seed, int(label))
+                shuffled = Permutation(n, seed, epoch).take(np.arange(n, dtype=np.int64))
+                offset = (rng.key(STRATA, self.seed, int(label), epoch) % (1 << 53)) / (1 << 53)
+                members.append(of_class[shuffled])
+                at.append((np.arange(n) + offset) / n)
+            order = np.argsort(np.concatenate(at), kind="stable")
+            self._epochs.clear()  # the loop asks for one epoch after the other
+            self._epochs[epoch] = np.concatenate(members)[order]
+        return self._epochs[epoch]
 
     def seen(self, step: int) -> int:
         """How many samples all steps before `step` took together."""

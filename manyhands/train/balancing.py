@@ -10,7 +10,7 @@ from manyhands.data.sample import places
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from manyhands.balance.balancer import Balancer
+    from manyhands.balance.balancer import Balancer, Work
     from manyhands.train.feed import Feed
     from manyhands.train.method import StepResult
     from manyhands.train.plan import Plan
@@ -34,6 +34,14 @@ def rebalance(balancer: Balancer | None, feed: Feed, result: StepResult, step: i
     if balancer is None or len(result.work) != len(balancer.weights):
         return
     before = balancer.weights
-    feed.weights = balancer.observe(result.work)
+    feed.weights = balancer.observe(_in_mean_rows(feed, result.work, step - 1))
     if balancer.weights != before:
         emit(Redivided(step=step, shares=balancer.weights, rows_per_s=balancer.speeds()))
+
+
+def _in_mean_rows(feed: Feed, work: Work, step: int) -> Work:
+    """(seconds, rows) of each rank with long rows counted for more, where the rows are those of `step`'s division."""
+    if getattr(feed.rows, "lengths", None) is None:
+        return work
+    pairs = zip(work, feed.amounts(step), strict=True)
+    return [(seconds, cost if rows == own else rows) for (seconds, rows), (own, cost) in pairs]

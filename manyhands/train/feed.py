@@ -1,9 +1,9 @@
 """Rows -> my part of each global batch.
 
 The global batch of a step is a pure function of (seed, step): `Order` says which rows, `micro_batch` cuts it into
-places, `divide` gives each worker a contiguous range of places. Where nothing in a forward pass is random, a worker
-runs several of its micro-batches in one forward pass of at most `device_batch` rows (`coalesce`): the result is the
-same sum.
+places, `divide` (`divide_costs` where rows differ in length) gives each worker a contiguous range of places. Where nothing
+in a forward pass is random, a worker runs several of its micro-batches in one forward pass of at most `device_batch` rows
+(`coalesce`): the result is the same sum.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from manyhands.core.errors import UsageError
-from manyhands.data.partition import divide
+from manyhands.data.partition import divide, divide_costs
 from manyhands.data.sample import Order
 from manyhands.data.sample import places as cut
 from manyhands.train.replica import Part
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from numpy.typing import NDArray
 
@@ -71,8 +72,28 @@ class Feed:
         return Part(step, batches, len(cuts), len(ids), self.seed, spans, divisible=self.coalesce)
 
     def division(self, step: int) -> list[range]:
-        """The places of step `step`'s global batch that each rank has by the current weights."""
-        return divide(len(cut(self.order.rows(step), self.micro_batch)), self.weights)
+        """The places of step `step`'s global batch that each rank has by the current weights.
+
+        Where rows tell their lengths, tokens are divided, else rows.
+        """
+        lengths = getattr(self.rows, "lengths", None)
+        if lengths is None:
+            return divide(len(cut(self.order.rows(step), self.micro_batch)), self.weights)
+        ids = self.order.ids(step)
+        starts = [rows.start for rows in cut(len(ids), self.micro_batch)]
+        return divide_costs(np.add.reduceat(lengths[ids], starts), self.weights)
+
+    def amounts(self, step: int) -> list[tuple[int, float]]:
+        """What each rank has of step `step` by the current weights: rows, and rows of mean length that cost as much."""
+        lengths = getattr(self.rows, "lengths", None)
+        ids = self.order.ids(step)
+        cuts = cut(len(ids), self.micro_batch)
+        found = []
+        for mine in self.division(step):
+            own = ids[cuts[mine.start].start : cuts[mine.stop - 1].stop] if mine else ids[:0]
+            cost = len(own) if lengths is None else float(lengths[own].sum() / lengths.mean())
+            found.append((len(own), cost))
+        return found
 
     def _passes(self, cuts: Sequence[range], mine: Sequence[int]) -> list[tuple[int, int, int]]:
         """(first place, begin row, end row) of each forward pass; `mine` ascends."""

@@ -63,6 +63,11 @@ class Job:
     reproducible: bool = option(
         False, help="the same bits for any number of workers (slower: see benchmarks/README.md)"
     )
+    order: Literal["shuffled", "by-length", "stratified"] = option(
+        "shuffled",
+        help="of labelled rows; by-length: neighbours in a global batch are alike, less padding; stratified: so, and "
+        "each global batch has every class in proportion",
+    )
     global_batch: int = option(
         16, help="rows in one optimizer step, over all workers", aliases=("total_batch_size",)
     )
@@ -252,6 +257,12 @@ class Job:
                 raise UsageError(
                     f"shares = {list(self.shares)}", "shares are not negative and not all zero", ""
                 )
+        if self.order != "shuffled" and self.task_name == "pretrain":
+            raise UsageError(
+                f"order = {self.order!r} with task = 'pretrain'",
+                "rows of running text have one length and no class",
+                "leave out --order, or use --task classify",
+            )
         if self.eval_data and self.eval_fraction not in (0.05, 0.0):
             raise UsageError(
                 f"eval_fraction = {self.eval_fraction} with eval_data",

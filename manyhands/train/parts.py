@@ -140,10 +140,16 @@ class Parts:
         from manyhands.data.sample import Order
         from manyhands.train.feed import Feed
 
-        job, plan = self.job, self.plan
+        job, plan, rows = self.job, self.plan, self.material.train
         return Feed(
-            rows=self.material.train,
-            order=Order(len(self.material.train), job.global_batch, job.seed),
+            rows=rows,
+            order=Order(
+                len(rows),
+                job.global_batch,
+                job.seed,
+                classes=getattr(rows, "classes", None) if job.order == "stratified" else None,
+                lengths=getattr(rows, "lengths", None) if job.order != "shuffled" else None,
+            ),
             rank=rank,
             weights=plan.weights,
             micro_batch=plan.micro_batch,
@@ -161,6 +167,7 @@ class Parts:
             n=len(self.material.train),
             global_batch=self.job.global_batch,
             seed=self.job.seed,
+            order=self.job.order,
             micro_batch=self.plan.micro_batch,
         )
 

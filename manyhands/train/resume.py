@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def same_order(path: Path, before: Mapping[str, Any], job: Job, material: Material) -> None:
     """Refuse to continue with other batches than the checkpoint's (promise 1)."""
     old = before.get("job", {})
-    for key in ("seed", "global_batch", "micro_batch", "seq_len"):
+    for key in ("seed", "order", "global_batch", "micro_batch", "seq_len"):
         new = getattr(job, key)
         if new is not None and old.get(key) is not None and old[key] != new:
             raise UsageError(
