@@ -178,11 +178,13 @@ class Crew:
         self.leaving = 0
         self._offered: tuple[Standing, int, float] | None = None
         self._waiting: Standing | None = None  # I have not fetched the state yet
+        self._losses: list[Loss] = []  # since the job last went on: somebody may be lost while it re-forms
 
     def meet(self) -> World:
         """Wait for the next epoch and join its members, as often as it takes. Raises what the coordinator says."""
         while True:
             self.epoch = self.membership.next()
+            self._losses += self.epoch.losses
             try:
                 return self._join(self.epoch)
             except PeerLost as lost:
@@ -332,8 +334,9 @@ class Crew:
 
     def _tell(self, loop: Loop, standing: Standing, made_of: str, wall_s: float) -> None:
         assert self.epoch is not None
-        for loss in self.epoch.losses:
+        for loss in self._losses:
             loop.emit(_words(loss))
+        self._losses.clear()
         kept = sum(len(places) for by in standing.held.values() for places in by.values())
         loop.emit(
             Reformed(
