@@ -79,6 +79,7 @@ def compare(
         "seed": seed,
         "exit_code": code,
         "goodput": useful_s / seconds if seconds else None,
+        "useful_work": _useful(events, plain, plain_s / plain_steps if plain_steps else 0.0),
         "steps": steps,
         "train_s": seconds,
         "undisturbed_step_s": plain_s / plain_steps if plain_steps else None,
@@ -107,6 +108,26 @@ def compare(
         "loss_difference": _difference(after, before),
         "same_parameters": after.get("parameters_sha256") == before.get("parameters_sha256") and bool(after),
     }
+
+
+def _useful(
+    events: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, Any]], step_s: float
+) -> float | None:
+    """The part of the time of all workers that were there that went into the result.
+
+    A step's worth is what it takes of all workers' time undisturbed. A dead worker counts as there until the group re-forms.
+    """
+    steps = [e for e in events if e["event"] == "stepped"]
+    workers = max((len(e["workers"]) for e in plain if e["event"] == "balance"), default=0)
+    if len(steps) < 2 or not workers or not step_s:
+        return None
+    at, there, seconds = steps[0]["time_s"], workers, 0.0
+    for e in events:
+        if e["event"] == "reformed" and at < e["time_s"] < steps[-1]["time_s"]:
+            seconds += there * (e["time_s"] - at)
+            at, there = e["time_s"], e["workers"]
+    seconds += there * (steps[-1]["time_s"] - at)
+    return float(workers * step_s * (steps[-1]["step"] - steps[0]["step"]) / seconds)
 
 
 def _spread(values: Sequence[float]) -> dict[str, float | int] | None:
@@ -147,6 +168,10 @@ def text(report: Mapping[str, Any]) -> str:
         lines.append(
             f"goodput          {report['goodput']:.1%}: {report['steps']:,} steps took {report['train_s']:.1f} s; "
             f"undisturbed they take {report['undisturbed_step_s'] * report['steps']:.1f} s"
+        )
+    if report["useful_work"] is not None:
+        lines.append(
+            f"useful work      {report['useful_work']:.1%} of the time of the workers that were there"
         )
     if report["recovery_s"]:
         r = report["recovery_s"]
