@@ -236,8 +236,12 @@ class Member:
                 self._left = True
             elif op == "evicted":
                 self._give_up(ManyhandsError(f"this worker was given up: {message['detail']}"))
-            elif op == "ended" and message["code"]:
-                self._give_up(ManyhandsError(message["detail"]))
+            elif op == "ended" and (
+                message["code"] or not self._taken
+            ):  # done, and I never took part: I am late
+                self._give_up(
+                    ManyhandsError(message["detail"] if message["code"] else "the job has ended: done")
+                )
             self._changed.notify_all()
 
     def _welcome(self, message: Mapping[str, Any]) -> None:

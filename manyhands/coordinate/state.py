@@ -7,8 +7,8 @@ any clock in seconds that does not jump (`shift` moves it on where the whole mac
 2. A lost worker ends the epoch at once (`over`). The next begins when every living member is ready again, with those
    newcomers that are ready then.
 3. A ready newcomer, or a member that wants to leave, is announced (`wanted`); the members end the epoch at a step of theirs.
-4. A worker unheard of for `hang_s` is evicted. So is one that stands still for `stuck_s` while the others passed it, or,
-   where all stand still, the one that did so first.
+4. A worker unheard of for `hang_s` is evicted. So is one that stands still for `stuck_s` (or five times the longest step,
+   if that is more) while the others passed it, or, where all stand still, the one that did so first.
 5. A step that `faults` workers die of by themselves (or `kills` of any cause) fails the job, as does a collective that
    cannot be completed again and again without anybody to blame; else whoever is suspected most is evicted.
 6. Where fewer than `min_workers` are alive and no replacement comes, or nobody is left who holds the state, it fails.
@@ -51,6 +51,8 @@ class State:
     _departed: float | None = None  # when somebody left whom the others may still wait for
     _wanted: bool = False
     _top: int = 0
+    _top_s: float | None = None  # when it was reached; before: when the first epoch began
+    _longest_s: float = 0.0  # between two steps
     _since_step: list[Loss] = field(default_factory=list)
     _suspicions: list[dict[str, str]] = field(default_factory=list)  # of each epoch since the last step
     _short_s: float | None = None
@@ -78,7 +80,7 @@ class State:
         if holding is not None and holding.number > self.number:  # our journal was lost: numbers never repeat
             self.adopt(holding, now)
         member = self.members[seat.id] = Member(seat, now, now)
-        self._stepped(member, step)
+        self._stepped(member, step, now)
         welcome = {"facts": dict(self.facts), "stopping": self.stopping, "wanted": self._wanted}
         self._say(seat.id, "welcome", **welcome)
         self.out.append(Happening(kind="joined", seat_id=seat.id))
@@ -96,13 +98,13 @@ class State:
         member.heard_s, member.phase, member.stack = now, phase, stack
         if calls != member.calls:
             member.calls, member.moved_s = calls, now
-        self._stepped(member, step)
+        self._stepped(member, step, now)
 
     def ready(self, id: str, *, epoch: int, step: int, now: float) -> None:
         """It waits for the epoch after `epoch`."""
         member = self.members[id]
         member.heard_s = member.moved_s = now
-        self._stepped(member, step)
+        self._stepped(member, step, now)
         if self.epoch is not None and self._inside(id) and epoch < self.epoch.number:
             self._say(id, "epoch", **epoch_to(self.epoch))
             return
@@ -248,8 +250,9 @@ class State:
             if silent > self.rules.hang_s:
                 what = "no sign of life" if member.connected else "it has not come back since the restart"
                 self._evict(id, f"{what} for {silent:.1f} s", now)
-        if self.began and not self.over:
-            found = judge.stuck(self._staying(), self.rules.stuck_s, now)
+        if self.began and not self.over and self._longest_s > 0:  # a step may take long
+            limit = max(self.rules.stuck_s, judge.PATIENCE * self._longest_s)
+            found = judge.stuck(self._staying(), limit, now)
             if found is not None:
                 self._evict(found.seat.id, judge.still(found, now), now)
         self._enough(now)
@@ -276,10 +279,12 @@ class State:
         found = [m for id, m in self.members.items() if not self._inside(id)]
         return [m for m in found if m.ready and m.leaving is None]
 
-    def _stepped(self, member: Member, step: int) -> None:
+    def _stepped(self, member: Member, step: int, now: float) -> None:
         member.step = max(member.step, step)
         if member.step > self._top:
-            self._top = member.step
+            if self._top_s is not None:
+                self._longest_s = max(self._longest_s, now - self._top_s)
+            self._top, self._top_s = member.step, now
             self._since_step.clear()
             self._suspicions.clear()
             if not self.began:
@@ -331,6 +336,7 @@ class State:
             losses=tuple(self.gone[id] for id in self._losses),
         )
         self.over, self._departed, self._wanted = False, None, False
+        self._top_s = now if self._top_s is None else self._top_s
         self._losses = []
         told = epoch_to(self.epoch)
         self.out.append(Note({"kind": "epoch", **told}))
@@ -349,8 +355,8 @@ class State:
         if self.stopping or self.ended is not None:
             return
         if loss.how == "left":
-            if loss.detail == "done" and not self.members:
-                self._end(0, "done")
+            if loss.detail == "done" and not any(m.step >= 1 for m in self.members.values()):
+                self._end(0, "done")  # newcomers that are still getting ready are too late
             return
         if not self.began:
             if loss.rank >= 0 or id in self.order:
@@ -387,7 +393,7 @@ class State:
             return
         if self._unexplained or any(m.leaving == "done" for m in self.members.values()):
             return
-        if not self.members and any(loss.detail == "done" for loss in self.gone.values()):
+        if any(loss.detail == "done" for loss in self.gone.values()):
             return
         alive = sum(1 for m in self.members.values() if m.leaving is None)
         if not any(m.step >= 1 for m in self.members.values()):

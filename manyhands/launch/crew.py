@@ -184,6 +184,10 @@ class Crew:
             return
         end = worker.end()
         how, detail = cause(end, self.out_of_memory())
+        if control.ended is not None and control.ended[0] == 0:  # it came, or fell, after the job was done
+            worker.survived, worker._end = True, dataclasses.replace(end, survived=True)
+            self._clear(worker)
+            return
         finished = any(w.ended_s is not None and w.process.returncode == 0 for w in self.workers)
         ending = finished or control.ended is not None or self.requests.stop or self.told_s is not None
         if ending or not control.began:
