@@ -14,6 +14,7 @@ the newcomer takes part in its first step with nothing to compute.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -176,6 +177,7 @@ class Crew:
         self.epoch: Epoch | None = None
         self.fresh = True
         self.leaving = 0
+        self._told_left: set[str] = set()
         self._offered: tuple[Standing, int, float] | None = None
         self._waiting: Standing | None = None  # I have not fetched the state yet
         self._losses: list[Loss] = []  # since the job last went on: somebody may be lost while it re-forms
@@ -217,6 +219,11 @@ class Crew:
             return
         if any(leaving):
             carried.hand_over(loop.replica, [bool(each) for each in leaving])
+            for rank, seat in enumerate(loop.seats):
+                if leaving[rank]:
+                    self._told_left.add(seat.id)
+                    detail, step = signal.Signals(leaving[rank]).name, loop.replica.steps
+                    loop.emit(Left(seat=seat.id, rank=rank, host=seat.host, step=step, detail=detail))
         if self.leaving:
             self.membership.leave("asked to leave")
             loop.leave(self.leaving)
@@ -335,7 +342,8 @@ class Crew:
     def _tell(self, loop: Loop, standing: Standing, made_of: str, wall_s: float) -> None:
         assert self.epoch is not None
         for loss in self._losses:
-            loop.emit(_words(loss))
+            if loss.seat.id not in self._told_left:
+                loop.emit(_words(loss))
         self._losses.clear()
         kept = sum(len(places) for by in standing.held.values() for places in by.values())
         loop.emit(

@@ -49,7 +49,7 @@ class Loop:
         next_attempt: the number of the ledger's next attempt, asked of rank 0.
         open_ledger: (attempt, the step that it goes on from) -> the ledger.
         crew: how the loop passes from one set of workers to the next; None: the set never changes.
-        seats: the workers, in rank order.
+        seats: the workers, in rank order; division: who of them computes what.
         mend: replicas that differ from the majority are mended (else the job stops).
         flops_per_token, peak_flops: for MFU; peak over all workers.
     """
@@ -83,7 +83,7 @@ class Loop:
             Seat(id=f"w{m.rank}", host=m.host, device=m.device) for m in self.world.members
         )
         self._loads = Loads()
-        self._work = Division(self.feed)
+        self.division = Division(self.feed)
         self._chores: list[str] = []
         self._chores_of = -1  # the step that they belong to
         self._entered = False  # into a set of workers that had begun
@@ -192,8 +192,8 @@ class Loop:
 
     def _step(self, step: int) -> StepResult:
         start = time.perf_counter()
-        self._work.begin(step, self.seats, self.crew.epoch.number if self.crew and self.crew.epoch else 1)
-        part = self._work.part(step)
+        self.division.begin(step, self.seats, self.crew.epoch.number if self.crew and self.crew.epoch else 1)
+        part = self.division.part(step)
         loaded = time.perf_counter()
         self.replica.work.data_s += loaded - start
         traffic = self.replica.wire.traffic
@@ -239,7 +239,7 @@ class Loop:
 
     def _commit(self) -> None:
         """Steps whose work is in the agreed parameters by now go into the ledger."""
-        for step, epoch, who, rows in self._work.committed(self.replica.method.committed):
+        for step, epoch, who, rows in self.division.committed(self.replica.method.committed):
             if self.ledger is not None:
                 self.ledger.commit(step + 1, epoch=epoch, who=who, rows=rows)
         if self.crew is not None:
@@ -253,7 +253,7 @@ class Loop:
 
     def dropped(self, steps: int, why: str) -> None:
         """What was computed up to step `steps` and is in no agreement is lost."""
-        for step, epoch, who, rows in self._work.committed(steps):
+        for step, epoch, who, rows in self.division.committed(steps):
             if self.ledger is not None:
                 self.ledger.dropped(step + 1, epoch=epoch, who=who, rows=rows, why=why)
 
@@ -270,8 +270,9 @@ class Loop:
             self.feed.weights = self.balancer.reset([seat.id for seat in epoch.seats])
         elif len(self.feed.weights) != world.size:
             self.feed.weights = (1,) * world.size
-        self._work.go_on(standing)
-        self.saver = self.promote(world) if self.saver is None or before != world.rank else self.saver
+        self.division.go_on(standing)
+        made = self.promote(world)
+        self.saver = self.saver or made
         if world.rank == 0 and before != 0:
             self._save_again = True  # what the last first worker was writing may be lost with it
 
@@ -306,11 +307,6 @@ class Loop:
         if self.ledger is None:
             self.ledger = self.open_ledger(*self._attempt)
         self._marked = (self.replica.steps, self.replica.tokens, 0.0)
-
-    @property
-    def division(self) -> Division:
-        """Who computes what."""
-        return self._work
 
     def _clock_says_save(self) -> bool:
         return (

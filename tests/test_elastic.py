@@ -1,0 +1,234 @@
+"""Jobs whose workers are killed, stopped, asked to leave, and replaced: real processes, the whole program."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fleet import Fleet
+from runs import TINY, command, environment, events, manyhands, summary
+
+from manyhands.core.errors import ManyhandsError
+from manyhands.launch.chaos import workers_of
+from manyhands.train.crew import Position, conclude
+from manyhands.train.division import remaining, spans_of
+
+DEADLINE_S = 240.0
+STEPS = 60
+
+
+class Job:
+    """A running `manyhands train`, whose workers can be reached by their seats."""
+
+    def __init__(self, output: Path, corpus: Path, *options: object, workers: int = 3) -> None:
+        self.output = output
+        given = [*("--data", corpus, *TINY, "--steps", STEPS, "--workers", workers), *("--output", output)]
+        self.process = subprocess.Popen(
+            command("train", *given, *options),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**environment(), "OMP_NUM_THREADS": "1"},
+        )
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert self.process.poll() is None, f"ended before {what}: {self.process.communicate()[0]}"
+            assert time.monotonic() < deadline, what
+            time.sleep(0.005)
+
+    def reach(self, step: int) -> None:
+        """Wait until `step` steps are done."""
+        self.wait_for(lambda: self.step >= step, f"step {step}")
+
+    @property
+    def step(self) -> int:
+        return max((e["step"] for e in self.seen("stepped")), default=0)
+
+    def seen(self, kind: str) -> list[dict[str, object]]:
+        try:
+            return events(self.output, kind)
+        except (FileNotFoundError, ValueError):
+            return []
+
+    def send(self, seat: str, signum: int) -> None:
+        os.kill(workers_of(self.output)[seat], signum)
+
+    def end(self, code: int = 0) -> str:
+        said, _ = self.process.communicate(timeout=DEADLINE_S)
+        assert self.process.returncode == code, said
+        return said
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = random.Random(3)
+    words = ["hand", "many", "light", "work", "makes", "slow", "fast", "exact"]
+    path = tmp_path_factory.mktemp("corpus") / "a.txt"
+    path.write_text("".join(" ".join(rng.choice(words) for _ in range(9)) + "\n" for _ in range(500)))
+    return path
+
+
+@contextlib.contextmanager
+def running(output: Path, corpus: Path, *options: object, workers: int = 3) -> Iterator[Job]:
+    job = Job(output, corpus, *options, workers=workers)
+    try:
+        yield job
+    finally:
+        if job.process.poll() is None:
+            job.process.kill()
+            job.process.communicate()
+
+
+def test_survivors_finish_the_same_steps_to_the_bit(corpus: Path, tmp_path: Path) -> None:
+    """Rank 0 and another one are killed: the parameters are those of a run that nobody disturbed."""
+    quiet, killed = tmp_path / "quiet", tmp_path / "killed"
+    options = ("--reproducible", "--restarts", 0, "--eval-every", 20)
+    with running(quiet, corpus, *options) as job:
+        job.end()
+    with running(killed, corpus, *options) as job:
+        job.reach(7)
+        job.send("w0", signal.SIGKILL)
+        job.reach(15)
+        job.send("w2", signal.SIGKILL)
+        said = job.end()
+    assert summary(killed)["parameters_sha256"] == summary(quiet)["parameters_sha256"]
+    assert summary(killed)["world_sizes"] == [3, 2, 1]
+    assert [e["seat"] for e in events(killed, "lost")] == ["w0", "w2"]
+    assert all(e["how"] == "death" and e["stack"] for e in events(killed, "lost"))
+    assert "w0" in said
+    assert "w2" in said
+    assert "every sample once" in manyhands("ledger", killed).stdout
+    evaluations = [[e["step"] for e in events(run, "evaluated")] for run in (quiet, killed)]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_a_replacement_gets_the_state_from_a_peer(corpus: Path, tmp_path: Path) -> None:
+    with running(tmp_path, corpus, "--reproducible", "--steps", 100000, workers=2) as job:
+        job.reach(5)
+        job.send("w1", signal.SIGKILL)
+        job.wait_for(lambda: bool(job.seen("joined")), "a replacement")
+        (joined,) = job.seen("joined")
+        assert joined["seat"] == "w1-1"
+        assert int(str(joined["size_bytes"])) > 400_000
+        done = job.step
+        job.reach(done + 3)
+        job.send("w0", signal.SIGKILL)  # who has been there from the start: the newcomer has everything
+        job.reach(done + 8)
+        job.process.send_signal(signal.SIGTERM)
+        job.end(128 + signal.SIGTERM)
+    assert "every sample once" in manyhands("ledger", tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("strategy", "dropped"),
+    [
+        ("accumulate(every=4)", False),
+        ("local-sgd(lr=0.003, every=6)", False),
+        ("eager(lr=0.003)", False),
+        ("hogwild(every=10)", False),
+        ("streaming-diloco(lr=0.003, every=6, fragments=2, delay=1)", True),
+        ("zero1(lr=0.003)", False),
+        ("zero3(lr=0.003)", False),
+    ],
+)
+def test_every_family_goes_on(corpus: Path, tmp_path: Path, strategy: str, dropped: bool) -> None:
+    options = ("--strategy", strategy, "--restarts", 0, "--save-every", 10, "--eval-every", 14)
+    with running(tmp_path, corpus, *options) as job:
+        job.reach(11)
+        job.send("w1", signal.SIGKILL)
+        job.end()
+    assert summary(tmp_path)["steps"] == STEPS
+    assert summary(tmp_path)["world_sizes"] == [3, 2]
+    told = manyhands("ledger", tmp_path).stdout
+    assert "every sample once" in told
+    assert dropped or "left out by rule" not in told
+
+
+def test_a_process_group_is_formed_anew(corpus: Path, tmp_path: Path) -> None:
+    """The same over gloo, which several hosts use."""
+    with running(tmp_path, corpus, "--transport", "group", "--restarts", 0) as job:
+        job.reach(7)
+        job.send("w0", signal.SIGKILL)
+        job.end()
+    assert summary(tmp_path)["world_sizes"] == [3, 2]
+    assert "every sample once" in manyhands("ledger", tmp_path).stdout
+
+
+def test_one_that_is_asked_to_leave_leaves_alone(corpus: Path, tmp_path: Path) -> None:
+    strategy = "ddp(exchange='error-feedback(int4)')"
+    with running(tmp_path, corpus, "--strategy", strategy, "--restarts", 0) as job:
+        job.reach(7)
+        job.send("w0", signal.SIGTERM)
+        job.end()
+    assert summary(tmp_path)["reason"] == "done"
+    assert summary(tmp_path)["world_sizes"] == [3, 2]
+    assert [e["seat"] for e in events(tmp_path, "left")] == ["w0"]
+    assert not events(tmp_path, "lost")
+
+
+def test_one_that_hangs_is_given_up(corpus: Path, tmp_path: Path) -> None:
+    with running(tmp_path, corpus, "--restarts", 0, "--hang-s", 2, workers=2) as job:
+        job.reach(7)
+        job.send("w1", signal.SIGSTOP)
+        job.end()
+    (lost,) = events(tmp_path, "lost")
+    assert lost["seat"] == "w1"
+    assert lost["how"] == "hang"
+    assert lost["silent_s"] >= 1.5
+    assert "every sample once" in manyhands("ledger", tmp_path).stdout
+
+
+# -- what the workers conclude
+
+
+def test_the_job_goes_on_from_the_furthest_agreement() -> None:
+    positions = [
+        Position(seat="late", fresh=False, steps=4, held={4: [0, 1]}),
+        Position(seat="new", fresh=True, steps=0),
+        Position(seat="a", fresh=False, steps=5, chores=["save"], held={5: [3]}),
+        Position(seat="b", fresh=False, steps=5, chores=["evaluate", "save"], held={}),
+    ]
+    for given in (positions, [Position.of(p.to_data()) for p in positions]):
+        standing = conclude(given)
+        assert (standing.steps, standing.leader) == (5, 2)
+        assert standing.behind == (0, 1)
+        assert standing.fresh == (1,)
+        assert standing.chores == ("evaluate", "save")
+        assert standing.held == {5: {"a": (3,)}}
+    with pytest.raises(ManyhandsError, match="no worker"):
+        conclude([positions[1]])
+
+
+def test_what_nobody_holds_is_divided() -> None:
+    held = {"a": [0, 1, 2], "b": [5]}
+    parts = remaining(9, held, [1, 1])
+    assert sorted(place for part in parts for place in part) == [3, 4, 6, 7, 8]
+    assert remaining(9, held, [0, 1]) == [[], [3, 4, 6, 7, 8]]
+    assert remaining(3, {"a": [0, 1, 2]}, [1, 2]) == [[], []]
+    assert spans_of([]) == []
+
+
+def test_what_a_leaving_worker_holds_back_is_handed_over(fleets: Callable[[int, str], Fleet]) -> None:
+    left = fleets(3, "shared").run(_hand_over)
+    assert left == [[6.0, 6.0], [2.0, 2.0], [3.0, 3.0]]  # 1 + 2 + 3, less what those two have kept
+
+
+def _hand_over(world: object) -> list[float]:
+    from types import SimpleNamespace
+
+    from manyhands.train.carried import hand_over
+
+    residual = torch.full((2,), float(world.rank + 1))  # type: ignore[attr-defined]
+    replica = SimpleNamespace(wire=world.wire, states=[{"residual": [residual]}])  # type: ignore[attr-defined]
+    hand_over(replica, [False, True, True])  # type: ignore[arg-type]
+    return [float(v) for v in residual]
