@@ -58,6 +58,7 @@ class Play:
             for id in ids:
                 self.state.ready(id, epoch=0, step=0, now=self.now)
             if begun:
+                self.now = 0.5
                 self.step(1)
 
     def come(self, id: str, *, holding: Epoch | None = None, step: int = 0) -> None:
@@ -273,7 +274,7 @@ def test_a_thread_that_stands_still_while_the_others_pass_is_stuck() -> None:
         play.step(step, "w0")
     play.wait(4.0)
     assert [happening.seat_id for happening in play.happenings("evict")] == ["w1"]
-    assert "stood still in step of step 2" in play.state.gone["w1"].detail
+    assert "stood still in step 2" in play.state.gone["w1"].detail
 
 
 def test_where_all_stand_still_the_first_is_stuck_and_slow_phases_are_not() -> None:

@@ -9,6 +9,7 @@ from manyhands.coordinate.words import Member, Rules
 from manyhands.core.membership import Epoch, Loss
 
 SUSPICIONS = 3  # epochs that end by suspicion, one after the other without a step, until somebody is evicted
+PATIENCE = 5  # times the longest step so far, before a worker counts as stuck
 UNNAMED = 6  # the same where nobody is suspected by name: the job fails
 SLOW = frozenset(
     {"start", "prepare", "build", "compile", "fetch", "evaluate", "generate", "save", "finish"}

@@ -1,0 +1,162 @@
+"""`manyhands coordinate` and `manyhands join`, as people use them, with real training."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from runs import TINY, command, environment
+
+from manyhands.cli.main import main
+from manyhands.launch.control import CONTACT
+
+WAIT_S = 240.0
+CORPUS = "".join(f"The quick brown fox number {i} jumps over the lazy dog.\n" for i in range(400))
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*arguments: object) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        )
+        started.append(process)
+        return process
+
+    (tmp_path / "corpus.txt").write_text(CORPUS)
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def contact(output: Path, *, other_than: str = "") -> dict[str, str]:
+    """Where the coordinator is, once it is there."""
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        assert time.monotonic() < deadline
+        try:
+            found: dict[str, str] = json.loads((output / CONTACT).read_text())
+        except (OSError, ValueError):
+            found = {}
+        if found and found["address"] != other_than:
+            return found
+        time.sleep(0.02)
+
+
+def steps_made(output: Path) -> int:
+    try:
+        lines = (output / "metrics.jsonl").read_text().splitlines()
+    except OSError:
+        return 0
+    return max((r["step"] for r in map(json.loads, lines) if r["event"] == "stepped"), default=0)
+
+
+def until_steps(output: Path, count: int) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while steps_made(output) < count:
+        assert time.monotonic() < deadline, f"step {steps_made(output)} of {count}"
+        time.sleep(0.05)
+
+
+def job(tmp_path: Path, output: Path, *more: object) -> list[object]:
+    data = ("--data", tmp_path / "corpus.txt", "--eval-fraction", "0", "--device", "cpu", "--output", output)
+    return [*TINY, *data, "--elastic", "auto", *more]
+
+
+def test_a_coordinator_and_workers_that_join_it_and_its_restart(tmp_path: Path, start: Start) -> None:
+    output = tmp_path / "out"
+    waiting = [*job(tmp_path, output, "--workers", 1, "--steps", 400)]
+    first = start("coordinate", *waiting)
+    there = contact(output)
+    assert there["fingerprint"].startswith("sha256:")
+    assert (output / "coordinator.token").stat().st_mode & 0o077 == 0
+    to = (there["address"], "--token-file", there["token_file"], "--fingerprint", there["fingerprint"])
+    joined = start("join", *to, "--workers", 1, "--threads", 1)
+    until_steps(output, 3)
+    first.kill()
+    first.wait()
+    before = steps_made(output)
+    until_steps(output, before + 5)  # nobody needs it while nothing changes
+    second = start("coordinate", *waiting, "--listen", there["address"])
+    _, errors = joined.communicate(timeout=WAIT_S)
+    assert joined.returncode == 0, errors
+    _, errors = second.communicate(timeout=WAIT_S)
+    assert second.returncode == 0, errors
+    assert "the job is done" in errors
+    assert steps_made(output) == 400
+    assert not (output / CONTACT).exists()
+
+
+def test_joining_a_local_job_by_its_output_and_leaving_it(tmp_path: Path, start: Start) -> None:
+    output = tmp_path / "out"
+    local = start("train", *job(tmp_path, output, "--workers", 2, "--threads", 1, "--steps", 10**6))
+    until_steps(output, 2)
+    joined = start("join", output, "--workers", 1, "--threads", 1)
+    deadline = time.monotonic() + WAIT_S
+    while "joined" not in (output / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline
+        assert joined.poll() is None, joined.communicate()
+        time.sleep(0.05)
+    joined.send_signal(signal.SIGINT)
+    _, errors = joined.communicate(timeout=WAIT_S)
+    assert joined.returncode == 130, errors
+    before = steps_made(output)
+    until_steps(output, before + 3)
+    local.send_signal(signal.SIGTERM)
+    _, errors = local.communicate(timeout=WAIT_S)
+    assert local.returncode == 143, errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["join", "nowhere"], "is no job"),
+        (["join", "127.0.0.1:1"], "no --token-file"),
+        (["join", "127.0.0.1:1", "--token-file", "absent"], "token file absent"),
+        (["join", "127.0.0.1:1", "--workers", "0"], "--workers 0"),
+        (["join"], "required"),
+        (["coordinate", "--plain", "--listen", "0.0.0.0:0"], "without TLS only this machine"),
+        (["coordinate", "--listen", "127.0.0.1:99999", "--output", "{}"], "free HOST:PORT"),
+        (["coordinate", "--min-workers", "3", "--workers", "2", "--output", "{}"], "min_workers = 3"),
+        (["coordinate", "--hang-s", "0", "--output", "{}"], "hang_s = 0"),
+        (["train", "--elastic", "off", "--restarts", "5"], "elastic = 'off'"),
+        (["train", "--restarts", "-1"], "restarts = -1"),
+    ],
+)
+def test_what_cannot_be_meant(
+    arguments: list[str], says: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word.format(tmp_path) for word in arguments]) == 2
+    assert says in capfd.readouterr().err
+
+
+def test_a_coordinator_that_nobody_joins_ends_at_once(tmp_path: Path, start: Start) -> None:
+    output = tmp_path / "out"
+    process = start("coordinate", *job(tmp_path, output, "--plain"))
+    there = contact(output)
+    assert there["fingerprint"] == ""
+    (tmp_path / "token").write_text("not the token of that job")
+    stranger = start("join", there["address"], "--token-file", tmp_path / "token")
+    _, errors = stranger.communicate(timeout=WAIT_S)
+    assert stranger.returncode == 2
+    assert "refused the token" in errors
+    second = start("coordinate", *job(tmp_path, output, "--plain"))
+    _, errors = second.communicate(timeout=WAIT_S)
+    assert second.returncode == 2
+    assert "in use" in errors
+    os.kill(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 143
+    assert "wrong token" in errors
