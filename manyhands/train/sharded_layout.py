@@ -124,6 +124,9 @@ class Layout:
                     if self._placement.stage == 3 and part is not self.root:
                         part.set_reshard_after_forward(True, recurse=False)
                     part.reshard()
+                # the next backward fetches ahead by the order of all forward passes since the last one: those of an
+                # evaluation, of which workers have different numbers, must not be among them
+                self._fsdp.reset_iter_state()
 
     def weights(self) -> dict[str, tuple[Piece, Tensor]]:
         """My pieces of the state dict, tied tensors once."""
