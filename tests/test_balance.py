@@ -14,7 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from manyhands import presets
 from manyhands.balance.balancer import Balancer
 from manyhands.balance.estimate import Track, fit
 from manyhands.balance.shares import Cost, makespan, solve
@@ -22,6 +24,8 @@ from manyhands.core.errors import UsageError
 from manyhands.data.partition import divide, divide_costs
 from manyhands.data.sample import Order
 from manyhands.train.feed import Feed
+from manyhands.train.replica import Replica
+from manyhands.wire.solo import Solo
 
 
 class Numbers:
@@ -365,3 +369,81 @@ def test_sorting_by_length_moves_no_sample_to_another_batch() -> None:
         ids = sorted_.ids(step)
         assert sorted(ids.tolist()) == sorted(plain.ids(step).tolist())
         assert (np.diff(rows.lengths[ids]) >= 0).all()
+
+
+# -- local steps that follow the speed
+
+
+class Curve(Numbers):
+    def take(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
+        x = torch.from_numpy(np.asarray(ids)).double()[:, None] / self.n
+        return {"x": torch.cat([x, x * x], 1), "y": torch.sin(3 * x)}
+
+
+def squares(model: nn.Module, batch: Any) -> tuple[torch.Tensor, int]:
+    return ((model(batch["x"]) - batch["y"]) ** 2).sum(), len(batch["y"])
+
+
+def small() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+
+def local_run(
+    weights: Sequence[float], rank: int, *, by_speed: bool, steps: int = 8
+) -> tuple[Any, list[int]]:
+    """My parameters before an agreement of one, and after which steps they moved."""
+    strategy = presets.local_sgd(lr=0.01, every=8, schedule="constant", weight_decay=0.0)
+    replica = Replica(small(), strategy, Solo("cpu"), max_grad_norm=0.0)
+    feed = feed_of(rows=Curve(48), order=Order(48, 12, seed=2), weights=weights, rank=rank, micro_batch=1)
+    feed.by_speed = by_speed
+    moved = []
+    for step in range(steps):
+        before = [p.detach().clone() for p in replica.model.parameters()]
+        replica.step(feed.part(step), squares)
+        if any((a != b).any() for a, b in zip(before, replica.model.parameters(), strict=True)):
+            moved.append(step + 1)
+    replica.close()
+    return [p.detach().clone() for p in replica.model.parameters()], moved
+
+
+def test_a_slower_worker_makes_fewer_local_steps_of_the_largest_share() -> None:
+    assert local_run([1, 2], 1, by_speed=True)[1] == list(range(1, 9))
+    found, moved = local_run([1, 2], 0, by_speed=True)
+    assert moved == [2, 4, 6, 8]
+    assert local_run([1, 3], 0, by_speed=True)[1] == [3, 6, 8]  # the last one with what is there
+    assert local_run([0, 3], 0, by_speed=True)[1] == []
+    # by hand: AdamW after each second part, with the mean gradient of both
+    model = small()
+    feed = feed_of(rows=Curve(48), order=Order(48, 12, seed=2), weights=[1, 2], micro_batch=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    for first in range(0, 8, 2):
+        sums = [squares(model, b) for step in (first, first + 1) for _, b in feed.part(step).micro_batches]
+        (sum(s for s, _ in sums) / sum(n for _, n in sums)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for mine, theirs in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs.detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_at_equal_shares_local_steps_by_speed_are_the_fixed_ones() -> None:
+    fixed, moved = local_run([1, 1], 0, by_speed=False)
+    by_speed, moved_too = local_run([1, 1], 0, by_speed=True)
+    assert moved == moved_too == list(range(1, 9))
+    assert all(torch.equal(a, b) for a, b in zip(fixed, by_speed, strict=True))
+    assert local_run([1, 2], 0, by_speed=False)[1] == list(range(1, 9))
+
+
+def test_a_run_that_ends_within_a_round_uses_all_that_was_computed() -> None:
+    strategy = presets.local_sgd(lr=0.01, every=8, schedule="constant")
+    replica = Replica(small(), strategy, Solo("cpu"))
+    feed = feed_of(rows=Curve(48), order=Order(48, 12, seed=2), weights=[1, 3], micro_batch=1)
+    feed.by_speed = True
+    before = [p.detach().clone() for p in replica.model.parameters()]
+    for step in range(2):
+        replica.step(feed.part(step), squares)
+    assert all(torch.equal(a, b) for a, b in zip(before, replica.model.parameters(), strict=True))
+    replica.meet()
+    assert not any(torch.equal(a, b) for a, b in zip(before, replica.model.parameters(), strict=True))
+    assert replica.tokens == 6  # 3 rows of each batch of 12 were mine; here nobody has the others
+    replica.close()

@@ -253,7 +253,7 @@ class DelayedSteps:
         self.optimizer.set_lr(rate_factor)
         self.optimizer.step()
         self.gradients.detach()
-        replica.optimize_s += time.perf_counter() - start
+        replica.optimized(start)
 
     def _forecast(
         self, own: list[Tensor], arrived: _Arrived | None, nominal: float, count: float, used: list[bool]

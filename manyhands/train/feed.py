@@ -42,6 +42,7 @@ class Feed:
         coalesce: whether several micro-batches may share a forward pass.
         device: where batches go.
         seed: of the random numbers of forward passes.
+        by_speed: local steps follow the shares (`Part.pace`).
     """
 
     rows: Rows
@@ -53,6 +54,7 @@ class Feed:
     coalesce: bool
     device: torch.device
     seed: int
+    by_speed: bool = False
 
     def part(self, step: int, *, places: Sequence[int] | None = None) -> Part:
         """My micro-batches of step `step` (from 0).
@@ -69,7 +71,12 @@ class Feed:
         passes = self._passes(cuts, mine)
         batches = [(first, self._batch(ids[begin:end])) for first, begin, end in passes]
         spans = [range(first, first + -(-(end - begin) // self.micro_batch)) for first, begin, end in passes]
-        return Part(step, batches, len(cuts), len(ids), self.seed, spans, divisible=self.coalesce)
+        return Part(
+            step, batches, len(cuts), len(ids), self.seed, spans, divisible=self.coalesce, pace=self._pace()
+        )
+
+    def _pace(self) -> float:
+        return self.weights[self.rank] / max(self.weights) if self.by_speed else 1.0
 
     def division(self, step: int) -> list[range]:
         """The places of step `step`'s global batch that each rank has by the current weights.

@@ -194,7 +194,7 @@ class Hogwild:
             self.optimizer.set_lr(factor)
             self.optimizer.step()
         self.gradients.detach()
-        replica.optimize_s += time.perf_counter() - start
+        replica.optimized(start)
         return norm, lr, not finite
 
     def _tell(self, wishes: Wishes) -> tuple[Header, int]:

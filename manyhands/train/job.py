@@ -60,6 +60,10 @@ class Job:
     strategy: Strategy = choice(
         "strategies", "ddp", help="a preset with parameters, as in ddp(lr=3e-4, bucket_mb=8)"
     )
+    inner_steps: Literal["by-speed", "fixed"] = option(
+        "by-speed",
+        help="local steps of a round, where shares differ: fewer, of one size, for the slower; or as many, of less rows",
+    )
     reproducible: bool = option(
         False, help="the same bits for any number of workers (slower: see benchmarks/README.md)"
     )
@@ -257,6 +261,14 @@ class Job:
                 raise UsageError(
                     f"shares = {list(self.shares)}", "shares are not negative and not all zero", ""
                 )
+        if self.inner_steps == "fixed" and (
+            self.strategy.inner is None or self.strategy.placement.method is not None
+        ):
+            raise UsageError(
+                f"inner_steps = 'fixed' with strategy = {self.strategy!r}",
+                "only methods with an inner optimizer take local steps",
+                "leave out --inner-steps, or use a strategy such as diloco",
+            )
         if self.order != "shuffled" and self.task_name == "pretrain":
             raise UsageError(
                 f"order = {self.order!r} with task = 'pretrain'",

@@ -1,6 +1,6 @@
 """Local steps: each worker trains on its own share, and from time to time the ways they went are averaged.
 
-    θᵢ ← inner optimizer on my share of each global batch                                   every step
+    θᵢ ← inner optimizer on my share of each global batch (see manyhands.train.inner)       every step
     Δᵢ = anchor − θᵢ ;  Δ = exchange(Σ wᵢ Δᵢ) ;  anchor ← outer(anchor, Δ) ;  θᵢ ← anchor    when the cadence says
 
 with wᵢ = my valid targets / everybody's since the last agreement. One loop for local SGD (outer SGD of rate 1),
@@ -27,7 +27,7 @@ import torch
 from manyhands.core.errors import ManyhandsError
 from manyhands.core.request import Gather, Sum
 from manyhands.train.fragments import Fragment, split
-from manyhands.train.gradients import FlatGradients
+from manyhands.train.inner import InnerSteps
 from manyhands.train.mending import shared_of
 from manyhands.train.method import (
     MAX_SKIPPED,
@@ -35,13 +35,10 @@ from manyhands.train.method import (
     Part,
     StepResult,
     Wishes,
-    accumulate,
-    clip_factor,
     is_finite,
     norm_of,
 )
 from manyhands.wire.drive import Interleave
-from manyhands.wire.solo import Solo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,10 +62,7 @@ class LocalSteps:
         self.agrees = not self._pairwise
         whole = self._cadence.fragments == 1 and not self._cadence.delay and not strategy.keep_local
         self.comes_to_rest = whole and not self._pairwise
-        self.gradients = FlatGradients(
-            replica.named, Solo(str(replica.device)), bucket_mb=math.inf, on_bucket=lambda *_: None
-        )
-        self.inner = strategy.inner.build(replica.named, replica.device.type)
+        self.inner = InnerSteps(replica)
         groups = split(replica.named, self._cadence.fragments)
         self._fragments = [Fragment.make(group, replica.wire) for group in groups]
         anchors = [pair for f in self._fragments for pair in zip(f.names, f.anchors, strict=True)]
@@ -94,17 +88,19 @@ class LocalSteps:
     def step(self, part: Part, loss: Loss, wishes: Wishes) -> StepResult:
         replica = self._replica
         nominal = float(part.rows * replica.per_row)
-        loss_sum, count, norm, lr, skipped, places = self._inner_step(part, loss, nominal)
+        done = self.inner.compute(part, loss, nominal)
+        self._held.setdefault(part.step, []).extend(done.places)
+        done.require()
+        norm, lr, skipped = math.nan, 0.0, False
+        if self.inner.due(part.pace):
+            norm, lr, skipped = self._inner_step()
         replica.steps += 1
         self._since += int(nominal)
         replica.tokens = self._exact + self._since
-        self._sums[0] += loss_sum
-        self._sums[1] += count
-        self._held.setdefault(part.step, []).extend(places)
         for fragment in self._fragments:
             fragment.drifted = True
-            fragment.targets += count
             fragment.nominal += nominal
+        loss_sum, count = (0.0, 0.0) if skipped else (done.loss_sum, done.count)
         for i in self._cadence.starts(replica.steps):
             self._start(i, wishes)
         told: _Told | None = None
@@ -182,13 +178,13 @@ class LocalSteps:
 
     def local_state(self) -> dict[str, Tensor]:
         """The inner optimizer's; of pairs, whose outer optimizers differ, that one's, too."""
-        found: dict[str, Tensor] = dict(self.inner.state_by_name())
+        found: dict[str, Tensor] = dict(self.inner.optimizer.state_by_name())
         if self._pairwise:
             found |= {OUTER + name: tensor for name, tensor in self.outer.state_by_name().items()}
         return found
 
     def load_local_state(self, state: Mapping[str, Tensor]) -> None:
-        self.inner.load_state_by_name({n: t for n, t in state.items() if not n.startswith(OUTER)})
+        self.inner.optimizer.load_state_by_name({n: t for n, t in state.items() if not n.startswith(OUTER)})
         outer = {n.removeprefix(OUTER): t for n, t in state.items() if n.startswith(OUTER)}
         if outer:
             self.outer.load_state_by_name(outer)
@@ -202,6 +198,7 @@ class LocalSteps:
                 fragment.flight = None
         self._exact, self._since, self._sums, self._late = self._replica.tokens, 0, [0.0, 0.0], []
         self._met, self._held = self._replica.steps, {}
+        self.inner.forget()
 
     def rewind(self) -> dict[int, list[int]]:
         """My own way since the last agreement stays; others walk the rest of what the lost had to do.
@@ -211,6 +208,7 @@ class LocalSteps:
         """
         replica = self._replica
         if not self.comes_to_rest:
+            self.inner.forget()
             self._adopt()
             for fragment in self._fragments:
                 fragment.rest()
@@ -225,6 +223,8 @@ class LocalSteps:
             )
             self._met = replica.steps
             return {}
+        if self.inner.pending:  # what I have computed is in my parameters, and stays there
+            self._inner_step()
         (fragment,) = self._fragments
         if fragment.flight is not None:
             self._sums = [a + b for a, b in zip(self._sums, fragment.flight.sums, strict=True)]
@@ -247,41 +247,16 @@ class LocalSteps:
         self.load_local_state(other.local_state())
 
     def close(self) -> None:
-        self.gradients.close()
+        self.inner.close()
 
-    # -- my own steps
-
-    def _inner_step(
-        self, part: Part, loss: Loss, nominal: float
-    ) -> tuple[float, float, float, float, bool, Sequence[int]]:
-        """One step on my share alone: (loss sum, targets, gradient norm, rate, skipped, places)."""
-        replica, spec = self._replica, self._replica.strategy.inner
-        assert spec is not None
-        done = accumulate(replica, self.gradients, part, loss, nominal, announce=False).require()
-        loss_sum, count = done.loss_sum, done.count
-        self.gradients.finish()
-        factor, lr = replica.rate(spec)
-        if not count:
-            self.gradients.detach()
-            return loss_sum, count, math.nan, lr, False, done.places
-        start = time.perf_counter()
-        scale = nominal / count
-        norm = norm_of(self.gradients.buckets) * scale
-        finite = is_finite(norm, loss_sum)
-        replica.took(finite=finite, step=part.step, loss=loss_sum / count, norm=norm)
-        if finite:
-            scale *= clip_factor(norm, replica.max_norm)
-            if scale != 1.0:
-                for bucket in self.gradients.buckets:
-                    bucket.mul_(scale)
-            self.gradients.attach(self.gradients.used)
-            self.inner.set_lr(factor)
-            self.inner.step()
-        self.gradients.detach()
-        replica.optimize_s += time.perf_counter() - start
-        if not finite:
-            loss_sum = count = 0.0
-        return loss_sum, count, norm, lr, not finite, done.places
+    def _inner_step(self) -> tuple[float, float, bool]:
+        """An inner step with what was added up: (gradient norm, rate, skipped)."""
+        norm, lr, skipped, (loss_sum, count) = self.inner.step()
+        self._sums[0] += loss_sum
+        self._sums[1] += count
+        for fragment in self._fragments:
+            fragment.targets += count
+        return norm, lr, skipped
 
     # -- agreements
 
@@ -291,6 +266,8 @@ class LocalSteps:
         return list(fragment.views) if getattr(self._exchange, "by_tensor", False) else list(fragment.flats)
 
     def _start(self, i: int, wishes: Wishes) -> None:
+        if self.inner.pending:  # the end came before the round's
+            self._inner_step()
         fragment = self._fragments[i]
         weight = 1.0 if self._pairwise else fragment.targets / (fragment.nominal or 1.0)
         fragment.measure(weight)

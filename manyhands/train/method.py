@@ -50,6 +50,7 @@ class Part:
         rows: rows in the whole global batch.
         seed: with step and place, the source of every random number.
         spans: which places each forward pass covers; empty: each covers one.
+        pace: my share of this batch over the largest worker's; 1 where local steps take no notice of shares.
         divisible: whether a pass may be run in pieces: nothing in it is random, and no fixed order of additions is promised.
     """
 
@@ -60,6 +61,7 @@ class Part:
     seed: int
     spans: Sequence[range] = ()
     divisible: bool = False
+    pace: float = 1.0
 
     def places(self, i: int) -> range:
         """The places of micro-batches that forward pass `i` covers."""
@@ -247,7 +249,10 @@ class Work:
     _before: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
-        self._before = self.traffic.idle_s, self.traffic.communicate_s  # counters may go on from an earlier wire
+        self._before = (
+            self.traffic.idle_s,
+            self.traffic.communicate_s,
+        )  # counters may go on from an earlier wire
 
     def add(self, seconds: float, rows: int) -> None:
         self.seconds += seconds

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ class Replica:
         autocast: context for forward passes.
         over: set when somebody was lost (see `manyhands.core.membership`).
         compare: whether all workers' models are equal already, which is checked.
+        continues: what the method of an earlier set of workers has salvaged, with the counters.
 
     Attributes:
         steps, tokens: done so far, by the whole job.
@@ -66,14 +68,16 @@ class Replica:
         forward: nn.Module | Callable[..., Any] | None = None,
         over: threading.Event | None = None,
         compare: bool = True,
+        continues: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.strategy = strategy
         self.wire = wire
         self.over = over
         self.total = total
-        self.steps = 0
-        self.tokens = 0
+        self.continues = continues or {}
+        self.steps = int(self.continues.get("steps", 0))
+        self.tokens = int(self.continues.get("tokens", 0))
         self.skipped = 0
         self.optimize_s = 0.0
         self.forward: Any = forward if forward is not None else model
@@ -138,6 +142,12 @@ class Replica:
         done = self.tokens if getattr(schedule, "unit", "steps") == "tokens" else self.steps - behind
         factor = schedule.factor(float(done), float(self.total) if self.total else math.inf)
         return factor, spec.lr * factor
+
+    def optimized(self, since: float) -> None:
+        """An optimizer has worked since then (`time.perf_counter`): a part of my work, too."""
+        seconds = time.perf_counter() - since
+        self.optimize_s += seconds
+        self.work.add(seconds, 0)
 
     def check_agreement(
         self, *, mend: bool = False, who: Sequence[tuple[str, str]] = (), emit: Emit = ignore

@@ -252,7 +252,7 @@ class Synchronous:
         factor, lr = replica.rate(replica.strategy.outer, behind=behind)
         self.optimizer.set_lr(factor)
         self.optimizer.step()
-        replica.optimize_s += time.perf_counter() - start
+        replica.optimized(start)
         return lr
 
     def _contribution(self, position: int) -> list[Tensor]:
