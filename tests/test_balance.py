@@ -23,7 +23,9 @@ from manyhands.balance.shares import Cost, makespan, solve
 from manyhands.core.errors import UsageError
 from manyhands.data.partition import divide, divide_costs
 from manyhands.data.sample import Order
+from manyhands.train.balancing import rebalance
 from manyhands.train.feed import Feed
+from manyhands.train.method import StepResult
 from manyhands.train.replica import Replica
 from manyhands.wire.solo import Solo
 
@@ -447,3 +449,27 @@ def test_a_run_that_ends_within_a_round_uses_all_that_was_computed() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(before, replica.model.parameters(), strict=True))
     assert replica.tokens == 6  # 3 rows of each batch of 12 were mine; here nobody has the others
     replica.close()
+
+
+# -- in the loop
+
+
+@pytest.mark.parametrize("texts", [False, True])
+def test_the_next_batch_is_divided_by_what_was_measured(texts: bool) -> None:
+    rows = Texts(400) if texts else Numbers(400)
+    feed = feed_of(rows=rows, order=Order(400, 40, seed=1), weights=[1.0, 1.0], micro_batch=1)
+    balancer, told = Balancer(["a", "b"], n_units=40), []
+    for step in range(6):
+        amounts = feed.amounts(step)
+        seconds = [cost * slowness for (_, cost), slowness in zip(amounts, (1.0, 3.0), strict=True)]
+        work = tuple((s, float(n)) for s, (n, _) in zip(seconds, amounts, strict=True))
+        result = StepResult(0.0, 40, 40, 0.0, 0.1, False, 0, False, 20, work=work)
+        rebalance(balancer, feed, result, step + 1, told.append)
+    assert list(feed.weights) == [30, 10]
+    (event,) = told
+    assert (event.step, tuple(event.shares)) == (3, (30, 10))
+    assert event.rows_per_s == pytest.approx([1.0, 1 / 3])
+    rebalance(None, feed, result, 7, told.append)  # nobody asked for it
+    rebalance(balancer, feed, StepResult(0.0, 40, 40, 0.0, 0.1, False, 0, False, 20), 8, told.append)
+    assert list(feed.weights) == [30, 10]
+    assert len(told) == 1

@@ -287,3 +287,42 @@ def test_memory_is_not_measured_where_peaks_cannot_be_read(
     _, ask, _ = probed
     monkeypatch.setattr(memory, "_reset_peak", lambda: None)
     assert ask() is None
+
+
+# -- on a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_gpus_memory_is_probed_and_an_oom_in_mid_run_survived(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MANYHANDS_CACHE", str(tmp_path))
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((2 << 30) / total)
+    try:
+        model = Wide().cuda()
+        fits = memory.rows_that_fit(
+            model,
+            Task(),
+            WideRows(),
+            autocast=contextlib.nullcontext,
+            wanted=1000,
+            workers_here=1,
+            key={"seq_len": 4},
+        )
+        assert fits is not None
+        assert 4 <= fits <= 64  # 32 to 48 MiB a row, 2 GiB
+        assert model.layer.weight.grad is None
+        learnt, batch = Fits(), {"x": torch.ones(512, 4, device="cuda")}
+
+        def run(piece: Any, final: bool) -> float:
+            loss = Task().loss(model, piece)[0]
+            loss.backward()
+            return float(loss.detach().double())
+
+        whole = sum(split_on_oom(run, batch, learnt, divisible=True, untouched=lambda: True))
+        assert learnt.most is not None
+        one = float((model.layer.weight.detach().double().sum(1) ** 2).sum())
+        assert whole == pytest.approx(512 * one, rel=1e-4)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
