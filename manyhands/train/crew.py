@@ -169,7 +169,7 @@ class Crew:
         *,
         fetch: Callable[[str, int], tuple[dict[str, Tensor], dict[str, Any]]],
         replica: Callable[[World], Replica],
-        rebuild: Callable[[World], tuple[Replica, str]],
+        rebuild: Callable[[World, Mapping[str, Any], int], tuple[Replica, str]],
     ) -> None:
         self.membership = membership
         self._join, self._offer, self._fetch = join, offer, fetch
@@ -270,12 +270,14 @@ class Crew:
         made_of = SURVIVORS
         traffic = loop.replica.wire.traffic
         world.wire.traffic = traffic  # type: ignore[misc]  # the counters of the whole run
+        salvage = getattr(loop.replica.method, "salvage", None)
+        salvaged = salvage() if salvage is not None and world.rank == 0 else {}
         loop.replica.close()
         if carries(loop.replica):
             old, loop.replica = loop.replica, self._replica(world)
             loop.replica.adopt(old)
         else:
-            loop.replica, made_of = self._rebuild(world)
+            loop.replica, made_of = self._rebuild(world, salvaged, standing.steps)
             self.fresh = False
             standing = Standing(steps=loop.replica.steps, leader=0, fresh=standing.fresh)
         loop.enter(world, standing, self.epoch)

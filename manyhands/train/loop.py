@@ -87,10 +87,7 @@ class Loop:
         self._chores: list[str] = []
         self._chores_of = -1  # the step that they belong to
         self._entered = False  # into a set of workers that had begun
-        self._closing = False
-        self._stop = 0
-        self._attempt = (0, 0)
-        self._save_again = False
+        self._closing, self._stop, self._attempt, self._save_again = False, 0, (0, 0), False
         self._saved_at, self._saved_step, self._save_due, self._torn = time.monotonic(), -1, False, False
         self._first, self._warm = True, False
         self._mark = self._begun = time.perf_counter()
@@ -239,9 +236,11 @@ class Loop:
 
     def _commit(self) -> None:
         """Steps whose work is in the agreed parameters by now go into the ledger."""
+        me, alone = self.seats[self.world.rank].id, bool(getattr(self.replica.method, "alone", False))
         for step, epoch, who, rows in self.division.committed(self.replica.method.committed):
             if self.ledger is not None:
-                self.ledger.commit(step + 1, epoch=epoch, who=who, rows=rows)
+                said = {me: who[me]} if alone else who
+                self.ledger.commit(step + 1, epoch=epoch, who=said, rows=rows, alone=alone)
         if self.crew is not None:
             self.crew.committed(self)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +96,9 @@ class Parts:
             resume=None,
         )
 
-    def replica(self, world: World, compare: bool = True) -> Replica:
+    def replica(
+        self, world: World, compare: bool = True, continues: Mapping[str, Any] | None = None
+    ) -> Replica:
         """A replica around the model, on the world's wire. Collective."""
         from manyhands.exchange.ordered import Ordered
         from manyhands.train import session
@@ -117,18 +120,34 @@ class Parts:
             forward=self.forward,
             over=self._over,
             compare=compare,
+            continues=continues,
         )
 
-    def rebuilt(self, world: World, output: Path) -> tuple[Replica, str]:
-        """A replica where the state was divided among workers that are gone: from `output`'s last checkpoint, if any.
+    def rebuilt(
+        self, world: World, output: Path, salvaged: Mapping[str, Any], steps: int
+    ) -> tuple[Replica, str]:
+        """A replica where the state was divided: as `salvaged` on rank 0, else from `output`'s last checkpoint, if any.
 
         Collective. Also says what it was made of.
         """
+        import torch
+
         from manyhands.train import checkpoint, session
 
         newest = checkpoint.latest(output) if world.rank == 0 else None
         found = world.gather(str(newest) if newest else "")[0]
         self.model, self.forward = self.fresh_model(), None
+        counters = {key: value for key, value in salvaged.items() if isinstance(value, (int, str))}
+        told = world.gather(counters)[0]
+        if told:
+            own = self.model.state_dict()
+            with torch.no_grad():
+                for name, tensor in salvaged.get("params", {}).items():
+                    own[name].copy_(tensor)
+            rest = {"steps": told.get("steps", steps), "optimizer": salvaged.get("optimizer", {})}
+            replica = self.replica(world, compare=False, continues={**told, **rest})
+            replica.method.refresh()  # type: ignore[attr-defined]  # whoever salvages has it
+            return replica, "the parameter servers"
         replica = self.replica(world)
         if not found:
             return replica, "the beginning: there is no checkpoint yet"
@@ -157,6 +176,7 @@ class Parts:
             coalesce=plan.coalesce,
             device=self.device,
             seed=job.seed,
+            by_speed=job.inner_steps == "by-speed",
         )
 
     def batches(self) -> Batches:

@@ -15,7 +15,9 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ import torch
 
 from manyhands.core import config, rng, tls
 from manyhands.core.environment import read_env
-from manyhands.core.errors import CheckpointError, UsageError
+from manyhands.core.errors import CheckpointError, PeerLost, UsageError
 from manyhands.core.request import Gather
 from manyhands.exchange.allreduce import AllReduce
 from manyhands.exchange.codec import wide
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from manyhands.train.method import Loss
     from manyhands.train.replica import Replica
 
+LOOK_S = 0.05  # how often a push that waits looks whether somebody was lost
 START_S = 120.0  # for servers that the launcher is starting
 
 
@@ -57,13 +60,16 @@ class Served:
         self._replica, self._placement = replica, placement
         self._sync = placement.bound == 0
         self._rested = True
-        self._serial = 0
-        self._loading: Mapping[str, Tensor] = {}
+        self.alone = not self._sync
+        self._calls = ThreadPoolExecutor(1, thread_name_prefix="push")
+        self._serial = int(replica.continues.get("serial", -1)) + 1
+        self._loading: Mapping[str, Tensor] = replica.continues.get("optimizer", {})
+        self._job = str(replica.continues.get("job") or self._agree_on(secrets.token_hex(16)))
         self.gradients = FlatGradients(replica.named, Solo(), bucket_mb=math.inf, on_bucket=lambda *_: None)
         self._servers = Servers(
             _links(placement),
             member=f"worker-{replica.wire.rank}",
-            job=self._agree_on(secrets.token_hex(16)),
+            job=self._job,
             lease_s=placement.lease_s,
         )
         self._named: dict[str, Any] = dict(replica.named)
@@ -188,6 +194,18 @@ class Served:
         self._serial += 1
         self._begin()
 
+    def salvage(self) -> dict[str, Any]:
+        """What the servers hold, when workers were lost: the next set of workers continues with it."""
+        answer, params, optimizer = self._servers.state()
+        counters = {"tokens": int(answer["tokens"]), "job": self._job, "serial": self._serial}
+        if self._sync:  # a step may have been applied of which nobody was told any more
+            counters["steps"] = self._replica.steps + (counters["tokens"] > self._replica.tokens)
+        return {**counters, "params": params, "optimizer": optimizer}
+
+    def refresh(self) -> None:
+        """Take the servers' parameters."""
+        self._pull()
+
     def figures(self) -> dict[str, Any]:
         """What the servers did, for the summary: updates, staleness of pushes, discarded ones."""
         status = self._servers.status()
@@ -201,6 +219,7 @@ class Served:
 
     def close(self) -> None:
         self.gradients.close()
+        self._calls.shutdown(wait=False, cancel_futures=True)
         self._servers.close()
 
     # -- how
@@ -254,7 +273,7 @@ class Served:
         payloads = [self._encoded(i, int(header["step"])) for i in range(len(self._grads))]
         traffic: Any = self._replica.wire.traffic
         before, start = self._servers.traffic, time.perf_counter()
-        answer = self._servers.push(header, used, payloads, self._params)
+        answer = self._unless_lost(lambda: self._servers.push(header, used, payloads, self._params))
         self._keep_left(answer["applied"])
         spent, after = time.perf_counter() - start, self._servers.traffic
         waited = min(spent, float(answer.get("served_s", 0.0)))
@@ -262,6 +281,19 @@ class Served:
         traffic.communicate_s += spent - waited
         traffic.count(after[0] - before[0], after[1] - before[1])
         return answer
+
+    def _unless_lost(self, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """`call()`, which may wait for a worker that is gone: then it is left alone. Raises `PeerLost`."""
+        over = self._replica.over
+        if over is None:
+            return call()
+        answer = self._calls.submit(call)
+        while True:
+            try:
+                return answer.result(timeout=LOOK_S)
+            except NotYet:
+                if over.is_set() and not answer.done():
+                    raise PeerLost(None, "push", "the set of workers has changed") from None
 
     def _encoded(self, server: int, step: int) -> Tensor:
         """A server's payload: its gradients as they are, or encoded with what earlier pushes left out."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -265,12 +265,12 @@ class _Run:
         if self.the_world.rank == 0:
             write_text(self.output / "config.toml", config.to_toml(self.effective))
 
-    def _rebuild(self, world: World) -> tuple[Replica, str]:
+    def _rebuild(self, world: World, salvaged: Mapping[str, Any], steps: int) -> tuple[Replica, str]:
         """For methods whose state was divided among workers that are gone."""
         assert self.loop is not None
         if self.loop.saver is not None:
             self.loop.saver.wait()
-        return self.parts.rebuilt(world, self.output)
+        return self.parts.rebuilt(world, self.output, salvaged, steps)
 
     def _loop(self) -> Loop:
         from manyhands.train import session
