@@ -73,7 +73,8 @@ def efficiency(given: argparse.Namespace, scratch: Path) -> None:
     places = given.workers * given.places
     job = common(scratch / "data.txt", given.workers, places, given.steps, given.step_s / given.places)
     mtbf = given.steps_between * given.step_s
-    report = chaos(scratch / "chaos", *job, "--kills", mtbf, "--chaos-seed", given.seed)
+    again = ["--baseline", given.baseline] if given.baseline else []
+    report = chaos(scratch / "chaos", *job, "--kills", mtbf, "--chaos-seed", given.seed, *again)
     row = {
         "workers": given.workers,
         "step_s": given.step_s,
@@ -169,6 +170,9 @@ def main() -> None:
     e.add_argument("--step-s", type=float, default=10.0)
     e.add_argument("--steps", type=int, default=33)
     e.add_argument("--places", type=int, default=12, help="micro-batches of each worker in a step")
+    e.add_argument(
+        "--baseline", help="the undisturbed run of an earlier call with the same options and a --scratch"
+    )
     s = verbs.add_parser("soak")
     s.add_argument("--slices", type=int, default=1)
     s.add_argument("--steps", type=int, default=1500)

@@ -10,8 +10,8 @@
 A schedule is a pure function of its seed. Times are seconds from the moment when the job's first step was committed, and
 a victim is a number in [0, 1) that picks one of the workers that are there then.
 
-The last worker that is there is not killed. Workers are found by what they hold open: ``OUTPUT/ledger/SEAT.jsonl``, so
-also those that others' launchers have started.
+The last worker that is there is neither killed nor cut off nor without a disk. Workers are found by what they hold open:
+``OUTPUT/ledger/SEAT.jsonl``, so also those that others' launchers have started.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ KINDS = {
     "flips": "flip",
 }
 LASTS = {"stop": 3.0, "slow": 10.0, "full": 5.0}  # seconds
+DEADLY = ("kill", "cut", "full")  # full: also shared memory for a new group is refused then
 DUTY, PERIOD_S = 0.5, 0.1  # a slowed worker's share of the time, and how finely it is cut
 _PIDFD_GETFD = 438  # linux/unistd.h, the same on all architectures
 
@@ -170,7 +171,7 @@ class Chaos:
         if not there:
             self.injected.append(Injected(fault, time.time(), "", 0, "nobody is there"))
             return
-        if fault.kind == "kill" and len(there) == 1:  # with the last one the job's state would go
+        if fault.kind in DEADLY and len(there) == 1:  # with the last one the job's state would go
             self.injected.append(Injected(fault, time.time(), *there[0], "left out: it was the last one"))
             return
         seat, pid = there[int(fault.victim * len(there))]

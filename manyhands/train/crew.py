@@ -289,6 +289,9 @@ class Crew:
     # -- state for those who lack it
 
     def _hand_out(self, loop: Loop, standing: Standing) -> None:
+        if self._offered is not None:  # to a set that has ended before its first step
+            self._offered = None
+            self._offer.withdraw()
         if not standing.behind:
             return
         assert self.epoch is not None

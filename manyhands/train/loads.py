@@ -63,10 +63,10 @@ class Loads:
                 rank=rank,
                 host=seat.host,
                 rows=round(rows),
-                compute_s=compute_s,
-                data_s=data_s,
-                wait_s=wait_s,
-                network_s=network_s,
+                compute_s=min(compute_s, wall_s),  # told with the next header, so a step late
+                data_s=min(data_s, wall_s),
+                wait_s=min(wait_s, wall_s),
+                network_s=min(network_s, wall_s),
             )
             for rank, (seat, (compute_s, rows, data_s, wait_s, network_s)) in enumerate(
                 zip(seats, sums, strict=True)
