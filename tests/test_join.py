@@ -28,7 +28,11 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def begin(*arguments: object) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+            command(*arguments),
+            stdout=subprocess.DEVNULL,  # a pipe that nobody reads would stop the job
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
         )
         started.append(process)
         return process
@@ -105,7 +109,7 @@ def test_joining_a_local_job_by_its_output_and_leaving_it(tmp_path: Path, start:
     until_steps(output, 2)
     joined = start("join", output, "--workers", 1, "--threads", 1)
     deadline = time.monotonic() + WAIT_S
-    while "joined" not in (output / "metrics.jsonl").read_text():
+    while '"joined"' not in (output / "metrics.jsonl").read_text():
         assert time.monotonic() < deadline
         assert joined.poll() is None, joined.communicate()
         time.sleep(0.05)

@@ -87,8 +87,10 @@ def listen(
     Raises:
         UsageError: the address cannot be used.
     """
-    reason = "it cannot be bound"
+    reason, number = "it cannot be bound", address.rpartition(":")[2]
     try:
+        if not address.startswith("unix:") and not (number.isdigit() and int(number) < 65536):
+            raise RuntimeError(f"{number!r} is no port")  # gRPC would take it modulo 65,536
         if identity is None:
             port = int(server.add_insecure_port(address))
         else:
