@@ -62,7 +62,8 @@ def markdown(data: Mapping[str, Any]) -> str:
             "",
             (
                 f"Shares were changed {part['changes']} times, so both do the same work; deciding takes "
-                f"{part['decision_s'] * 1e6:.0f} µs of a step of {part['step_s']:.2f} s ({part['decision_s'] / part['step_s']:.4%})."
+                f"{part['decision_s'] * 1e6:.0f} µs of a step of "
+                f"{part['step_s']:.2f} s ({part['decision_s'] / part['step_s']:.4%})."
             ),
             (
                 f"Tokens/s, balanced over not, within rounds: {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}); "
