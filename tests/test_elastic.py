@@ -137,6 +137,7 @@ def test_a_replacement_gets_the_state_from_a_peer(corpus: Path, tmp_path: Path) 
         ("eager(lr=0.003)", False),
         ("hogwild(every=10)", False),
         ("streaming-diloco(lr=0.003, every=6, fragments=2, delay=1)", True),
+        ("parameter-server(lr=0.003)", False),
         ("zero1(lr=0.003)", False),
         ("zero3(lr=0.003)", False),
     ],
