@@ -218,7 +218,7 @@ def test_a_job_under_fire_comes_through(tmp_path: Path) -> None:
             "--device",
             "cpu",
             "--steps",
-            60,
+            40,
             "--eval-fraction",
             0,
         ),
