@@ -31,6 +31,11 @@ def state_of(replica: Replica) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"steps": replica.steps, "tokens": replica.tokens, "skipped": replica.skipped}
 
 
+def size_of(replica: Replica) -> int:
+    """Bytes of what `state_of` gives, roughly: parameters and two moments."""
+    return 3 * sum(p.numel() * p.element_size() for _, p in replica.named)
+
+
 def load(replica: Replica, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], leader: int) -> None:
     """Take what `state_of` gave on rank `leader`. What that one holds back of its own contributions stays its own.
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 
 SURVIVORS = "survivors"
+FETCH_BYTES_S = 0.3e9  # at least, between two processes of one machine or over a fast network
+QUICK = 0.1  # of a step: to wait for a newcomer's state costs less than to go without it
 Held = Mapping[int, Sequence[int]]  # places of micro-batches by step
 
 
@@ -56,6 +58,7 @@ class Position:
         chores: what it still has to do after that step, in order.
         held: places of micro-batches that it has computed since, by step.
         gone: the same of those who were lost, where what they did stays (they wrote into common parameters).
+        quick: to fetch its state takes a newcomer much less than a step.
     """
 
     seat: str
@@ -64,6 +67,7 @@ class Position:
     chores: Sequence[str] = ()
     held: Held = field(default_factory=dict)
     gone: Mapping[str, Held] = field(default_factory=dict)
+    quick: bool = False
 
     def to_data(self) -> dict[str, Any]:
         """As JSON data."""
@@ -89,6 +93,7 @@ class Standing:
         fresh: those of them that never had it.
         chores: what is left to do after that step.
         held: by step: places by seat that need not be computed again.
+        resting: ranks that fetch the state while the others compute the next step; the others of `behind` do so before it.
     """
 
     steps: int
@@ -97,10 +102,14 @@ class Standing:
     fresh: tuple[int, ...] = ()
     chores: tuple[str, ...] = ()
     held: Mapping[int, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    resting: tuple[int, ...] = ()
 
 
-def conclude(positions: Sequence[Position]) -> Standing:
+def conclude(positions: Sequence[Position], *, still: bool = True) -> Standing:
     """The job goes on from the furthest agreement that anybody has.
+
+    Args:
+        still: parameters and optimizer state stay as they are until the next agreement.
 
     Raises:
         ManyhandsError: nobody has any.
@@ -126,13 +135,16 @@ def conclude(positions: Sequence[Position]) -> Standing:
     for seat, by in there[0].gone.items():
         for step, places in by.items():
             held.setdefault(step, {})[seat] = tuple(places)
+    behind = tuple(rank for rank, ok in enumerate(up_to_date) if not ok)
+    chores = max((tuple(p.chores) for p in there), key=len)
     return Standing(
         steps=steps,
         leader=up_to_date.index(True),
-        behind=tuple(rank for rank, ok in enumerate(up_to_date) if not ok),
+        behind=behind,
         fresh=tuple(rank for rank, p in enumerate(positions) if p.fresh),
-        chores=max((tuple(p.chores) for p in there), key=len),
+        chores=chores,
         held=held,
+        resting=() if chores or there[0].quick or not still else behind,
     )
 
 
@@ -255,6 +267,7 @@ class Crew:
                 chores=loop.chores_at(loop.replica.steps),
                 held=held,
                 gone={seat: by for seat, by in applied.items() if seat not in staying},
+                quick=carried.size_of(loop.replica) / FETCH_BYTES_S < QUICK * loop.step_s,
             )
             try:
                 self.settle(loop, world, mine, begun=begun)
@@ -266,7 +279,8 @@ class Crew:
     def settle(self, loop: Loop, world: World, mine: Position, *, begun: float) -> None:
         """Agree on where the job stands, and take over. Collective. Raises `PeerLost`."""
         assert self.epoch is not None
-        standing = conclude([Position.of(data) for data in world.gather(mine.to_data())])
+        still = bool(getattr(loop.replica.method, "still", False))
+        standing = conclude([Position.of(data) for data in world.gather(mine.to_data())], still=still)
         made_of = SURVIVORS
         traffic = loop.replica.wire.traffic
         world.wire.traffic = traffic  # type: ignore[misc]  # the counters of the whole run
@@ -302,7 +316,7 @@ class Crew:
             self._offered = (standing, size, time.perf_counter())
         if loop.world.rank in standing.behind:
             self._waiting = standing
-        if standing.chores or not getattr(loop.replica.method, "still", False):
+        if not standing.resting:
             self.receive(loop)
             loop.world.gather(None)  # nobody moves before everybody has it
 

@@ -56,7 +56,7 @@ class Division:
         """Another set of workers goes on after ``standing.steps`` steps."""
         self._by.clear()
         self._open = dict(standing.held)
-        self._resting = (standing.steps, standing.behind)
+        self._resting = (standing.steps, standing.resting)
 
     def open_places(self) -> int:
         """Micro-batches of the steps that were interrupted, all together."""

@@ -89,7 +89,7 @@ class Loop:
         self._entered = False  # into a set of workers that had begun
         self._closing, self._stop, self._attempt, self._save_again = False, 0, (0, 0), False
         self._saved_at, self._saved_step, self._save_due, self._torn = time.monotonic(), -1, False, False
-        self._first, self._warm = True, False
+        self._first, self._warm, self.step_s = True, False, 0.0
         self._mark = self._begun = time.perf_counter()
         self._marked = (0, 0, 0.0)
 
@@ -209,7 +209,7 @@ class Loop:
         self.tally.compute_s += now - loaded - (traffic.communicate_s + traffic.idle_s - before)
         self.tally.samples += sum(len(next(iter(batch.values()))) for _, batch in part.micro_batches)
         self.tally.tokens += result.own_tokens
-        self.tally.train_s = now - self._begun
+        self.tally.train_s, self.step_s = now - self._begun, now - start
         self.tally.job_samples += result.rows
         if self._warm:  # the first step of a run builds kernels and fills caches
             self.tally.rate_s += now - start

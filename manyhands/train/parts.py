@@ -179,6 +179,20 @@ class Parts:
             by_speed=job.inner_steps == "by-speed",
         )
 
+    def warm_up(self, replica: Replica, feed: Feed) -> None:
+        """One pass for nothing: what is imported and compiled on the way keeps nobody waiting later."""
+        from manyhands.core.types import Summed
+        from manyhands.train.crew import carries
+
+        if not carries(replica):  # its passes are everybody's
+            return
+        ((_, batch),) = feed.part(0, places=[0]).micro_batches
+        with replica.autocast():
+            loss = Summed(*self.job.task.loss(replica.forward, batch))
+        loss.loss_sum.backward()  # type: ignore[no-untyped-call]
+        for _, param in replica.named:
+            param.grad = None
+
     def batches(self) -> Batches:
         """What the ledger must know of the order of samples."""
         from manyhands.train.ledger import Batches

@@ -171,7 +171,9 @@ def _compile(job: Job, facts: Facts, steps: int) -> tuple[bool, str]:
         return False, "the bitwise promise needs kernels that do not depend on shapes"
     if facts.draws_random and facts.device_type == "cpu" and job.task_name != "pretrain":
         return False, "small models gain nothing"
-    if facts.device_type == "cpu" and not facts.draws_random:  # measured: 0.8 of the speed without (train_speed.md)
+    if (
+        facts.device_type == "cpu" and not facts.draws_random
+    ):  # measured: 0.8 of the speed without (train_speed.md)
         return False, "without dropout a CPU is faster with kernels of our own than compiled"
     tokens = steps * job.global_batch * job.seq_len
     seconds = tokens * facts.flops_per_token / max(1.0, facts.peak_flops) / 0.3

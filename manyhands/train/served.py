@@ -197,9 +197,10 @@ class Served:
     def salvage(self) -> dict[str, Any]:
         """What the servers hold, when workers were lost: the next set of workers continues with it."""
         answer, params, optimizer = self._servers.state()
-        counters = {"tokens": int(answer["tokens"]), "job": self._job, "serial": self._serial}
+        tokens = int(answer["tokens"])
+        counters: dict[str, Any] = {"tokens": tokens, "job": self._job, "serial": self._serial}
         if self._sync:  # a step may have been applied of which nobody was told any more
-            counters["steps"] = self._replica.steps + (counters["tokens"] > self._replica.tokens)
+            counters["steps"] = self._replica.steps + (tokens > self._replica.tokens)
         return {**counters, "params": params, "optimizer": optimizer}
 
     def refresh(self) -> None:

@@ -194,6 +194,7 @@ class _Run:
         self.job, self.origins, self.started = order.job, order.origins, order.started
         self.world, self.world_sizes = alone(self.device), []
         loop = self._build_all(lambda: None, planned_for=self.job.workers or 1)
+        self.parts.warm_up(loop.replica, loop.feed)
         begun = time.perf_counter()
         while True:
             world = self.crew.meet()
