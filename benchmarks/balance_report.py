@@ -67,7 +67,8 @@ def markdown(data: Mapping[str, Any]) -> str:
             ),
             (
                 f"Tokens/s, balanced over not, within rounds: {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}); "
-                f"the steps of one run differ by up to {max(apart):.2f}, so this says nothing finer."
+                f"the steps of one run differ by up to {max(apart):.2f}, so this says nothing finer"
+                + (", but balanced was slower in every round." if ratio["max"] < 1 else ".")
             ),
             f"`{part['command']}`",
             "",

@@ -324,4 +324,4 @@ def _bars(axes: Any, results: Results, world: int) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="tokens/s", title="Speed")
     axes.margins(y=0.01)
-    axes.legend(fontsize=9, loc="lower right")
+    axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=6)
