@@ -25,7 +25,7 @@ class Rules:
     awaited: int = 1
     patience_s: float = 3.0
     faults: int = 3
-    kills: int = 10
+    kills: int = 40
     resume: str = "--resume OUTPUT"
 
 
