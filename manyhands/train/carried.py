@@ -20,9 +20,14 @@ PARTS = ("model", "optimizer", "exchange")
 
 
 def state_of(replica: Replica) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors by ``part/name``, counters). The tensors are the replica's own, not copies."""
+    """(tensors by ``part/name``, counters). The tensors are the replica's own where they stay as they are."""
     exchange = exchange_state.alone(replica.states, replica.wire.rank, replica.method.local_state())
-    found = (replica.model.state_dict(), replica.optimizer_state(), exchange)
+    still = bool(getattr(replica.method, "still", False))
+    with replica.agreed(
+        collective=False
+    ):  # where I have gone on alone, the model is not what all agreed upon
+        model = {name: t if still else t.clone() for name, t in replica.model.state_dict().items()}
+    found = (model, replica.optimizer_state(), exchange)
     tensors = {
         f"{part}/{name}": tensor.detach()
         for part, named in zip(PARTS, found, strict=True)
@@ -67,11 +72,16 @@ def hand_over(replica: Replica, leaving: Sequence[bool]) -> None:
     """
     heir = list(leaving).index(False)
     mine = replica.wire.rank
+    handed: list[tuple[Tensor, Tensor]] = []
     for state in replica.states:
         for path, residual in leaves(state):
             if not is_own(path):
                 continue
             owed = residual.clone() if leaving[mine] else torch.zeros_like(residual)
             total = replica.wire.begin(Sum(owed.reshape(-1))).wait().reshape(residual.shape)
-            if mine == heir:
-                residual.add_(total)
+            handed.append((residual, total))
+    for residual, total in handed:  # once all of it is there: whoever is lost meanwhile changes nothing
+        if mine == heir:
+            residual.add_(total)
+        elif leaving[mine]:
+            residual.zero_()

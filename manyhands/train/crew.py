@@ -17,12 +17,12 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from manyhands.core.errors import ManyhandsError, PeerLost
+from manyhands.core.errors import PeerLost
 from manyhands.core.events import Joined, Left, Lost, Reformed
 from manyhands.train import carried
+from manyhands.train.standing import Held, Position, Standing, conclude
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,116 +36,6 @@ if TYPE_CHECKING:
 SURVIVORS = "survivors"
 FETCH_BYTES_S = 0.3e9  # at least, between two processes of one machine or over a fast network
 QUICK = 0.1  # of a step: to wait for a newcomer's state costs less than to go without it
-Held = Mapping[int, Sequence[int]]  # places of micro-batches by step
-
-
-def _texts(held: Held) -> dict[str, list[int]]:
-    return {str(step): list(places) for step, places in held.items()}
-
-
-def _numbers(held: Mapping[str, Sequence[int]]) -> dict[int, tuple[int, ...]]:
-    return {int(step): tuple(places) for step, places in held.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Position:
-    """Where one worker stands when a new set of workers meets.
-
-    Attributes:
-        seat: its id.
-        fresh: it holds no state of the job.
-        steps: steps that are agreed upon.
-        chores: what it still has to do after that step, in order.
-        held: places of micro-batches that it has computed since, by step.
-        gone: the same of those who were lost, where what they did stays (they wrote into common parameters).
-        quick: to fetch its state takes a newcomer much less than a step.
-    """
-
-    seat: str
-    fresh: bool
-    steps: int
-    chores: Sequence[str] = ()
-    held: Held = field(default_factory=dict)
-    gone: Mapping[str, Held] = field(default_factory=dict)
-    quick: bool = False
-
-    def to_data(self) -> dict[str, Any]:
-        """As JSON data."""
-        gone = {seat: _texts(held) for seat, held in self.gone.items()}
-        return {**self.__dict__, "chores": list(self.chores), "held": _texts(self.held), "gone": gone}
-
-    @staticmethod
-    def of(data: Mapping[str, Any]) -> Position:
-        """From `to_data`'s."""
-        gone = {seat: _numbers(held) for seat, held in data["gone"].items()}
-        more = {"chores": tuple(data["chores"]), "held": _numbers(data["held"]), "gone": gone}
-        return Position(**{**data, **more})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Standing:
-    """What all workers conclude from their positions, each alike.
-
-    Attributes:
-        steps: how far the job is.
-        leader: the rank that has the job's state.
-        behind: ranks that must get it.
-        fresh: those of them that never had it.
-        chores: what is left to do after that step.
-        held: by step: places by seat that need not be computed again.
-        resting: ranks that fetch the state while the others compute the next step; the others of `behind` do so before it.
-    """
-
-    steps: int
-    leader: int
-    behind: tuple[int, ...] = ()
-    fresh: tuple[int, ...] = ()
-    chores: tuple[str, ...] = ()
-    held: Mapping[int, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
-    resting: tuple[int, ...] = ()
-
-
-def conclude(positions: Sequence[Position], *, still: bool = True) -> Standing:
-    """The job goes on from the furthest agreement that anybody has.
-
-    Args:
-        still: parameters and optimizer state stay as they are until the next agreement.
-
-    Raises:
-        ManyhandsError: nobody has any.
-
-    >>> ahead = Position(seat="a", fresh=False, steps=7, held={7: (0, 1)})
-    >>> conclude([Position(seat="b", fresh=False, steps=6, held={6: (4,)}), ahead]).behind
-    (0,)
-    """
-    veterans = [p for p in positions if not p.fresh]
-    if not veterans:
-        raise ManyhandsError(
-            "no worker of this job holds its state any more",
-            "one survivor is enough",
-            "continue from the last checkpoint with --resume",
-        )
-    steps = max(p.steps for p in veterans)
-    up_to_date = [not p.fresh and p.steps == steps for p in positions]
-    there = [p for p, ok in zip(positions, up_to_date, strict=True) if ok]
-    held: dict[int, dict[str, tuple[int, ...]]] = {}
-    for p in there:
-        for step, places in p.held.items():
-            held.setdefault(step, {})[p.seat] = tuple(places)
-    for seat, by in there[0].gone.items():
-        for step, places in by.items():
-            held.setdefault(step, {})[seat] = tuple(places)
-    behind = tuple(rank for rank, ok in enumerate(up_to_date) if not ok)
-    chores = max((tuple(p.chores) for p in there), key=len)
-    return Standing(
-        steps=steps,
-        leader=up_to_date.index(True),
-        behind=behind,
-        fresh=tuple(rank for rank, p in enumerate(positions) if p.fresh),
-        chores=chores,
-        held=held,
-        resting=() if chores or there[0].quick or not still else behind,
-    )
 
 
 class Offer(Protocol):
@@ -227,6 +117,7 @@ class Crew:
         """Everybody has agreed to change the set after this step. Collective."""
         leaving = loop.world.gather(self.leaving)
         if all(leaving):
+            self.leaving = 0
             loop.stop(max(leaving))
             return
         if any(leaving):
@@ -267,6 +158,9 @@ class Crew:
                 chores=loop.chores_at(loop.replica.steps),
                 held=held,
                 gone={seat: by for seat, by in applied.items() if seat not in staying},
+                closing=loop.closing,
+                saved=loop.saved_step,
+                first=loop.seats[0].id,
                 quick=carried.size_of(loop.replica) / FETCH_BYTES_S < QUICK * loop.step_s,
             )
             try:
@@ -291,18 +185,23 @@ class Crew:
             old, loop.replica = loop.replica, self._replica(world)
             loop.replica.adopt(old)
         else:
+            kept = [] if self.fresh or salvage is None else loop.replica.states
             loop.replica, made_of = self._rebuild(world, salvaged, standing.steps)
+            if len(kept) == len(loop.replica.states):  # what I hold back is mine, wherever the parameters are
+                loop.replica.states[:] = kept
             self.fresh = False
             standing = Standing(steps=loop.replica.steps, leader=0, fresh=standing.fresh)
         loop.enter(world, standing, self.epoch)
         if made_of != SURVIVORS:  # steps may be done again
             loop.begin_attempt()
+            loop.take_facts(world.gather(loop.facts())[0])  # shares, too, are rank 0's
         self._hand_out(loop, standing)
         self._tell(loop, standing, made_of, time.perf_counter() - begun)
 
     # -- state for those who lack it
 
     def _hand_out(self, loop: Loop, standing: Standing) -> None:
+        self._waiting = None  # for somebody of the last set
         if self._offered is not None:  # to a set that has ended before its first step
             self._offered = None
             self._offer.withdraw()
@@ -320,16 +219,17 @@ class Crew:
             self.receive(loop)
             loop.world.gather(None)  # nobody moves before everybody has it
 
-    def receive(self, loop: Loop) -> None:
-        """Get the state that I am waiting for, if any. Raises `PeerLost`."""
+    def receive(self, loop: Loop) -> bool:
+        """Get the state that I am waiting for, if any; whether there was any. Raises `PeerLost`."""
         if self._waiting is None:
-            return
+            return False
         assert self.epoch is not None
         leader = self._waiting.leader
         tensors, facts = self._fetch(self.epoch.seats[leader].address, self.epoch.number)
         carried.load(loop.replica, tensors, facts, leader)
         loop.take_facts(facts)
         self.fresh, self._waiting = False, None
+        return True
 
     def position(self, loop: Loop) -> int:
         """How many steps the job has done, also while I have not got its state."""
@@ -395,13 +295,17 @@ def _words(loss: Loss) -> Left | Lost:
     )
 
 
-def applied_by(loop: Loop) -> dict[str, Held]:
+def applied_by(loop: Loop) -> Mapping[str, Held]:
     """What every worker of the set that ends has applied since the last agreement, where that can be seen from outside."""
     counts: Sequence[int] = getattr(loop.replica.method, "applied", ())
-    return {
-        seat.id: loop.division.of_rank(rank, range(loop.replica.steps, loop.replica.steps + counts[rank]))
-        for rank, seat in enumerate(loop.seats[: len(counts)])
-    }
+    if not counts:
+        return {}
+    found = loop.division.held()  # also of those who were lost before the last set
+    for rank, seat in enumerate(loop.seats[: len(counts)]):
+        steps = range(loop.replica.steps, loop.replica.steps + counts[rank])
+        for step, places in loop.division.of_rank(rank, steps).items():
+            found.setdefault(seat.id, {}).setdefault(step, []).extend(places)
+    return found
 
 
 def carries(replica: Replica) -> bool:

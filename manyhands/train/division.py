@@ -10,9 +10,9 @@ from manyhands.data.partition import divide
 
 if TYPE_CHECKING:
     from manyhands.core.membership import Seat
-    from manyhands.train.crew import Standing
     from manyhands.train.feed import Feed
     from manyhands.train.method import Part
+    from manyhands.train.standing import Standing
 
 Spans = list[tuple[int, int]]
 
@@ -65,6 +65,14 @@ class Division:
     def of_rank(self, rank: int, steps: range) -> dict[int, list[int]]:
         """The places that a rank of the present set has in each of `steps`."""
         return {step: list(self._places(step)[rank]) for step in steps}
+
+    def held(self) -> dict[str, dict[int, list[int]]]:
+        """What each seat, also of an earlier set, has computed of the steps that were interrupted."""
+        found: dict[str, dict[int, list[int]]] = {}
+        for step, by in self._open.items():
+            for seat, places in by.items():
+                found.setdefault(seat, {})[step] = list(places)
+        return found
 
     # -- how
 

@@ -140,7 +140,6 @@ class Hogwild:
     def restart(self) -> None:
         self._exact, self._since, self._sums, self._rested = self._replica.tokens, 0, [0.0, 0.0], True
         self._met, self._held = self._replica.steps, {}
-        self._barrier()
 
     def rewind(self) -> dict[int, list[int]]:
         """My updates since the workers last spoke are in the common parameters, and stay."""

@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from manyhands.core.signals import Interrupts
     from manyhands.core.types import Rows, Task
     from manyhands.train.checkpoint import AsyncSaver
-    from manyhands.train.crew import Crew, Standing
+    from manyhands.train.crew import Crew
     from manyhands.train.feed import Feed
     from manyhands.train.ledger import Ledger
     from manyhands.train.replica import Replica, StepResult
+    from manyhands.train.standing import Standing
     from manyhands.wire.world import World
 
 LOG_S = 2.0
@@ -50,8 +51,7 @@ class Loop:
         open_ledger: (attempt, the step that it goes on from) -> the ledger.
         crew: how the loop passes from one set of workers to the next; None: the set never changes.
         seats: the workers, in rank order; division: who of them computes what.
-        mend: replicas that differ from the majority are mended (else the job stops).
-        flops_per_token, peak_flops: for MFU; peak over all workers.
+        mend: mend replicas that differ (else stop); flops_per_token, peak_flops (of all workers): for MFU.
     """
 
     replica: Replica
@@ -82,30 +82,31 @@ class Loop:
         self.seats: tuple[Seat, ...] = tuple(
             Seat(id=f"w{m.rank}", host=m.host, device=m.device) for m in self.world.members
         )
-        self._loads = Loads()
+        self._epoch, self._loads = 1, Loads()
         self.division = Division(self.feed)
         self._chores: list[str] = []
         self._chores_of = -1  # the step that they belong to
         self._entered = False  # into a set of workers that had begun
-        self._closing, self._stop, self._attempt, self._save_again = False, 0, (0, 0), False
-        self._saved_at, self._saved_step, self._save_due, self._torn = time.monotonic(), -1, False, False
-        self._first, self._warm, self.step_s = True, False, 0.0
+        self.closing, self._attempt, self._save_again, self._begun_at = False, (0, 0), False, 0.0
+        self._saved_at, self.saved_step, self._save_due, self._torn = time.monotonic(), -1, False, False
+        self._first, self._warm, self.step_s, self.together = True, False, 0.0, False
         self._mark = self._begun = time.perf_counter()
         self._marked = (0, 0, 0.0)
 
     def run(self) -> str:
         """Train to the end or until told to stop; returns "done" or the signal's name. Raises as the parts do."""
-        if self._saved_step < 0:
+        if not self._begun_at:
             self._begin()
         while True:
             try:
                 if self._chores:
-                    self._do(self._chores[0])
-                    del self._chores[:1]
+                    chores = self._chores
+                    self._do(chores[0])
+                    del chores[:1]  # where another list took its place, nothing of that
                 elif self.replica.steps < self.schedule.total_steps:
                     self._advance()
-                elif not self._closing:
-                    self._closing = True
+                elif not self.closing:
+                    self.closing = True
                     self._set_chores(["meet", "evaluate", "save", "wait"])
                 else:
                     return "done"
@@ -117,10 +118,12 @@ class Loop:
     def _begin(self) -> None:
         self._mark = self._begun = time.perf_counter()
         self._marked = (self.replica.steps, self.replica.tokens, 0.0)
-        self._saved_at, self._saved_step = time.monotonic(), self.replica.steps
+        self._saved_at, self._begun_at = time.monotonic(), time.time()
+        if not self._entered:
+            self.saved_step = self.replica.steps
         self.saver = self.promote(self.world)
         if self.crew is not None and self.crew.epoch is not None:
-            self.seats = self.crew.epoch.seats
+            self.seats, self._epoch = self.crew.epoch.seats, self.crew.epoch.number
         if not self._entered:  # else the others are in the middle of an attempt
             self.begin_attempt()
 
@@ -174,10 +177,13 @@ class Loop:
             self.evaluate()
         elif chore == "save":
             self._save()
-        elif chore == "wait" and self.saver is not None:
-            self.saver.wait()
-        elif chore == "stop":
-            raise Stopped(self._stop & 0xFF)
+        elif chore == "wait":
+            if self.saver is not None:
+                self.saver.wait()
+            self.world.gather(None)  # nobody goes before it is durable: rank 0 may be lost while it writes
+        elif chore.startswith("stop"):
+            self.together = True
+            raise Stopped(int(chore.partition(":")[2]) & 0xFF)
         elif chore == "change":
             assert self.crew is not None
             self._chores = []
@@ -189,14 +195,14 @@ class Loop:
 
     def _step(self, step: int) -> StepResult:
         start = time.perf_counter()
-        self.division.begin(step, self.seats, self.crew.epoch.number if self.crew and self.crew.epoch else 1)
+        self.division.begin(step, self.seats, self._epoch)
         part = self.division.part(step)
         loaded = time.perf_counter()
         self.replica.work.data_s += loaded - start
         traffic = self.replica.wire.traffic
         before = traffic.communicate_s + traffic.idle_s
-        if self.crew is not None:
-            self.crew.receive(self)
+        if self.crew is not None and self.crew.receive(self):  # with the others' shares
+            self.division.begin(step, self.seats, self._epoch)
         stop, change = self._wishes()
         result = self.replica.step(
             part, self.task.loss, stop=stop, save=self._clock_says_save(), change=change
@@ -259,10 +265,10 @@ class Loop:
     def enter(self, world: World, standing: Standing, epoch: Epoch) -> None:
         """Go on in another set of workers."""
         before, self._entered = self.world.rank, True
-        self.world, self.seats = world, epoch.seats
-        self._set_chores(list(standing.chores))
-        ended = standing.steps >= self.schedule.total_steps
-        self._closing = ended and (self._closing or "wait" in standing.chores)
+        self.world, self.seats, self._epoch = world, epoch.seats, epoch.number
+        self._chores, self._chores_of = list(standing.chores), standing.steps
+        self.closing = standing.closing and standing.steps >= self.schedule.total_steps
+        self.saved_step = standing.saved
         self._torn, self._save_due = False, False
         self.feed.rank = world.rank
         if self.balancer is not None:
@@ -277,18 +283,17 @@ class Loop:
 
     def stop(self, signum: int) -> None:
         """The whole job ends here in an orderly way."""
-        self._stop = signum
-        self._set_chores(["meet", "save", "wait", "stop"])
+        self._set_chores(["meet", "save", "wait", f"stop:{signum}"])
 
     def leave(self, signum: int) -> None:
         """I alone end here; raises `Stopped`."""
-        self._saved_step = self.replica.steps  # the others go on: there is nothing for me to save
+        self.saved_step = self.replica.steps  # the others go on: there is nothing for me to save
         raise Stopped(signum & 0xFF)
 
     def facts(self) -> dict[str, Any]:
         """What a newcomer must know beside the replica's state."""
         return {
-            "saved_step": self._saved_step,
+            "saved_step": self.saved_step,
             "job_samples": self.tally.job_samples,
             "balancer": self.balancer.state() if self.balancer is not None else None,
             "weights": list(self.feed.weights),
@@ -297,7 +302,7 @@ class Loop:
 
     def take_facts(self, facts: Mapping[str, Any]) -> None:
         """What `facts` said on another worker."""
-        self._saved_step, self.tally.job_samples = int(facts["saved_step"]), int(facts["job_samples"])
+        self.saved_step, self.tally.job_samples = int(facts["saved_step"]), int(facts["job_samples"])
         if self.balancer is not None and facts["balancer"] is not None:
             self.balancer.load(facts["balancer"])
             self.balancer.weights = tuple(facts["weights"])
@@ -368,7 +373,7 @@ class Loop:
                 batch_rows=self.eval_batch,
                 device=self.feed.device,
                 autocast=self.autocast,
-                emit=self.emit if self.world.rank == 0 else _drop,
+                emit=self.emit,
                 share=getattr(self.replica.method, "share", None),
             )
         self.tally.eval = metrics
@@ -381,12 +386,12 @@ class Loop:
 
     def _save(self) -> None:
         """Collective, at rest."""
-        if self._saved_step != self.replica.steps:
+        if self.saved_step != self.replica.steps:
             self._check()
             if self.ledger is not None:
                 self.ledger.sync()
             self._submit(collective=True)
-            self._saved_step = self.replica.steps
+            self.saved_step = self.replica.steps
             self._saved_at = time.monotonic()
         self._save_due = self._save_again = False
 
@@ -408,12 +413,8 @@ class Loop:
         """
         method = self.replica.method
         whole = not self._torn and (method.at_rest or getattr(method, "saves_alone", False))
-        if whole and self.saver is not None and self._saved_step != self.replica.steps:
+        if whole and self.saver is not None and self.saved_step != self.replica.steps:
             self._submit(collective=False)
-            self._saved_step = self.replica.steps
+            self.saved_step = self.replica.steps
         if self.saver is not None:
             self.saver.wait()
-
-
-def _drop(event: Any) -> None:
-    pass

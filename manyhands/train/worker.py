@@ -101,7 +101,9 @@ class _Run:
         try:
             self._surviving(loop, lambda: self._sample(loop))
         except Stopped as stopped:
-            if self.crew is not None and self.crew.leaving:
+            alone = self.crew is not None and not (loop.together or self.crew.membership.stopping)
+            if alone and self.crew is not None:  # the others go on
+                self.crew.membership.leave(str(stopped))
                 raise
             reason = str(stopped)
             loop.save_now()
@@ -186,8 +188,8 @@ class _Run:
 
     def _catch_up(self) -> Loop:
         """The job runs: get ready alone, then take part and get the state from a peer."""
-        from manyhands.train.crew import Position
         from manyhands.train.enlist import alone
+        from manyhands.train.standing import Position
 
         assert self.crew is not None
         order = Order.from_json(self.crew.membership.facts()["job"])
