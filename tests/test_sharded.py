@@ -394,7 +394,7 @@ def test_a_divided_model_is_not_compiled() -> None:
         device_name="a CPU",
         threads=1,
         has_bf16=True,
-        draws_random=False,
+        draws_random=True,
         parameters=1,
         flops_per_token=1e12,
         peak_flops=1.0,
