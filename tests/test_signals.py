@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 
@@ -15,7 +14,7 @@ from manyhands.core.signals import PHASE, Interrupts
 
 
 def send(signum: int) -> None:
-    os.kill(os.getpid(), signum)
+    signal.raise_signal(signum)  # to this thread: the process may have others
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
