@@ -266,7 +266,7 @@ def test_when_the_launcher_is_asked_all_know_it(
 
 
 def test_a_waiting_process_takes_the_place(launched: Callable[..., Job]) -> None:
-    job = launched(steps=10**9, elastic={"warm": ["elastic_warm"]})
+    job = launched(steps=10**9, elastic={"warm": ["elastic_warm"], "spare_after_s": 0.0})
     pids = job.stepping("w0", "w1")
     for generation in (1, 2):
         until_spare(job.process.pid)
@@ -304,7 +304,7 @@ def until_spare(launcher: int) -> None:
 
 
 def test_nobody_outlives_a_killed_launcher(launched: Callable[..., Job]) -> None:
-    job = launched(elastic={"warm": ["elastic_warm"]})
+    job = launched(elastic={"warm": ["elastic_warm"], "spare_after_s": 0.0})
     job.stepping("w0", "w1")
     until_spare(job.process.pid)
     job.process.kill()

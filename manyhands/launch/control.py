@@ -33,12 +33,14 @@ class Elastic:
         min_workers: fewer cannot go on.
         hang_s: a worker unheard of for so long is given up.
         warm: modules that a waiting process imports beforehand, so that a replacement is there at once; empty: none waits.
+        spare_after_s: how long the job runs undisturbed before one waits: its imports cost seconds, which a short job needs itself.
     """
 
     restarts: int = 3
     min_workers: int = 1
     hang_s: float = 10.0
     warm: tuple[str, ...] = ()
+    spare_after_s: float = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,6 +91,7 @@ class Crew:
     )  # by id: its end, and what is done about it
     _losses: dict[str, Loss] = field(default_factory=dict)  # by id: what the coordinator knows of it
     _spare: Spare | None = None
+    _began_s: float = 0.0  # when the job's first step was done
     _kills_before: int = field(default_factory=lambda: place.oom_kills())
     _forwarded: int = 0
 
@@ -268,6 +269,9 @@ class Crew:
         if elastic is None or control is None or not elastic.warm or not elastic.restarts:
             return
         if self._spare is not None or not control.began or self.requests.stop or self.told_s is not None:
+            return
+        self._began_s = self._began_s or time.monotonic()
+        if not self._spent and time.monotonic() - self._began_s < elastic.spare_after_s:
             return
         if not any(w.ended_s is None and self._spent[w.rank] < elastic.restarts for w in self.workers):
             return
