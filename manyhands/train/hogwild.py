@@ -9,7 +9,6 @@ request to stop): that also bounds how far they can be apart. With one worker it
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ import torch
 
 from manyhands.core.errors import UsageError
 from manyhands.core.request import Gather
+from manyhands.train.alone import step_alone
 from manyhands.train.gradients import FlatGradients
 from manyhands.train.method import (
     Header,
@@ -25,9 +25,6 @@ from manyhands.train.method import (
     StepResult,
     Wishes,
     accumulate,
-    clip_factor,
-    is_finite,
-    norm_of,
 )
 from manyhands.wire.solo import Solo
 
@@ -179,21 +176,9 @@ class Hogwild:
         if not count:
             self.gradients.detach()
             return math.nan, lr, False
-        start = time.perf_counter()
-        scale = nominal / count
-        norm = norm_of(self.gradients.buckets) * scale
-        finite = is_finite(norm, loss_sum)
-        replica.took(finite=finite, step=part.step, loss=loss_sum / count, norm=norm)
-        if finite:
-            scale *= clip_factor(norm, replica.max_norm)
-            if scale != 1.0:
-                for bucket in self.gradients.buckets:
-                    bucket.mul_(scale)
-            self.gradients.attach(self.gradients.used)
-            self.optimizer.set_lr(factor)
-            self.optimizer.step()
-        self.gradients.detach()
-        replica.optimized(start)
+        norm, finite = step_alone(
+            replica, self.gradients, self.optimizer, factor, loss_sum, count, unit=nominal, step=part.step
+        )
         return norm, lr, not finite
 
     def _tell(self, wishes: Wishes) -> tuple[Header, int]:

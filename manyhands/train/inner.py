@@ -9,12 +9,12 @@ batch). The samples are the same, and what is agreed is weighted by targets as e
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from manyhands.train.alone import step_alone
 from manyhands.train.gradients import FlatGradients
-from manyhands.train.method import Part, Sums, accumulate, clip_factor, is_finite, norm_of
+from manyhands.train.method import Part, Sums, accumulate
 from manyhands.wire.solo import Solo
 
 if TYPE_CHECKING:
@@ -98,21 +98,16 @@ class InnerSteps:
         if not added.count:
             self.gradients.detach()
             return math.nan, lr, False, (0.0, 0.0)
-        start = time.perf_counter()
-        scale = added.unit / added.count
-        norm = norm_of(self.gradients.buckets) * scale
-        finite = is_finite(norm, added.loss_sum)
-        replica.took(finite=finite, step=added.step, loss=added.loss_sum / added.count, norm=norm)
-        if finite:
-            scale *= clip_factor(norm, replica.max_norm)
-            if scale != 1.0:
-                for bucket in self.gradients.buckets:
-                    bucket.mul_(scale)
-            self.gradients.attach(self.gradients.used)
-            self.optimizer.set_lr(factor)
-            self.optimizer.step()
-        self.gradients.detach()
-        replica.optimized(start)
+        norm, finite = step_alone(
+            replica,
+            self.gradients,
+            self.optimizer,
+            factor,
+            added.loss_sum,
+            added.count,
+            unit=added.unit,
+            step=added.step,
+        )
         return norm, lr, not finite, (added.loss_sum, added.count) if finite else (0.0, 0.0)
 
     def forget(self) -> None:
