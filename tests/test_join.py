@@ -103,6 +103,26 @@ def test_a_coordinator_and_workers_that_join_it_and_its_restart(tmp_path: Path, 
     assert not (output / CONTACT).exists()
 
 
+def test_joining_a_local_job_by_its_output_and_leaving_it(tmp_path: Path, start: Start) -> None:
+    output = tmp_path / "out"
+    local = start("train", *job(tmp_path, output, "--workers", 2, "--threads", 1, "--steps", 10**6))
+    until_steps(output, 2)
+    joined = start("join", output, "--workers", 1, "--threads", 1)
+    deadline = time.monotonic() + WAIT_S
+    while '"joined"' not in (output / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline
+        assert joined.poll() is None, joined.communicate()
+        time.sleep(0.05)
+    joined.send_signal(signal.SIGINT)
+    _, errors = joined.communicate(timeout=WAIT_S)
+    assert joined.returncode == 130, errors
+    before = steps_made(output)
+    until_steps(output, before + 3)
+    local.send_signal(signal.SIGTERM)
+    _, errors = local.communicate(timeout=WAIT_S)
+    assert local.returncode == 143, errors
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
