@@ -81,6 +81,7 @@ class Breaker:
         _current = self
         if NAME not in dist.Backend.backend_list:
             dist.Backend.register_backend(NAME, _make, devices=["cpu", "cuda"])
+        _count_anew()
         dist.init_process_group(
             f"cpu:{NAME},cuda:nccl" if nccl else NAME,
             store=store,
@@ -138,6 +139,12 @@ class Breaker:
                 if not self._left.is_set():
                     self.abort()
                 return
+
+
+def _count_anew() -> None:
+    """Name groups from 0 on, as on all other members: a meeting that failed has used up a name, but not on everybody."""
+    world: Any = dist.distributed_c10d._world
+    world.group_count = 0  # what `destroy_process_group` does
 
 
 def _make(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
