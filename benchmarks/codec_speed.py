@@ -24,9 +24,10 @@ from typing import Any
 
 import harness
 
-TARGET = 0.25  # of a copy's rate, for the quantizers
+TARGET, GPU_TARGET = 0.25, 0.5  # of a copy's rate, for the quantizers
 QUANTIZERS = ("int8", "int4", "int2", "ternary", "sign", "natural", "bf16", "fp16")
 NAIVE_ROUNDS = 2
+GPU_REPEATS = 10
 SEED = 0
 Timed = dict[str, float]  # part: seconds
 
@@ -82,13 +83,22 @@ def timed(codec: Any, x: Any, now: Callable[[], float], *, naive: bool = False) 
     """Seconds of encoding and decoding once."""
     encode = codec.reference_encode if naive else codec.encode
     decode = codec.reference_decode if naive else codec.decode
+    times = repeats(x.device.type)
     start = now()
-    payload = encode(x, 1)
+    for _ in range(times):
+        payload = encode(x, 1)
     middle = now()
-    decoded = decode(payload, x.numel(), x.dtype)
+    for _ in range(times):
+        decoded = decode(payload, x.numel(), x.dtype)
     end = now()
     del decoded
-    return {"encode": middle - start, "decode": end - middle, "both": end - start}
+    encoding, decoding = (middle - start) / times, (end - middle) / times
+    return {"encode": encoding, "decode": decoding, "both": encoding + decoding}
+
+
+def repeats(device: str) -> int:
+    """How often a call is made before the clock is read: a GPU is given the next one while it works on the last."""
+    return GPU_REPEATS if device == "cuda" else 1
 
 
 def quality(codec: Any, x: Any) -> dict[str, float]:
@@ -108,11 +118,13 @@ def measure(codecs: Mapping[str, Any], x: Any, rounds: int, device: str) -> dict
     now = stopwatch(device)
 
     def copy() -> Timed:
+        times = repeats(x.device.type)
         start = now()
-        twin = x.clone()
+        for _ in range(times):
+            twin = x.clone()
         end = now()
         del twin
-        return {"both": end - start}
+        return {"both": (end - start) / times}
 
     def topk() -> Timed:
         start = now()
@@ -167,12 +179,13 @@ def table(data: Mapping[str, Any]) -> str:
     """The figures as a page."""
     copy, topk = data["copy"], data["torch_topk"]
     said = (
-        f"{data['numel']:,} float32 values, {data['machine']['cpu']}, torch {data['machine']['versions']['torch']}, "
+        f"{data['numel']:,} float32 values, {data['gpu'] or data['machine']['cpu']}, torch {data['machine']['versions']['torch']}, "
         f"{data['rounds']} rounds. Rates in GB/s of input; a plain copy: {copy:.2f} GB/s; `torch.topk` of 1%: "
-        f"{topk:.3f} GB/s. Others used {data['others_share']:.1%} of the processors. Quantizers: {data['quantizer']}."
+        f"{topk:.3f} GB/s. Others used {data['others_share']:.1%} of the processors. "
+        f"Quantizers: {'expressions fused by torch.compile' if data['gpu'] else data['quantizer']}."
     )
     lines = [
-        "# Codecs: encode and decode on one core",
+        f"# Codecs: encode and decode on {'a GPU' if data['gpu'] else 'one core'}",
         "",
         said,
         "",
@@ -226,6 +239,7 @@ def main() -> int:
         "command": " ".join(words),
         "machine": harness.facts_of_machine(),
         "device": given.device,
+        "gpu": torch.cuda.get_device_name() if given.device == "cuda" else None,
         "numel": given.numel,
         "rounds": given.rounds,
         "seed": SEED,
@@ -233,7 +247,7 @@ def main() -> int:
         "allocator": allocator,
         "quantizer": quantize.status(),
         "others_share": max(0.0, others) / (time.perf_counter() - start) / (os.cpu_count() or 1),
-        "target_share_of_copy": TARGET,
+        "target_share_of_copy": TARGET if given.device == "cpu" else GPU_TARGET,
         "copy": size / statistics.median(s["both"] for s in seconds["copy"]) / 1e9,
         "torch_topk": size / min(s["both"] for s in seconds["torch.topk"]) / 1e9,
         "codecs": summary(seconds, facts, size),
@@ -243,13 +257,14 @@ def main() -> int:
     print(page)
     harness.write_json(given.output, data)
     given.output.with_suffix(".md").write_text(page)
+    target = data["target_share_of_copy"]
     slow = [
         name
         for name, row in data["codecs"].items()
-        if name.split("(")[0] in QUANTIZERS and row["share_of_copy"]["median"] < TARGET
+        if name.split("(")[0] in QUANTIZERS and row["share_of_copy"]["median"] < target
     ]
     if slow:
-        print(f"below {TARGET:.0%} of a copy: {', '.join(slow)}", file=sys.stderr)
+        print(f"below {target:.0%} of a copy: {', '.join(slow)}", file=sys.stderr)
     return 1 if slow else 0
 
 

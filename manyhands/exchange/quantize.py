@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from manyhands.core import rng
 from manyhands.core.errors import Diverged, UsageError
+from manyhands.core.fuse import fuse
 from manyhands.exchange import pack
 
 if TYPE_CHECKING:
@@ -288,34 +289,7 @@ def kernels_for(tensor: Tensor) -> ctypes.CDLL | None:
 def fused(expression: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor]:
     """The expression, compiled for a long tensor on a GPU; itself for all others."""
     long = like.device.type == "cuda" and like.numel() >= FUSED_FROM
-    return _compiled(expression) if long else expression
-
-
-@functools.cache
-def _compiled(expression: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    import importlib.util
-    import warnings
-
-    import torch
-
-    from manyhands.core.native import kernels_wanted
-
-    if importlib.util.find_spec("triton") is None or not kernels_wanted():
-        return expression
-    working = [torch.compile(expression, dynamic=True), expression]
-
-    def run(*arguments: Any) -> Tensor:
-        if len(working) > 1:
-            try:
-                return working[0](*arguments)
-            except (
-                Exception
-            ) as error:  # whatever Triton or its own compiler lacks; the expression needs neither
-                warnings.warn(f"quantizing by PyTorch's single operations, slower: {error}", stacklevel=2)
-                del working[0]
-        return expression(*arguments)
-
-    return run
+    return fuse(expression) if long else expression
 
 
 def status() -> str:

@@ -57,10 +57,25 @@ class NamedOptimizer:
         for group, rate in zip(self.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
 
-    def step(self) -> None:
-        """One update from the parameters' gradients."""
+    @property
+    def looks_itself(self) -> bool:
+        """Whether `step` takes a divisor and a flag that are still on the device (PyTorch's fused kernels do)."""
+        return all(getattr(s.optimizer, "_step_supports_amp_scaling", False) for s in self.sections)
+
+    def step(self, *, divisor: Tensor | None = None, left_out: Tensor | None = None) -> None:
+        """One update from the parameters' gradients.
+
+        Args:
+            divisor: of all gradients, float32 [] on their device; only where it `looks_itself`, as the next.
+            left_out: 1.0 leaves the update out, the state too; float32 [] on their device.
+        """
         for section in self.sections:
-            section.optimizer.step()
+            optimizer: Any = section.optimizer
+            if divisor is not None and left_out is not None:  # how torch.amp.GradScaler tells them
+                optimizer.grad_scale, optimizer.found_inf = divisor, left_out
+            optimizer.step()
+            if divisor is not None and left_out is not None:
+                del optimizer.grad_scale, optimizer.found_inf
 
     def zero_grad(self) -> None:
         """Drop all gradients."""

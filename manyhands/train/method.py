@@ -12,7 +12,6 @@ A placement may name a method of its own (``Placement.method``).
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from manyhands.core import rng
 from manyhands.core.errors import ManyhandsError, PeerLost
 from manyhands.core.types import Summed
 from manyhands.train.memory import Torn, split_on_oom
+from manyhands.train.reading import Reading, Stopwatch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -247,6 +247,7 @@ class Work:
     rows: float = 0.0
     data_s: float = 0.0
     _before: tuple[float, float] = (0.0, 0.0)
+    _running: list[tuple[Stopwatch, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._before = (
@@ -258,8 +259,19 @@ class Work:
         self.seconds += seconds
         self.rows += rows
 
+    def stop(self, stopwatch: Stopwatch, rows: int) -> None:
+        """Add what it measures up to now, as soon as the device is done with it: a GPU works on for a while."""
+        stopwatch.stop()
+        self._running.append((stopwatch, rows))
+
     def take(self) -> tuple[float, float, float, float, float]:
         """(seconds, rows, data_s, waiting, moving) that have come together; counting begins anew."""
+        running, self._running = self._running, []
+        for stopwatch, rows in running:
+            if stopwatch.done:
+                self.add(stopwatch.seconds(), rows)
+            else:
+                self._running.append((stopwatch, rows))
         now = self.traffic.idle_s, self.traffic.communicate_s
         waited, moved = now[0] - self._before[0], now[1] - self._before[1]
         found = self.seconds, self.rows, self.data_s, waited, moved
@@ -337,8 +349,7 @@ def _accumulate(
 ) -> Sums:
     if fresh:
         gradients.start()
-    loss_sum: Tensor | None = None
-    count: int | Tensor = 0
+    said: list[Reading] = []  # each pass's loss sum and count, known while its backward still runs
     places: list[int] = []
     whole = True
     for i, (place, batch) in enumerate(part.micro_batches):
@@ -346,29 +357,30 @@ def _accumulate(
             whole = False
             break
         last = i == len(part.micro_batches) - 1 and announce and by_place is None
-        begun = time.perf_counter()
+        stopwatch = Stopwatch(replica.device)
         rng.seed_torch(part.seed, part.step, place)
 
-        def run(piece: Batch, final: bool, last: bool = last) -> tuple[Tensor, int | Tensor]:
+        def run(piece: Batch, final: bool, last: bool = last) -> Reading:
             gradients.start_micro_batch(last=last and final, separate=by_place is not None)
             with replica.autocast():
                 summed = Summed(*loss(replica.forward, piece))
+            found = Reading.of(summed.loss_sum.detach().double(), summed.count)
             (summed.loss_sum / nominal).backward()  # type: ignore[no-untyped-call]
-            return summed.loss_sum.detach().double(), summed.count
+            return found
 
-        for more, n in split_on_oom(
+        said += split_on_oom(
             run, batch, replica.fits, divisible=part.divisible, untouched=lambda: not gradients.arrived
-        ):
-            loss_sum = more if loss_sum is None else loss_sum + more
-            count = count + n
+        )
         if by_place is not None:
             by_place(place)
         places.extend(part.places(i))
-        replica.work.add(time.perf_counter() - begun, rows_of(batch))
-    begun = time.perf_counter()
-    total = 0.0 if loss_sum is None else float(loss_sum)
-    replica.work.add(time.perf_counter() - begun, 0)  # a GPU is done only now
-    return Sums(total, float(count), places, whole)
+        replica.work.stop(stopwatch, rows_of(batch))
+    loss_sum = count = 0.0
+    for reading in said:
+        more, n = reading.values()
+        loss_sum += more
+        count += n
+    return Sums(loss_sum, count, places, whole)
 
 
 def rows_of(batch: Any) -> int:
@@ -379,11 +391,17 @@ def rows_of(batch: Any) -> int:
 
 def norm_of(tensors: Sequence[Tensor]) -> float:
     """The Euclidean norm of all of them, added up in float64."""
+    return float(norm_there(tensors)) if tensors else 0.0
+
+
+def norm_there(tensors: Sequence[Tensor]) -> Tensor:
+    """The same, [] float64 on their device: nobody waits."""
     norms = [
         torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).double()
         for t in tensors
     ]
-    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
 
 
 def clip_factor(norm: float, max_norm: float) -> float:

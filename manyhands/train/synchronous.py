@@ -37,7 +37,9 @@ from manyhands.train.method import (
     clip_factor,
     is_finite,
     norm_of,
+    norm_there,
 )
+from manyhands.train.reading import Reading, Stopwatch
 from manyhands.wire.drive import Interleave, run
 
 if TYPE_CHECKING:
@@ -49,7 +51,11 @@ if TYPE_CHECKING:
 
 
 class Synchronous:
-    """All-reduce and its like: see the module."""
+    """All-reduce and its like: see the module.
+
+    Attributes:
+        unseen: the update does not wait for the norm to come to the host, and leaves itself out where that is not finite.
+    """
 
     agrees = True
     skips_alike = True
@@ -72,6 +78,7 @@ class Synchronous:
         ]
         self.optimizer = self._build_optimizer()
         self._lazy = bool(getattr(replica.wire, "lazy", False))
+        self.unseen = replica.device.type == "cuda" and getattr(self.optimizer, "looks_itself", False)
         self._pending = _Pending()
         self._consumed = False  # the buffers hold what the exchange has made of my contribution
 
@@ -127,16 +134,20 @@ class Synchronous:
         """`finishes`: how many steps are done with it, 1 or (when coming to rest) none."""
         replica, pending = self._replica, self._pending
         told, states = self._agree(pending.loss_sum, pending.count, wishes)
-        norm = norm_of(self.gradients.buckets) * pending.unit / told.count if told.count else math.nan
-        lr = 0.0
-        finite = is_finite(norm, told.loss_sum)
-        mean = math.nan
-        if told.count:  # a step without a single valid target: nothing to learn from, nothing wrong
-            mean = told.loss_sum / told.count
+        lr, mean, norm, finite = 0.0, math.nan, math.nan, False
+        if told.count:  # else a step without a single valid target: nothing to learn from, nothing wrong
+            mean, scale = told.loss_sum / told.count, pending.unit / told.count
+            if self.unseen and is_finite(mean):
+                norm, lr = self._update_unseen(told, scale, behind=1 - finishes)
+                finite = is_finite(norm)
+            else:
+                norm = norm_of(self.gradients.buckets) * scale
+                finite = is_finite(norm, mean)
+                if finite:
+                    lr = self._update(told, scale, norm, behind=1 - finishes)
             replica.took(finite=finite, step=part.step, loss=mean, norm=norm)
         if finite:
             self.states[:] = states
-            lr = self._update(told, pending.unit / told.count, norm, behind=1 - finishes)
         self.gradients.detach()
         new_tokens = told.count - pending.counted
         replica.steps += finishes
@@ -192,13 +203,17 @@ class Synchronous:
         return {step: list(places) for step, places in pending.held.items()}
 
     def adopt(self, other: Synchronous) -> None:
+        self._adopt_sums(other)
+        self.load_optimizer_state(other.optimizer_state())
+
+    def _adopt_sums(self, other: Synchronous) -> None:
+        """What was added up, and the exchange's state."""
         self._pending = other._pending
         if self._pending.nominal:
             self.gradients.adopt(other.gradients)
             if self._by_place:
                 self._tree = other._tree
         self.states[:] = other.states
-        self.load_optimizer_state(other.optimizer_state())
 
     def close(self) -> None:
         self.gradients.close()
@@ -254,6 +269,24 @@ class Synchronous:
         self.optimizer.step()
         replica.optimized(start)
         return lr
+
+    def _update_unseen(self, told: Header, scale: float, *, behind: int) -> tuple[float, float]:
+        """The same without waiting for the norm: what clips, and leaves the update out, is a number on the device.
+
+        Returns (norm, rate); the rate is 0 where the update was left out.
+        """
+        replica = self._replica
+        stopwatch = Stopwatch(replica.device)
+        norm = norm_there(self.gradients.buckets) * scale
+        reading = Reading(norm)
+        clip = (replica.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        self.gradients.attach(told.used)
+        factor, lr = replica.rate(replica.strategy.outer, behind=behind)
+        self.optimizer.set_lr(factor)
+        self.optimizer.step(divisor=(1.0 / (scale * clip)).float(), left_out=(~norm.isfinite()).float())
+        replica.work.stop(stopwatch, 0)
+        (found,) = reading.values()
+        return found, lr if math.isfinite(found) else 0.0
 
     def _contribution(self, position: int) -> list[Tensor]:
         if self._by_tensor:
