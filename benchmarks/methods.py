@@ -104,7 +104,14 @@ def _quality(given: argparse.Namespace, chosen: Sequence[Method]) -> int:
                     return
         setting.make(place, size, seed)
         one = methods_run.quality(
-            method, workers=workers, size=size, place=place, seed=seed, steps=steps, timeout_s=given.timeout
+            method,
+            workers=workers,
+            size=size,
+            place=place,
+            seed=seed,
+            steps=steps,
+            timeout_s=given.timeout,
+            device=given.device,
         )
         merge(path, "quality", [one])
         print(
@@ -149,6 +156,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, help="of a quality run; default: the size's")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="of quality runs (ours alone)"
+    )
     parser.add_argument("--again", action="store_true", help="also quality runs that are there already")
     parser.add_argument(
         "--budget", type=float, default=1e9, help="begin no run that would not end within so many seconds"

@@ -27,6 +27,7 @@ class Work:
     output: Path
     global_batch: int
     eval_every: int | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def ours(
 
     def command(work: Work) -> list[str]:
         said = strategy.replace("LR", f"{work.size.lr:g}").replace("WARM", work.size.schedule)
-        given = setting.options(work.size, work.place, work.seed)
+        given = setting.options(work.size, work.place, work.seed, work.device)
         given[given.index("--global-batch") + 1] = str(work.global_batch)
         every = [] if work.eval_every is None else ["--eval-every", str(work.eval_every)]
         return [
@@ -159,7 +160,17 @@ def catalogue(torchft_python: str | None = None) -> list[Method]:
         ),
         local("diloco", f"diloco({pushes}, {gentle})"),
         local("diloco, int4", f"diloco({pushes}, {gentle}, exchange='error-feedback(int4)')"),
+        local(
+            "diloco, int4, every 256",
+            f"diloco({rarely}, {gentle}, exchange='error-feedback(int4)')",
+            every=256,
+        ),
         local("streaming-diloco", f"streaming-diloco({pushes}, delay=2, {gentle})", settle=4),
+        local(
+            "streaming-diloco, int4",
+            f"streaming-diloco({pushes}, delay=4, {gentle}, exchange='error-feedback(int4)')",
+            settle=4,
+        ),
         local("muloco", f"muloco({pushes}, {gentle})"),
         local("sparseloco", f"sparseloco({pushes})"),
     ]

@@ -262,7 +262,15 @@ def _told(method: Method, scratch: Path, timeout_s: float) -> str:
 
 
 def quality(
-    method: Method, *, workers: int, size: Size, place: Path, seed: int, steps: int, timeout_s: float
+    method: Method,
+    *,
+    workers: int,
+    size: Size,
+    place: Path,
+    seed: int,
+    steps: int,
+    timeout_s: float,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Loss curve and held-out losses of a run of `steps`, its workers joined without limits."""
     with tempfile.TemporaryDirectory(prefix="manyhands-methods-") as scratch:
@@ -274,6 +282,7 @@ def quality(
             output=Path(scratch) / "run",
             global_batch=size.global_batch,
             eval_every=max(1, steps // 8),
+            device=device,
         )
         begun = time.time()
         outs = [Path(scratch) / f"out-{rank}" for rank in range(workers)]
@@ -303,6 +312,7 @@ def quality(
         "eval_loss": stream.evaluations[-1][1],
         "evaluations": stream.evaluations,
         "losses": [round(x, 4) for x in stream.losses],
+        "device": device,
         "payload_bytes_per_step": sent and sent / steps,
         "wall_s": time.time() - begun,
     }

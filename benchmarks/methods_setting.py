@@ -67,14 +67,14 @@ def missing() -> str | None:
     return None if (DATA / "train.txt").is_file() else f"wikitext2 is not at {DATA}"
 
 
-def options(size: Size, place: Path, seed: int) -> list[str]:
+def options(size: Size, place: Path, seed: int, device: str = "cpu") -> list[str]:
     """`manyhands train`'s options for this work, without strategy, length and output."""
     return [
         *("--data", str(DATA / "train.txt"), "--eval-data", str(place / "valid.txt")),
         *("--tokenizer", f"bpe:{size.vocabulary}", "--cache", str(place / "prepared")),
         *("--model", str(place / f"init-{seed}"), "--seq-len", str(size.seq_len)),
         *("--global-batch", str(size.global_batch), "--seed", str(seed), "--prompt", ""),
-        *("--max-grad-norm", "1.0", "--threads", "1", "--device", "cpu"),
+        *("--max-grad-norm", "1.0", "--threads", "1", "--device", device),
     ]
 
 
