@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+import warm
 
 TIMEOUT_S = 300.0
 
@@ -49,7 +50,7 @@ class Fleet:
     def __init__(self, size: int, transport: str) -> None:
         self.size = size
         self._directory = tempfile.TemporaryDirectory(prefix="manyhands-test-")
-        context = mp.get_context("spawn")
+        context = warm.context()
         self._pipes, self.processes = [], []
         for rank in range(size):
             mine, theirs = context.Pipe()

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing as mp
 import os
 import signal
 import threading
@@ -15,6 +14,8 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import warm
 
 from manyhands.core.errors import ManyhandsError, PeerLost
 from manyhands.core.membership import Epoch, Loss, Seat
@@ -51,6 +52,9 @@ class PipeMembership:
             if not self._changed.wait_for(lambda: self._epochs or self._ended, TIMEOUT_S) or self._ended:
                 raise Ended("no further epoch")
             return self._epochs[-1]
+
+    def next_or(self, fact: str) -> Epoch | None:
+        return self.next()
 
     def at(self, phase: str, step: int) -> None:
         pass
@@ -120,8 +124,7 @@ class Job:
     """
 
     def __init__(self, work: Callable[..., None], *args: Any) -> None:
-        self._context = mp.get_context("forkserver")
-        self._context.set_forkserver_preload(["manyhands.wire.form", "manyhands.wire.transfer"])
+        self._context = warm.context()
         self._work, self._args = work, args
         self._lock, self._changed = threading.RLock(), threading.Condition()
         self._pipes: dict[str, Any] = {}

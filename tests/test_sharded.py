@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import TINY, events, losses, manyhands, summary
+import warm
+from runs import TINY, events, losses, summary
 from safetensors.torch import load_file
 from test_exactness import SEQ, N, Rows, assert_close, make, plain_run, summed
 
@@ -33,13 +34,16 @@ from manyhands.train.replica import Part, Replica
 from manyhands.train.sharded_gradients import local
 
 
-def begin(world: Any, case: dict[str, Any]) -> tuple[Replica, Feed]:
+def begin(world: Any, case: dict[str, Any], model: Any = None) -> tuple[Replica, Feed]:
     torch.set_num_threads(1)
-    model = make(case.get("dtype", torch.float64))
+    alike = model is None
+    model = make(case.get("dtype", torch.float64)) if alike else model
     strategy = Strategy(
         outer=case["optimizer"], placement=case["placement"], exchange=case.get("exchange", AllReduce())
     )
-    replica = Replica(model, strategy, world.wire, max_grad_norm=case["clip"], targets_per_row=SEQ)
+    replica = Replica(
+        model, strategy, world.wire, max_grad_norm=case["clip"], targets_per_row=SEQ, compare=alike
+    )
     return replica, Feed(
         rows=Rows(),
         order=Order(N, case["global_batch"], 3, False),
@@ -284,8 +288,8 @@ def test_zero3_runs_evaluates_samples_and_resumes_as_zero1_on_other_workers(tmp_
     text.write_text("Many hands make light work; too many cooks spoil the broth.\n" * 400)
 
     def train(output: Path, strategy: str, workers: int, steps: int, *more: object) -> None:
-        manyhands(
-            *("train", "--data", text, *TINY, "--strategy", strategy, "--output", output, *more),
+        warm.train(
+            *("--data", text, *TINY, "--strategy", strategy, "--output", output, *more),
             *("--cache", tmp_path / "cache", "--eval-fraction", 0.2, "--workers", workers),
             *("--steps", steps, "--eval-every", 3, "--save-every", 4, "--prompt", "Many"),
         )
@@ -340,7 +344,14 @@ def test_workers_that_do_not_divide_are_refused_with_the_nearest_number() -> Non
         with pytest.raises(UsageError, match="stage"):
             Sharded(stage=stage)
     with pytest.raises(UsageError, match="stage = 2 or 3"):
-        Sharded(stage=1, shard=2)
+        Sharded(stage=1, tensor_parallel=2)
+
+
+def test_a_running_job_divides_its_workers_as_well_as_it_can() -> None:
+    assert Sharded(shard=2, tensor_parallel=2).fitted(6).mesh(6) == (1, 3, 2)
+    assert Sharded(shard=2, tensor_parallel=2).fitted(7).mesh(7) == (1, 7, 1)
+    assert Sharded(shard=2).fitted(1).mesh(1) == (1, 1, 1)
+    assert Sharded().fitted(5) == Sharded()
 
 
 def test_a_model_without_a_plan_is_refused_by_name() -> None:

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import warm
 from runs import TINY, command, environment, events, losses, manyhands, summary
 
 TEXT = "Many hands make light work; too many cooks spoil the broth.\n" * 400
@@ -21,8 +22,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train(corpus: Path, output: Path, strategy: str, *more: object) -> None:
-    manyhands(
-        *("train", "--data", corpus, *TINY, "--strategy", strategy, "--output", output),
+    warm.train(
+        *("--data", corpus, *TINY, "--strategy", strategy, "--output", output),
         *("--cache", corpus.parent / "cache", "--save-every", 4, "--eval-fraction", 0.2, *more),
     )
 

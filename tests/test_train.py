@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from runs import TINY, command, environment, events, losses, manyhands, summary
 
 STEPS = 8
@@ -79,7 +80,7 @@ def test_the_output_contract(trained: Path) -> None:
 
 def test_the_effective_configuration_is_the_same_job(trained: Path, tmp_path: Path) -> None:
     output = tmp_path / "again"
-    manyhands("train", trained / "config.toml", "--output", output)
+    warm.train(trained / "config.toml", "--output", output)
     assert summary(output)["parameters_sha256"] == summary(trained)["parameters_sha256"]
 
 
@@ -144,12 +145,12 @@ def test_reproducible_is_the_same_bits_for_any_workers_and_over_a_resume(
         "uneven": ["--workers", 3, "--shares", "5,1,2"],
         "group": ["--workers", 2, "--transport", "group"],
     }.items():
-        manyhands("train", *job, *more, "--output", tmp_path / name)
+        warm.train(*job, *more, "--output", tmp_path / name)
         digests[name] = summary(tmp_path / name)["parameters_sha256"]
     manyhands("train", *job, "--workers", 2, "--save-every", 3, "--keep", 9, "--output", tmp_path / "resumed")
     for later in ("checkpoint-6", "checkpoint-8"):
         subprocess.run(["rm", "-r", str(tmp_path / "resumed" / later)], check=True)
-    manyhands("train", "--resume", tmp_path / "resumed", "--workers", 3)
+    warm.train("--resume", tmp_path / "resumed", "--workers", 3)
     digests["resumed"] = summary(tmp_path / "resumed")["parameters_sha256"]
     assert len(set(digests.values())) == 1, digests
     assert summary(tmp_path / "resumed")["world_sizes"] == [2, 3]
@@ -158,9 +159,9 @@ def test_reproducible_is_the_same_bits_for_any_workers_and_over_a_resume(
 def test_any_workers_and_transports_give_the_same_curve(trained: Path, corpus: Path, tmp_path: Path) -> None:
     expected = losses(trained)
     job = ["--data", corpus, *TINY, "--steps", STEPS]
-    manyhands("train", *job, "--workers", 1, "--output", tmp_path / "one")
-    manyhands("train", *job, "--workers", 3, "--shares", "1,0,3", "--output", tmp_path / "uneven")
-    manyhands("train", *job, "--workers", 2, "--transport", "group", "--output", tmp_path / "group")
+    warm.train(*job, "--workers", 1, "--output", tmp_path / "one")
+    warm.train(*job, "--workers", 3, "--shares", "1,0,3", "--output", tmp_path / "uneven")
+    warm.train(*job, "--workers", 2, "--transport", "group", "--output", tmp_path / "group")
     torchrun = [
         sys.executable,
         "-m",
@@ -220,7 +221,7 @@ def test_a_signal_saves_and_the_run_goes_on_later(
     step = int(saved[0].name.split("-")[1])
     assert step >= 5
     assert summary(output)["steps"] == step
-    manyhands("train", "--resume", output, "--steps", step + 2, "--workers", 1)
+    warm.train("--resume", output, "--steps", step + 2, "--workers", 1)
     assert summary(output)["steps"] == step + 2
     assert sorted(losses(output))[-2:] == [step + 1, step + 2]
 
@@ -277,7 +278,7 @@ def test_classification_learns_and_does_not_depend_on_the_workers(tmp_path: Path
     job = ["--task", "classify(text=review, label=stars)", "--data", tmp_path / "reviews.csv", "--epochs", 6]
     job += ["--log-every", 1, "--precision", "fp32", "--strategy", "ddp(lr=3e-3)", "--eval-fraction", "0.1"]
     for workers in (1, 2, 3):
-        manyhands("train", *job, "--workers", workers, "--output", tmp_path / str(workers))
+        warm.train(*job, "--workers", workers, "--output", tmp_path / str(workers))
     found = summary(tmp_path / "1")
     assert found["eval"]["accuracy"] > 0.95
     assert found["eval"]["macro_f1"] > 0.95

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import signal
 from typing import Any
 
 import pytest
 import torch
+import warm
 from fleet import Fleet
 
 from manyhands.core.errors import Diverged, PeerLost
@@ -137,7 +137,7 @@ def _two_hosts(rank: int, directory: str, answers: Any) -> None:
 
 def test_axes_of_two_hosts(tmp_path: Any) -> None:
     """Four real processes that say they are two hosts: shared memory within, sockets across."""
-    context = multiprocessing.get_context("spawn")
+    context = warm.context()
     answers = context.Queue()
     workers = [context.Process(target=_two_hosts, args=(r, str(tmp_path), answers)) for r in range(4)]
     for worker in workers:
