@@ -160,6 +160,7 @@ class Lost(Event):
         phase, step: what it was doing when it was last heard of.
         stack: its main thread's last known stack, innermost call last; empty where unknown.
         silent_s: from its last sign to the verdict.
+        then: what its launcher does about it, in words.
     """
 
     seat: str
@@ -171,6 +172,7 @@ class Lost(Event):
     step: int
     stack: str = ""
     silent_s: float = 0.0
+    then: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +210,8 @@ class Reformed(Event):
         kept_places: micro-batches of the interrupted step whose gradients were kept.
         redone_places: those that are computed anew, or for the first time, by the workers that are there now.
         by: whose state the job goes on with: "survivors", or the words for another source (a checkpoint).
+        rebuilt: where state is divided among the workers and those that are there hold all of it: how it was put together.
+        redone_steps: steps that were agreed upon and are done again, because what they had changed was lost.
     """
 
     epoch: int
@@ -217,6 +221,8 @@ class Reformed(Event):
     kept_places: int
     redone_places: int
     by: str = "survivors"
+    rebuilt: str = ""
+    redone_steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

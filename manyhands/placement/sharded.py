@@ -11,13 +11,16 @@ Stage 1 exchanges whole gradients with any exchange, as ddp does; each worker th
 are gathered. Stages 2 and 3 are PyTorch's FSDP2 (`torch.distributed.fsdp.fully_shard`), whose collectives travel on
 our wire: sums in rank order, bytes and seconds counted.
 
-With ``shard=S`` on N workers, groups of S hold one model between them and N/S groups replicate it: within a group
+With ``shard=S`` on N workers, groups of S hold one model (stage 1: one optimizer's state) between them and N/S groups
+replicate it, so that a lost worker's part is still there. In stages 2 and 3, within a group
 gradients are reduced to their owners, then equal shards of all groups are exchanged as the strategy's `exchange`
 says (sharded within, replicated and compressed across).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -87,7 +90,6 @@ class Sharded:
     def _check_first_stage(self) -> None:
         """Refuse what stage 1 would ignore."""
         given = {
-            "shard": (self.shard, 0),
             "tensor_parallel": (self.tensor_parallel, 1),
             "accumulate": (self.accumulate, "sharded"),
             "units": (self.units, ("auto",)),
@@ -176,6 +178,23 @@ class Sharded:
                 f"give {_nearest(shard, _divisors(rest))}, or 0 for one group of all",
             )
         return rest // shard, shard, tp
+
+    def fitted(self, size: int) -> Sharded:
+        """For `size` workers, which are what a running job has left or gained: itself where it divides them.
+
+        Else no worker holds more than it was asked to, if that can be: the smallest group not below `shard` that
+        divides them, or one group of all. Fewer workers compute each layer where their number asks for it.
+
+        >>> Sharded(shard=2).fitted(3).mesh(3), Sharded(shard=2).fitted(6).mesh(6), Sharded(shard=4).fitted(2).mesh(2)
+        ((1, 3, 1), (3, 2, 1), (1, 2, 1))
+        """
+        tp = math.gcd(self.tensor_parallel, size)
+        rest = size // tp
+        wanted = -(-self.shard * self.tensor_parallel // tp)
+        shard = min((d for d in _divisors(rest) if d >= wanted), default=rest) if self.shard else 0
+        if (tp, shard) == (self.tensor_parallel, self.shard):
+            return self
+        return dataclasses.replace(self, tensor_parallel=tp, shard=shard)
 
 
 def elementwise(optimizer: Any) -> bool:

@@ -14,11 +14,17 @@ def zero1(
     optimizer: Any = "adamw",
     schedule: Any = None,
     weight_decay: float | None = None,
+    shard: int = 0,
     exchange: Any = "all-reduce",
 ) -> Strategy:
-    """`ddp` with the optimizer's state divided among the workers: the same bits, 4 + 4 + 8/N bytes a parameter."""
+    """`ddp` with the optimizer's state divided among the workers: the same bits, 4 + 4 + 8/N bytes a parameter.
+
+    Args:
+        shard: workers that hold one optimizer state between them; 0: all. With several such groups a lost worker's part
+            is still held by another (8/shard instead of 8/N bytes).
+    """
     return _strategy(
-        Sharded(stage=1),
+        Sharded(stage=1, shard=shard),
         lr=lr,
         optimizer=optimizer,
         schedule=schedule,

@@ -47,7 +47,7 @@ def collect(
         local: an inner optimizer's state, by name.
     """
     named = _collect_local(local or {}, wire)
-    for name, leaf, own in _named(states):
+    for name, leaf, own in named_leaves(states):
         if own:
             for rank, part in enumerate(_to_first(leaf, wire)):
                 named[f"{name}@{rank}"] = part
@@ -58,7 +58,7 @@ def collect(
 
 def alone(states: Sequence[Any], rank: int, local: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """What `collect` gives of one worker's state, without asking the others."""
-    named = {(f"{name}@{rank}" if own else name): leaf for name, leaf, own in _named(states)}
+    named = {(f"{name}@{rank}" if own else name): leaf for name, leaf, own in named_leaves(states)}
     return named | {f"{LOCAL}.{name}@{rank}": tensor for name, tensor in (local or {}).items()}
 
 
@@ -68,7 +68,7 @@ def record(named: Mapping[str, Tensor], size: int) -> dict[str, Any]:
     return {"workers": size, "residuals_of": kept or list(range(size))}
 
 
-def _named(states: Sequence[Any]) -> Iterator[tuple[str, Tensor, bool]]:
+def named_leaves(states: Sequence[Any]) -> Iterator[tuple[str, Tensor, bool]]:
     """(name, leaf, whether it is one worker's own)."""
     for bucket, state in enumerate(states):
         for path, leaf in leaves(state):
@@ -134,7 +134,7 @@ def restore(
     Raises:
         CheckpointError: it is of another exchange, or its buckets were cut otherwise.
     """
-    wanted = {name: (leaf, own) for name, leaf, own in _named(states)}
+    wanted = {name: (leaf, own) for name, leaf, own in named_leaves(states)}
     holders: dict[str, dict[int, str]] = {}
     for name in named:
         plain, _, holder = name.rpartition("@") if "@" in name else (name, "", "")

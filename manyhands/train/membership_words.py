@@ -22,7 +22,8 @@ def lost(event: e.Lost) -> str:
     last = f" at {at[-1].strip()}" if at else ""
     silent = f"; last heard of {event.silent_s:.1f} s before" if event.silent_s >= 0.05 else ""
     detail = f": {event.detail}" if event.detail else ""
-    return f"lost {_who(event)}, which {HOW.get(event.how, event.how)}{where}{last}{detail}{silent}"
+    then = f"; {event.then}" if event.then else ""
+    return f"lost {_who(event)}, which {HOW.get(event.how, event.how)}{where}{last}{detail}{silent}{then}"
 
 
 def left(event: e.Left) -> str:
@@ -40,11 +41,21 @@ def reformed(event: e.Reformed) -> str:
     """
     >>> reformed(e.Reformed(epoch=3, workers=2, step=17, wall_s=0.41, kept_places=5, redone_places=3))
     '2 workers go on with step 17 after 0.41 s (epoch 3): 5 micro-batches of it kept, 3 to compute'
+    >>> reformed(e.Reformed(epoch=3, workers=3, step=17, wall_s=0.41, kept_places=0, redone_places=8,
+    ...                     rebuilt="shards rebuilt from replica group 1"))
+    '3 workers go on with step 17 after 0.41 s (epoch 3): shards rebuilt from replica group 1'
+    >>> reformed(e.Reformed(epoch=3, workers=1, step=120, wall_s=0.41, kept_places=0, redone_places=0,
+    ...                     by="runs/checkpoint-120", redone_steps=7))
+    '1 worker goes on with step 120 after 0.41 s (epoch 3), from checkpoint-120: 7 steps are done again'
     """
     workers = f"{event.workers} workers go" if event.workers != 1 else "1 worker goes"
     text = f"{workers} on with step {event.step:,} after {event.wall_s:.2f} s (epoch {event.epoch})"
     if event.by != "survivors":
-        return f"{text}, from {event.by}"
+        steps = "1 step is" if event.redone_steps == 1 else f"{event.redone_steps:,} steps are"
+        again = f": {steps} done again" if event.redone_steps else ""
+        return f"{text}, from {event.by.rpartition('/')[2]}{again}"
+    if event.rebuilt:
+        text += f": {event.rebuilt}"
     if event.kept_places:
         text += f": {event.kept_places} micro-batches of it kept, {event.redone_places} to compute"
     return text

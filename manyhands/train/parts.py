@@ -97,9 +97,18 @@ class Parts:
         )
 
     def replica(
-        self, world: World, compare: bool = True, continues: Mapping[str, Any] | None = None
+        self,
+        world: World,
+        compare: bool = True,
+        continues: Mapping[str, Any] | None = None,
+        regrouped: bool = False,
     ) -> Replica:
-        """A replica around the model, on the world's wire. Collective."""
+        """A replica around the model, on the world's wire. Collective.
+
+        Args:
+            regrouped: the job began with another set of workers: groups of them may have to be of another size, and a
+                model that was divided among them is made anew.
+        """
         from manyhands.exchange.ordered import Ordered
         from manyhands.train import session
         from manyhands.train.replica import Replica
@@ -107,6 +116,11 @@ class Parts:
         strategy = self.job.strategy
         if self.job.reproducible:
             strategy = dataclasses.replace(strategy, exchange=Ordered())
+        placement: Any = strategy.placement
+        if hasattr(placement, "fitted") and (regrouped or self._planned_for is not None):
+            strategy = dataclasses.replace(strategy, placement=placement.fitted(world.size))
+        if regrouped and getattr(placement, "needs_group", False):
+            self.model, self.forward = self.fresh_model(), None
         in_tokens = getattr(strategy.outer.schedule, "unit", "steps") == "tokens"
         steps, per_row = self.plan.steps, self.material.targets_per_row
         return Replica(
@@ -136,7 +150,8 @@ class Parts:
 
         newest = checkpoint.latest(output) if world.rank == 0 else None
         found = world.gather(str(newest) if newest else "")[0]
-        self.model, self.forward = self.fresh_model(), None
+        if not getattr(self.job.strategy.placement, "needs_group", False):
+            self.model, self.forward = self.fresh_model(), None
         counters = {key: value for key, value in salvaged.items() if isinstance(value, (int, str))}
         told = world.gather(counters)[0]
         if told:
@@ -148,7 +163,7 @@ class Parts:
             replica = self.replica(world, compare=False, continues={**told, **rest})
             replica.method.refresh()  # type: ignore[attr-defined]  # whoever salvages has it
             return replica, "the parameter servers"
-        replica = self.replica(world)
+        replica = self.replica(world, regrouped=True)
         if not found:
             return replica, "the beginning: there is no checkpoint yet"
         session.restore_replica(replica, Path(found))

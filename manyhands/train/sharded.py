@@ -15,6 +15,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,12 +24,13 @@ from manyhands.core import rng
 from manyhands.core.errors import Diverged, PeerLost
 from manyhands.core.request import Gather
 from manyhands.core.types import Summed
-from manyhands.train import sharded_state
+from manyhands.train import sharded_rebuild, sharded_state
 from manyhands.train.method import Header, Part, StepResult, Wishes, clip_factor, is_finite, rows_of
 from manyhands.train.sharded_gradients import ShardGradients
 from manyhands.train.sharded_layout import Layout
 from manyhands.train.sharded_passes import Pass, Passes
 from manyhands.train.sharded_pieces import Reader, cut, gather_whole, state_pieces
+from manyhands.train.sharded_rebuild import Pool, Share
 from manyhands.wire.drive import Interleave
 
 if TYPE_CHECKING:
@@ -40,6 +42,16 @@ if TYPE_CHECKING:
     from manyhands.train.checkpoint import Snapshot
     from manyhands.train.method import Loss
     from manyhands.train.replica import Replica
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A step whose gradients are agreed upon."""
+
+    part: Part
+    nominal: float
+    count: float
+    states: list[Any]
 
 
 class ShardedModel:
@@ -78,13 +90,16 @@ class ShardedModel:
             from manyhands.strategy.named import NamedOptimizer
 
             self.optimizer = NamedOptimizer([])
+        self.inherited: list[Share] = []  # what others held who have left
+        self._ready: _Ready | None = None
+        self._table: Tensor | None = None
 
     @property
     def committed(self) -> int:
         return self._replica.steps
 
     def step(self, part: Part, loss: Loss, wishes: Wishes) -> StepResult:
-        replica = self._replica
+        replica, self._ready = self._replica, None
         nominal = float(part.rows * replica.per_row)
         passes = self._passes.of(part)
         try:
@@ -96,7 +111,15 @@ class ShardedModel:
             raise
         used = [float(name in self.layout.used) for name in self._params]
         row = Header.row(loss_sum, count, wishes, replica.work, [*used, self._square()])
-        table = torch.stack(replica.wire.begin(Gather(row, even=True)).wait())  # [workers, 5 + parameters]
+        self._ready = _Ready(part, nominal, count, states)
+        return self._apply(torch.stack(replica.wire.begin(Gather(row, even=True)).wait()))
+
+    def _apply(self, table: Tensor) -> StepResult:
+        """The update, once everybody's row [workers, 11 + parameters] is there. Not collective."""
+        replica, ready = self._replica, self._ready
+        assert ready is not None
+        part, nominal = ready.part, ready.nominal
+        self._table, self._ready = table, None
         told = Header.of(table[:, :-1])
         norm = (
             math.sqrt(float(table[:, -1].sum())) * nominal / told.count
@@ -109,7 +132,7 @@ class ShardedModel:
             mean = told.loss_sum / told.count
             replica.took(finite=finite, step=part.step, loss=mean, norm=norm)
         if finite:
-            self.states[:] = states
+            self.states[:] = ready.states
             lr = self._update(told, nominal / told.count, norm)
         self.gradients.drop()
         replica.steps += 1
@@ -123,7 +146,7 @@ class ShardedModel:
             not finite,
             told.stop,
             told.save,
-            int(count),
+            int(ready.count),
             change=told.change,
             work=told.work,
             spent=told.spent,
@@ -221,6 +244,61 @@ class ShardedModel:
 
     def close(self) -> None:
         self.layout.close()
+
+    # -- from one set of workers to the next (see `manyhands.train.sharded_rebuild`)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.layout.mesh.place[0], self.layout.mesh.sizes[0]
+
+    @property
+    def prepared(self) -> bool:
+        """All gradients are agreed upon, and only everybody's row is missing."""
+        return self._ready is not None
+
+    def table(self) -> list[list[float]]:
+        """Everybody's rows of the last step."""
+        found: list[list[float]] = self._table.tolist() if self._table is not None else []
+        return found
+
+    def finish(self, table: list[list[float]]) -> None:
+        """Do the update that others have done, with the rows that they had."""
+        self._apply(torch.tensor(table, dtype=torch.float64))
+
+    def rewind(self) -> dict[int, list[int]]:
+        """My pieces are those of the last agreement; what was computed since is in pieces that others lack."""
+        if not self.prepared:
+            self._abort()
+        return {}
+
+    def adopt(self, other: ShardedModel) -> None:
+        pass  # `receive` brings the pieces
+
+    def held(self, steps: int) -> list[Share]:
+        """My pieces after `steps` steps."""
+        if self._replica.steps != steps:
+            return []
+        found = [Share(f"model/{name}", *held) for name, held in self.layout.held().items()]
+        state = state_pieces(self.layout.owned, self.optimizer.state_by_name())
+        found += [Share(f"optimizer/{name}", *held) for name, held in state.items()]
+        found += sharded_rebuild.exchange_shares(self.states, self.gradients, self.layout.owned)
+        return found + self.inherited
+
+    def required(self, pool: Pool) -> dict[str, tuple[int, ...]]:
+        """What must be there: whoever has a piece of a parameter has its optimizer's state, too."""
+        return {f"model/{name}": piece.shape for name, (piece, _) in self.layout.held().items()}
+
+    def receive(self, pool: Pool, *, behind: bool) -> None:
+        """My pieces of what all hold. Collective."""
+        mine = self.layout.held()
+        wanted = [(f"model/{name}", piece) for name, (piece, _) in mine.items()]
+        with torch.no_grad():
+            for (_, tensor), found in zip(mine.values(), pool.take(wanted), strict=True):
+                if found is not None:
+                    tensor.copy_(found)
+        self.optimizer.load_state_by_name(sharded_rebuild.take_optimizer(pool, self.layout.owned))
+        first = self.layout.mesh.speaks
+        sharded_rebuild.take_exchange(pool, self.states, self.gradients, self.layout.owned, first=first)
 
     # -- how
 

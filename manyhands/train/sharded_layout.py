@@ -82,6 +82,8 @@ class Layout:
             if p.requires_grad and local(p).numel()
         ]
         self._kept = _once(model)
+        state = model.state_dict()
+        self._held = {name: local(state[name]) for name in self._kept}
 
     def begin_pass(self, *, last: bool, reduce: bool, counts: bool) -> None:
         """Before each forward pass.
@@ -140,6 +142,10 @@ class Layout:
                 piece = Piece.all_of(name, tensor, counts=first)
             found[name] = (piece, tensor)
         return found
+
+    def held(self) -> dict[str, tuple[Piece, Tensor]]:
+        """The same memory, at any time, in the middle of a pass, too; whoever speaks for others or not."""
+        return {n: (self._pieces.get(n) or Piece.all_of(n, t), t) for n, t in self._held.items()}
 
     def with_aliases(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the state dict under all names, tied ones included."""

@@ -2,28 +2,32 @@
 
 The sums, the norm and the updates are those of `ddp`, element by element, so the parameters are the same bits. Where an
 update needs whole matrices (Muon, Adafactor) whole tensors are dealt out instead of rows. Afterwards everybody gathers
-everybody's rows, in lots of bounded size.
+everybody's rows, in lots of bounded size. Where groups of workers hold the state once each, the first group tells its rows:
+the others' are the same bits.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from manyhands.core.request import Gather
 from manyhands.placement.sharded import elementwise
+from manyhands.train import exchange_state, sharded_rebuild
 from manyhands.train.mending import shared_of
 from manyhands.train.method import Header, clip_factor
 from manyhands.train.sharded_pieces import Owned, Piece, cut, gather_whole, state_pieces
+from manyhands.train.sharded_rebuild import Pool, Share
 from manyhands.train.synchronous import Synchronous
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from manyhands.placement.sharded import Sharded
     from manyhands.strategy.named import NamedOptimizer
     from manyhands.train.replica import Replica
 
@@ -37,14 +41,18 @@ class ShardedOptimizer(Synchronous):
 
     def __init__(self, replica: Replica) -> None:
         spec = replica.strategy.outer
-        size = replica.wire.size
+        groups, size, _ = cast("Sharded", replica.strategy.placement).mesh(replica.wire.size)
+        group, mine = divmod(replica.wire.rank, size)
+        self.place = group, groups
         shapes = [tuple(p.shape) for _, p in replica.named]
         dealt = deal_rows(shapes, size) if elementwise(spec) else deal_tensors(shapes, size)
-        self.owned = [_own(replica.named[i], rows) for i, rows in dealt[replica.wire.rank]]
+        self.owned = [_own(replica.named[i], rows, counts=group == 0) for i, rows in dealt[mine]]
         self._lots = [
             _lots([_rows(replica.named[i][1].detach(), rows).reshape(-1) for i, rows in theirs])
             for theirs in dealt
         ]
+        self.inherited: list[Share] = []  # what others held who have left
+        self._torn = -1  # my rows are those after so many steps, and others' may not be
         super().__init__(replica)
 
     def _build_optimizer(self) -> NamedOptimizer:
@@ -70,6 +78,52 @@ class ShardedOptimizer(Synchronous):
         names = [name for name, _ in self._replica.named]
         self.optimizer.load_state_by_name(cut(state, self.owned, names))
 
+    # -- from one set of workers to the next (see `manyhands.train.sharded_rebuild`)
+
+    def adopt(self, other: Synchronous) -> None:
+        """Gradients and the exchange's state; `receive` brings the optimizer's."""
+        self._adopt_sums(other)
+
+    def held(self, steps: int) -> list[Share]:
+        """What I have after `steps` steps: everything, or only my rows where the last update was interrupted."""
+        replica, found = self._replica, []
+        if replica.steps == steps and self._torn < 0:
+            for name, tensor in replica.model.state_dict().items():
+                found.append(Share(f"model/{name}", Piece.all_of(name, tensor), tensor.detach()))
+            for name, leaf, own in exchange_state.named_leaves(self.states):
+                if not own:
+                    found.append(Share(f"exchange/{name}", Piece.all_of(name, leaf), leaf))
+        if steps == (replica.steps if self._torn < 0 else self._torn):
+            state = state_pieces(self.owned, self.optimizer.state_by_name())
+            found += [Share(f"optimizer/{name}", *held) for name, held in state.items()]
+            if state:
+                found += [Share(f"rows/{each.name}", each.piece, each.param.detach()) for each in self.owned]
+        return found + self.inherited
+
+    def required(self, pool: Pool) -> dict[str, tuple[int, ...]]:
+        """What must be there: an optimizer that keeps nothing has nothing to lose."""
+        named = {f"model/{name}": tuple(t.shape) for name, t in self._replica.model.state_dict().items()}
+        if any(key.startswith("optimizer/") for key in pool.shapes):
+            named |= {f"rows/{name}": tuple(p.shape) for name, p in self._replica.named if p.numel()}
+        return named
+
+    def receive(self, pool: Pool, *, behind: bool) -> None:
+        """My rows of what all hold, and where I am `behind` everything else. Collective."""
+        self.optimizer.load_state_by_name(sharded_rebuild.take_optimizer(pool, self.owned))
+        targets = {}
+        if behind:
+            targets = {f"model/{name}": tensor for name, tensor in self._replica.model.state_dict().items()}
+            for name, leaf, own in exchange_state.named_leaves(self.states):
+                if own:  # of a step that I did not see the end of
+                    leaf.zero_()
+                else:
+                    targets[f"exchange/{name}"] = leaf
+        wanted = [(key, Piece.all_of(key, tensor)) for key, tensor in targets.items()]
+        with torch.no_grad():
+            for tensor, found in zip(targets.values(), pool.take(wanted), strict=True):
+                if found is not None:
+                    tensor.copy_(found)
+
     # -- how
 
     def _update(self, told: Header, scale: float, norm: float, *, behind: int) -> float:
@@ -86,29 +140,32 @@ class ShardedOptimizer(Synchronous):
                 each.param.grad.mul_(factor)
         rate, lr = replica.rate(replica.strategy.outer, behind=behind)
         self.optimizer.set_lr(rate)
+        self._torn = replica.steps + 1 - behind
         self.optimizer.step()
         for each in self.owned:
             each.param.grad = None
         replica.optimize_s += time.perf_counter() - start
         self._gather()
+        self._torn = -1
         return lr
 
     @torch.no_grad()
     def _gather(self) -> None:
-        wire = self._replica.wire
-        if wire.size == 1:
+        wire, (group, _) = self._replica.wire, self.place
+        size = len(self._lots)
+        if size == 1:
             return
         like = self._replica.named[0][1]
         for turn in range(max(len(lots) for lots in self._lots)):
             lots = [lots[turn] if turn < len(lots) else [] for lots in self._lots]
-            mine = lots[wire.rank]
+            mine = lots[wire.rank % size] if group == 0 else []  # the other groups have the same rows
             flat = (
                 torch.cat([v.view(torch.uint8) for v in mine])
                 if mine
                 else like.new_empty(0, dtype=torch.uint8)
             )
-            for rank, part in enumerate(wire.begin(Gather(flat)).wait()):
-                if rank == wire.rank:
+            for rank, part in enumerate(wire.begin(Gather(flat)).wait()[:size]):
+                if rank == wire.rank % size:
                     continue
                 begin = 0
                 for view in lots[rank]:
@@ -160,12 +217,12 @@ def deal_tensors(shapes: Sequence[tuple[int, ...]], size: int) -> list[list[tupl
     return [sorted(theirs, key=lambda item: item[0]) for theirs in dealt]
 
 
-def _own(named: tuple[str, nn.Parameter], rows: Rows) -> Owned:
+def _own(named: tuple[str, nn.Parameter], rows: Rows, *, counts: bool) -> Owned:
     name, param = named
     view = _rows(param.detach(), rows)
     shape = tuple(param.shape)
     offset = (rows.start, *[0] * (len(shape) - 1)) if rows is not None else ()
-    return Owned(Piece(name, shape, offset, tuple(view.shape)), nn.Parameter(view))
+    return Owned(Piece(name, shape, offset, tuple(view.shape), counts), nn.Parameter(view))
 
 
 def _range(piece: Piece) -> Rows:
