@@ -62,7 +62,10 @@ def test_an_update_that_nobody_waits_for_is_the_same(device: str, outer: Any, ma
     for step, scale in enumerate([1.0, 1.0, math.inf, 1.0, 2.0]):
         before = [p.detach().clone() for p in unseen.model.parameters()]
         state = {k: v.clone() for k, v in unseen.optimizer_state().items()}
-        found = [replica.step(_part(step, device, scale), _loss) for replica in (seen, unseen)]
+        found = [replica.step(_part(step, device, scale), _loss, late=True) for replica in (seen, unseen)]
+        assert found[0].late is None
+        assert (found[1].late is None) == (not math.isfinite(found[1].loss))
+        found[1] = found[1].settled()
         if scale == math.inf:
             assert found[1].skipped
             assert found[0].skipped

@@ -18,10 +18,11 @@ def can_fuse() -> bool:
 
 
 @functools.cache
-def fuse(expression: Callable[..., Any]) -> Callable[..., Any]:
-    """`expression`, compiled for any shape; itself where there is no Triton or where native code is not wanted.
+def fuse(expression: Callable[..., Any], any_shape: bool = True) -> Callable[..., Any]:
+    """`expression`, compiled; itself where there is no Triton or where native code is not wanted.
 
-    If compiling fails it warns, and the expression itself computes from then on.
+    For any shape at once, or first for the shape that it meets first, which gives faster kernels. If compiling fails
+    it warns, and the expression itself computes from then on.
     """
     import warnings
 
@@ -29,13 +30,15 @@ def fuse(expression: Callable[..., Any]) -> Callable[..., Any]:
 
     if not can_fuse():
         return expression
-    working = [torch.compile(expression, dynamic=True)]
+    working = [torch.compile(expression, dynamic=True if any_shape else None)]
 
     def run(*arguments: Any) -> Any:
         if working:
             try:
                 return working[0](*arguments)
-            except Exception as error:  # whatever Triton or its own compiler lacks; the expression needs neither
+            except (
+                Exception
+            ) as error:  # whatever Triton or its own compiler lacks; the expression needs neither
                 name = getattr(expression, "__name__", "an expression")
                 warnings.warn(f"{name} by PyTorch's single operations, slower: {error}", stacklevel=2)
                 working.clear()

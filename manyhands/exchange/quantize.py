@@ -90,8 +90,9 @@ def encode(tensor: Tensor, key: int, *, grid: Grid, block: int, rounding: Roundi
     flat = flatten(tensor)
     loops = kernels_for(flat)
     if loops is None:
-        expression = fused(expression_of_encode, flat)
-        return expression(flat, seed(key, flat.device), grid.top, grid.per, block, rounding == "stochastic")
+        expression, stochastic = fused(expression_of_encode, flat), rounding == "stochastic"
+        bits = seed(key, flat.device) if stochastic else no_seed(flat.device)
+        return expression(flat, bits, grid.top, grid.per, block, stochastic)
     payload = empty_payload(flat, grid.per, block)
     random = int(rounding == "stochastic")
     loops.manyhands_uniform_encode(
@@ -219,7 +220,18 @@ def seed(key: int, device: torch.device) -> Tensor:
     import torch
 
     mixed = rng.mix(key)
-    return torch.tensor([mixed & 0xFFFFFFFF, mixed >> 32], device=device)
+    halves = torch.tensor([mixed & 0xFFFFFFFF, mixed >> 32])
+    if device.type != "cuda":
+        return halves.to(device)
+    return halves.pin_memory().to(device, non_blocking=True)  # nobody waits for the device
+
+
+@functools.cache
+def no_seed(device: torch.device) -> Tensor:
+    """In place of `seed` where nothing is random."""
+    import torch
+
+    return torch.zeros(2, dtype=torch.int64, device=device)
 
 
 def random_bits(like: Tensor, seed: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class _CrossEntropySum(torch.autograd.Function):
         if kind is not None:
             norm = compute.log_norms(logits, kind)  # [rows] log of the sum of exponentials
         elif _long_on_gpu(logits):
-            norm = fuse(log_norms)(logits)
+            norm = fuse(log_norms, any_shape=False)(logits)
         else:
             block = _block_rows(logits, dtype)
             norm = torch.empty(rows, dtype=dtype, device=logits.device)
@@ -71,7 +71,7 @@ class _CrossEntropySum(torch.autograd.Function):
             weight = (valid * grad_loss).to(norm.dtype)  # [rows]
             return compute.cross_entropy_gradient(logits, index, weight, norm, kind), None
         if _long_on_gpu(logits):
-            return fuse(gradient)(logits, index, valid, norm, grad_loss), None
+            return fuse(gradient, any_shape=False)(logits, index, valid, norm, grad_loss), None
         rows = logits.shape[0]
         block = _block_rows(logits, norm.dtype)
         grad = torch.empty_like(logits)
@@ -90,8 +90,10 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 def log_norms(logits: Tensor) -> Tensor:
-    """The logarithm [rows] of each row's sum of exponentials, as float32: one pass where it is fused."""
-    return torch.logsumexp(logits.to(torch.float32), 1)
+    """The logarithm [rows] of each row's sum of exponentials, as float32; in this form it is fused to one pass."""
+    x = logits.to(torch.float32)
+    largest = x.amax(1, keepdim=True)
+    return (x - largest).exp().sum(1).log() + largest.squeeze(1)
 
 
 def gradient(logits: Tensor, index: Tensor, valid: Tensor, norm: Tensor, grad_loss: Tensor) -> Tensor:

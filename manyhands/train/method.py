@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -23,6 +23,10 @@ from manyhands.core import rng
 from manyhands.core.errors import ManyhandsError, PeerLost
 from manyhands.core.types import Summed
 from manyhands.train.memory import Torn, split_on_oom
+from manyhands.train.norm import clip_factor as clip_factor
+from manyhands.train.norm import is_finite as is_finite
+from manyhands.train.norm import norm_of as norm_of
+from manyhands.train.norm import norm_there as norm_there
 from manyhands.train.reading import Reading, Stopwatch
 
 if TYPE_CHECKING:
@@ -101,6 +105,7 @@ class StepResult:
         change: somebody waits to join or to leave: the set of workers changes after this step.
         work: (seconds in forward and backward, rows) of every rank since the last agreement; empty where nobody told.
         spent: (seconds until its rows were there, waiting for others, moving bytes) of every rank, up to its header.
+        late: the gradient's norm is still on its way from a GPU; asked for by `settled`, once.
     """
 
     loss: float
@@ -116,6 +121,15 @@ class StepResult:
     change: bool = False
     work: tuple[tuple[float, float], ...] = field(default=(), compare=False)
     spent: tuple[tuple[float, float, float], ...] = field(default=(), compare=False)
+    late: Callable[[], float] | None = field(default=None, compare=False)
+
+    def settled(self) -> StepResult:
+        """With its norm, and whether the update was left out, once the device has come to that. Raises as `step` does."""
+        if self.late is None:
+            return self
+        norm = self.late()
+        skipped = not math.isfinite(norm)
+        return replace(self, grad_norm=norm, skipped=skipped, lr=0.0 if skipped else self.lr, late=None)
 
 
 class Method(Protocol):
@@ -387,27 +401,3 @@ def rows_of(batch: Any) -> int:
     """Rows of a batch, in whatever form a user's own loop has it."""
     first = next(iter(batch.values()), ()) if isinstance(batch, Mapping) else batch
     return len(first)
-
-
-def norm_of(tensors: Sequence[Tensor]) -> float:
-    """The Euclidean norm of all of them, added up in float64."""
-    return float(norm_there(tensors)) if tensors else 0.0
-
-
-def norm_there(tensors: Sequence[Tensor]) -> Tensor:
-    """The same, [] float64 on their device: nobody waits."""
-    norms = [
-        torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).double()
-        for t in tensors
-    ]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return norm
-
-
-def clip_factor(norm: float, max_norm: float) -> float:
-    """What gradients of norm `norm` are multiplied with (torch.nn.utils.clip_grad_norm_'s rule)."""
-    return min(1.0, max_norm / (norm + 1e-6))
-
-
-def is_finite(*values: float) -> bool:
-    return all(math.isfinite(v) for v in values)

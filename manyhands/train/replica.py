@@ -44,6 +44,8 @@ class Replica:
         total: length of the schedule, in its unit (steps or target tokens); None: a constant rate.
         autocast: context for forward passes.
         over: set when somebody was lost (see `manyhands.core.membership`).
+        lost_round: of local steps: whether what a lost worker has done since the last agreement is done again, "redo" (where
+            the method can; "auto", too), or left out, "drop".
         compare: whether all workers' models are equal already, which is checked.
         continues: what the method of an earlier set of workers has salvaged, with the counters.
 
@@ -67,6 +69,7 @@ class Replica:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         forward: nn.Module | Callable[..., Any] | None = None,
         over: threading.Event | None = None,
+        lost_round: str = "auto",
         compare: bool = True,
         continues: Mapping[str, Any] | None = None,
     ) -> None:
@@ -74,6 +77,7 @@ class Replica:
         self.strategy = strategy
         self.wire = wire
         self.over = over
+        self.lost_round = lost_round
         self.total = total
         self.continues = continues or {}
         self.steps = int(self.continues.get("steps", 0))
@@ -94,7 +98,14 @@ class Replica:
         self.method: Method = resolve_target(strategy.method)(self)
 
     def step(
-        self, part: Part, loss: Loss, *, stop: int = 0, save: bool = False, change: bool = False
+        self,
+        part: Part,
+        loss: Loss,
+        *,
+        stop: int = 0,
+        save: bool = False,
+        change: bool = False,
+        late: bool = False,
     ) -> StepResult:
         """Forward, backward, and what the strategy asks for. Every worker calls it, also with an empty part.
 
@@ -104,12 +115,14 @@ class Replica:
             stop: nonzero asks all workers to stop; everybody sees the largest at the next agreement.
             save: asks all workers to save then.
             change: asks all workers to form a new set after this step.
+            late: the result may be `late`, so that a GPU gets the next step before it has done with this one; settle each.
 
         Raises:
             PeerLost: another worker is gone; nothing of this step was applied.
             ManyhandsError: too many successive steps without finite gradients.
         """
-        return self.method.step(part, loss, Wishes(stop, save, change))
+        result = self.method.step(part, loss, Wishes(stop, save, change))
+        return result if late else result.settled()
 
     @property
     def interrupted(self) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,8 @@ class Synchronous:
     """All-reduce and its like: see the module.
 
     Attributes:
-        unseen: the update does not wait for the norm to come to the host, and leaves itself out where that is not finite.
+        unseen: the update does not wait for the norm to come to the host, and leaves itself out where that is not finite;
+            the result is then `late`.
     """
 
     agrees = True
@@ -78,7 +79,13 @@ class Synchronous:
         ]
         self.optimizer = self._build_optimizer()
         self._lazy = bool(getattr(replica.wire, "lazy", False))
-        self.unseen = replica.device.type == "cuda" and getattr(self.optimizer, "looks_itself", False)
+        self.unseen = (
+            replica.device.type == "cuda"
+            and getattr(self.optimizer, "looks_itself", False)
+            and all(
+                isinstance(s, tuple) and not s for s in self.states
+            )  # else it depends on the update being made
+        )
         self._pending = _Pending()
         self._consumed = False  # the buffers hold what the exchange has made of my contribution
 
@@ -135,17 +142,18 @@ class Synchronous:
         replica, pending = self._replica, self._pending
         told, states = self._agree(pending.loss_sum, pending.count, wishes)
         lr, mean, norm, finite = 0.0, math.nan, math.nan, False
+        late: Callable[[], float] | None = None
         if told.count:  # else a step without a single valid target: nothing to learn from, nothing wrong
             mean, scale = told.loss_sum / told.count, pending.unit / told.count
             if self.unseen and is_finite(mean):
-                norm, lr = self._update_unseen(told, scale, behind=1 - finishes)
-                finite = is_finite(norm)
+                late, lr = self._update_unseen(told, scale, part.step, behind=1 - finishes)
+                finite = True  # as far as is known
             else:
                 norm = norm_of(self.gradients.buckets) * scale
                 finite = is_finite(norm, mean)
                 if finite:
                     lr = self._update(told, scale, norm, behind=1 - finishes)
-            replica.took(finite=finite, step=part.step, loss=mean, norm=norm)
+                replica.took(finite=finite, step=part.step, loss=mean, norm=norm)
         if finite:
             self.states[:] = states
         self.gradients.detach()
@@ -166,6 +174,7 @@ class Synchronous:
             change=told.change,
             work=told.work,
             spent=told.spent,
+            late=late,
         )
 
     @contextmanager
@@ -270,10 +279,12 @@ class Synchronous:
         replica.optimized(start)
         return lr
 
-    def _update_unseen(self, told: Header, scale: float, *, behind: int) -> tuple[float, float]:
+    def _update_unseen(
+        self, told: Header, scale: float, step: int, *, behind: int
+    ) -> tuple[Callable[[], float], float]:
         """The same without waiting for the norm: what clips, and leaves the update out, is a number on the device.
 
-        Returns (norm, rate); the rate is 0 where the update was left out.
+        Returns (what waits for the norm and counts the update, rate).
         """
         replica = self._replica
         stopwatch = Stopwatch(replica.device)
@@ -285,8 +296,14 @@ class Synchronous:
         self.optimizer.set_lr(factor)
         self.optimizer.step(divisor=(1.0 / (scale * clip)).float(), left_out=(~norm.isfinite()).float())
         replica.work.stop(stopwatch, 0)
-        (found,) = reading.values()
-        return found, lr if math.isfinite(found) else 0.0
+
+        def late() -> float:
+            (found,) = reading.values()
+            mean = told.loss_sum / told.count
+            replica.took(finite=math.isfinite(found), step=step, loss=mean, norm=found)
+            return found
+
+        return late, lr
 
     def _contribution(self, position: int) -> list[Tensor]:
         if self._by_tensor:

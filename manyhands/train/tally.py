@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from manyhands.core.events import Emit
+    from manyhands.train.method import StepResult
+
 LOSS_STEPS = 20
 
 
@@ -37,6 +40,36 @@ class Tally:
     rate_s: float = 0.0
     eval: dict[str, float] = field(default_factory=dict)
     train_s: float = 0.0
+    skipped: bool = False
+    _late: tuple[int, StepResult] | None = None
+
+    def take(self, step: int, result: StepResult, emit: Emit) -> None:
+        """Note step `step`'s loss, or that its update was left out; where that is not known yet, by the next step's end."""
+        self.settle(emit)
+        if result.late is not None:
+            self._late = step, result
+        elif not result.skipped and result.agreed:
+            self.losses.append((result.loss, result.target_tokens))
+        elif result.skipped and result.target_tokens:
+            from manyhands.core.events import Warned
+
+            what = f"loss {result.loss}, gradient norm {result.grad_norm}"
+            emit(Warned(message=f"step {step}: {what}: update skipped", where="train"))
+            self.skipped = True
+
+    def settle(self, emit: Emit) -> StepResult | None:
+        """Wait for what is late; that step's result, if there is one."""
+        if self._late is None:
+            return None
+        (step, result), self._late = self._late, None
+        found = result.settled()
+        self.take(step, found, emit)
+        return found
+
+    def take_skipped(self) -> bool:
+        """Whether an update was left out since this was asked last."""
+        found, self.skipped = self.skipped, False
+        return found
 
     @property
     def train_loss(self) -> float:
