@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from fleet import Fleet
-from runs import TINY, command, environment, events, manyhands, summary
+from runs import TINY, command, environment, events, summary
 
 from manyhands.core.errors import ManyhandsError
 from manyhands.launch.chaos import workers_of
@@ -93,8 +94,8 @@ def test_survivors_finish_the_same_steps_to_the_bit(corpus: Path, tmp_path: Path
     """Rank 0 and another one are killed: the parameters are those of a run that nobody disturbed."""
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
     options = ("--reproducible", "--restarts", 0, "--eval-every", 20)
-    with running(quiet, corpus, *options) as job:
-        job.end()
+    job = [*("--data", corpus, *TINY, "--steps", STEPS, "--workers", 3), *options]
+    warm.manyhands("train", *job, "--output", quiet)
     with running(killed, corpus, *options) as job:
         job.reach(7)
         job.send("w0", signal.SIGKILL)
@@ -107,7 +108,7 @@ def test_survivors_finish_the_same_steps_to_the_bit(corpus: Path, tmp_path: Path
     assert all(e["how"] == "death" and e["stack"] for e in events(killed, "lost"))
     assert "w0" in said
     assert "w2" in said
-    assert "every sample once" in manyhands("ledger", killed).stdout
+    assert "every sample once" in warm.manyhands("ledger", killed)
     evaluations = [[e["step"] for e in events(run, "evaluated")] for run in (quiet, killed)]
     assert evaluations[0] == evaluations[1]
 
@@ -126,7 +127,7 @@ def test_a_replacement_gets_the_state_from_a_peer(corpus: Path, tmp_path: Path) 
         job.reach(done + 8)
         job.process.send_signal(signal.SIGTERM)
         job.end(128 + signal.SIGTERM)
-    assert "every sample once" in manyhands("ledger", tmp_path).stdout
+    assert "every sample once" in warm.manyhands("ledger", tmp_path)
 
 
 @pytest.mark.parametrize("strategy", ["hogwild(every=5)"])
@@ -140,7 +141,7 @@ def test_a_replacement_joins_at_an_agreement(corpus: Path, tmp_path: Path, strat
         job.reach(job.step + 12)
         job.process.send_signal(signal.SIGTERM)
         job.end(128 + signal.SIGTERM)
-    assert "every sample once" in manyhands("ledger", tmp_path).stdout
+    assert "every sample once" in warm.manyhands("ledger", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def test_every_family_goes_on(corpus: Path, tmp_path: Path, strategy: str, dropp
         job.end()
     assert summary(tmp_path)["steps"] == STEPS
     assert summary(tmp_path)["world_sizes"] == [3, 2]
-    told = manyhands("ledger", tmp_path).stdout
+    told = warm.manyhands("ledger", tmp_path)
     assert "every sample once" in told
     assert dropped or "left out by rule" not in told
 
@@ -174,7 +175,7 @@ def test_a_process_group_is_formed_anew(corpus: Path, tmp_path: Path) -> None:
         job.send("w0", signal.SIGKILL)
         job.end()
     assert summary(tmp_path)["world_sizes"] == [3, 2]
-    assert "every sample once" in manyhands("ledger", tmp_path).stdout
+    assert "every sample once" in warm.manyhands("ledger", tmp_path)
 
 
 def test_one_that_is_asked_to_leave_leaves_alone(corpus: Path, tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_one_that_hangs_is_given_up(corpus: Path, tmp_path: Path) -> None:
     assert lost["seat"] == "w1"
     assert lost["how"] == "hang"
     assert lost["silent_s"] >= 1.5
-    assert "every sample once" in manyhands("ledger", tmp_path).stdout
+    assert "every sample once" in warm.manyhands("ledger", tmp_path)
 
 
 # -- what the workers conclude

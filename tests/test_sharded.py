@@ -288,8 +288,8 @@ def test_zero3_runs_evaluates_samples_and_resumes_as_zero1_on_other_workers(tmp_
     text.write_text("Many hands make light work; too many cooks spoil the broth.\n" * 400)
 
     def train(output: Path, strategy: str, workers: int, steps: int, *more: object) -> None:
-        warm.train(
-            *("--data", text, *TINY, "--strategy", strategy, "--output", output, *more),
+        warm.manyhands(
+            *("train", "--data", text, *TINY, "--strategy", strategy, "--output", output, *more),
             *("--cache", tmp_path / "cache", "--eval-fraction", 0.2, "--workers", workers),
             *("--steps", steps, "--eval-every", 3, "--save-every", 4, "--prompt", "Many"),
         )

@@ -22,8 +22,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train(corpus: Path, output: Path, strategy: str, *more: object) -> None:
-    warm.train(
-        *("--data", corpus, *TINY, "--strategy", strategy, "--output", output),
+    warm.manyhands(
+        *("train", "--data", corpus, *TINY, "--strategy", strategy, "--output", output),
         *("--cache", corpus.parent / "cache", "--save-every", 4, "--eval-fraction", 0.2, *more),
     )
 

@@ -6,6 +6,8 @@ is not about the launcher, its workers come from here: real processes all the sa
 
 from __future__ import annotations
 
+import contextlib
+import io
 import multiprocessing as mp
 import os
 import tempfile
@@ -17,9 +19,11 @@ from typing import Any
 
 import pytest
 
+from manyhands.cli.main import main
 from manyhands.core import hardware
-from manyhands.launch import place
-from manyhands.launch.job import ENTRY, WARM, elastic_of, placed, servers_of, workers_of
+from manyhands.launch import child, local, place
+from manyhands.launch.control import Elastic, Embedded
+from manyhands.launch.job import WARM
 
 TIMEOUT_S = 300.0
 PRELOAD = [
@@ -65,55 +69,62 @@ def context() -> Any:
     return found
 
 
-def train(*arguments: object, timeout_s: float = TIMEOUT_S) -> None:
-    """`manyhands train ARGUMENTS` on forked workers; raises AssertionError with their logs where one fails.
+def manyhands(*arguments: object) -> str:
+    """`manyhands ARGUMENTS` in this process, with workers that are forked; returns what it says on its standard output.
 
-    They get the launcher's variables, the coordinator's among them, and run its entry point; nobody replaces one that is lost.
+    Only the launcher is left out. The workers have its variables, its coordinator's among them, and run the entry point that
+    it would run; nobody watches them or replaces one that is lost. Raises AssertionError, with their logs, where one fails.
     """
-    from manyhands.cli import options
-    from manyhands.cli import train as command
-    from manyhands.launch.control import Embedded
-    from manyhands.train.order import Order
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(local, "launch", _launch)
+        code = main([str(a) for a in arguments])
+    assert code == 0, f"exit code {code}\n{said.getvalue()}"
+    return said.getvalue()
 
-    job, origins = command.assemble(options.parse(command.parser(), [str(a) for a in arguments]))
-    job = placed(job, origins)
-    assert servers_of(job) is None, "parameter servers are the launcher's"
-    size, output = workers_of(job), Path(job.output)
+
+def _launch(
+    entry: str,
+    argument: str,
+    *,
+    workers: int,
+    output: Path,
+    threads: int | None = None,
+    servers: object = None,
+    elastic: Elastic | None = None,
+) -> int:
+    assert servers is None, "parameter servers are the launcher's"
     logs = place.make_logs(output)
     with tempfile.TemporaryDirectory(prefix="manyhands-test-") as store:
-        (Path(store) / "argument").write_text(
-            Order(job, dict(origins), time.time()).to_json(), encoding="utf-8"
-        )
-        elastic = elastic_of(job)
+        (Path(store) / "argument").write_text(argument, encoding="utf-8")
         control = Embedded(elastic, store=Path(store), output=output) if elastic is not None else None
-        processes = []
+        processes: list[Any] = []
         try:
             if control is not None:
-                control.expect(*(f"w{rank}" for rank in range(size)))
-            for rank, seat in enumerate(hardware.seats(size, 1 if job.reproducible else job.threads)):
+                control.expect(*(f"w{rank}" for rank in range(workers)))
+            for rank, seat in enumerate(hardware.seats(workers, threads)):
                 more = {
                     **(control.variables if control is not None else {}),
                     "MANYHANDS_SEAT": f"w{rank}",
                     "MANYHANDS_ERROR_FILE": str(logs / f"rank-{rank}.error.json"),
                 }
-                variables = place.variables(rank, size, seat, store, more)
-                log = logs / f"rank-{rank}.log"
-                processes.append(context().Process(target=_work, args=(variables, str(log)), daemon=True))
+                variables = place.variables(rank, workers, seat, store, more)
+                given = (entry, variables, str(logs / f"rank-{rank}.log"))
+                processes.append(context().Process(target=_work, args=given, daemon=True))
                 processes[-1].start()
-            _wait(processes, logs, timeout_s)
+            _wait(processes, logs)
         finally:
             for process in processes:
                 process.kill()
                 process.join()
             if control is not None:
                 control.close()
+    return 0
 
 
-def _work(variables: Mapping[str, str], log: str) -> None:
+def _work(entry: str, variables: Mapping[str, str], log: str) -> None:
     """A worker's process, from here on as the launcher's is."""
     import torch
-
-    from manyhands.launch import child
 
     os.environ.clear()
     os.environ.update(variables)
@@ -122,11 +133,11 @@ def _work(variables: Mapping[str, str], log: str) -> None:
         os.dup2(sink.fileno(), 2)
     torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
     del os.environ["MANYHANDS_PARENT"]
-    child.work(ENTRY)
+    child.work(entry)
 
 
-def _wait(processes: list[Any], logs: Path, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
+def _wait(processes: list[Any], logs: Path) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
     while any(process.exitcode is None for process in processes):
         late = time.monotonic() > deadline
         if late or any(process.exitcode for process in processes):
