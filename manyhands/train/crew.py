@@ -14,6 +14,7 @@ the newcomer takes part in its first step with nothing to compute.
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from manyhands.core.errors import PeerLost
 from manyhands.core.events import Joined, Left, Lost, Reformed
-from manyhands.train import carried
+from manyhands.train import carried, sharded_rebuild
 from manyhands.train.standing import Held, Position, Standing, conclude
 
 if TYPE_CHECKING:
@@ -121,7 +122,11 @@ class Crew:
             loop.stop(max(leaving))
             return
         if any(leaving):
-            carried.hand_over(loop.replica, [bool(each) for each in leaving])
+            whose = [bool(each) for each in leaving]
+            if hasattr(loop.replica.method, "held"):
+                sharded_rebuild.hand_over(loop.replica, whose)
+            else:
+                carried.hand_over(loop.replica, whose)
             for rank, seat in enumerate(loop.seats):
                 if leaving[rank]:
                     self._told_left.add(seat.id)
@@ -140,12 +145,13 @@ class Crew:
             self.failed(cause)
         self.membership.at("re-forming", old.steps)
         held: dict[int, list[int]] = {}
-        if carries(old) and not self.fresh:
+        if hasattr(old.method, "rewind") and not self.fresh:
             steps, committed = old.steps, old.method.committed
             held = old.method.rewind()
             if old.steps == steps and steps > committed and not held:
                 loop.dropped(steps, "a worker was lost before the next agreement")
         applied = applied_by(loop)
+        dropped = loop.division.begun() if getattr(old.method, "drops", False) else {}
         while True:
             loop.replica.wire.close()
             world = self.meet()
@@ -158,6 +164,7 @@ class Crew:
                 chores=loop.chores_at(loop.replica.steps),
                 held=held,
                 gone={seat: by for seat, by in applied.items() if seat not in staying},
+                dropped={seat: by for seat, by in dropped.items() if seat not in staying},
                 closing=loop.closing,
                 saved=loop.saved_step,
                 first=loop.seats[0].id,
@@ -175,13 +182,21 @@ class Crew:
         assert self.epoch is not None
         still = bool(getattr(loop.replica.method, "still", False))
         standing = conclude([Position.of(data) for data in world.gather(mine.to_data())], still=still)
-        made_of = SURVIVORS
+        made_of, rebuilt = SURVIVORS, ""
         traffic = loop.replica.wire.traffic
         world.wire.traffic = traffic  # type: ignore[misc]  # the counters of the whole run
         salvage = getattr(loop.replica.method, "salvage", None)
         salvaged = salvage() if salvage is not None and world.rank == 0 else {}
         loop.replica.close()
-        if carries(loop.replica):
+        goal, redivided = standing.steps, None
+        if hasattr(loop.replica.method, "held"):
+            redivided = sharded_rebuild.redivide(
+                world, loop.replica, self._replica, standing, fresh=self.fresh
+            )
+        if redivided is not None:
+            loop.replica, rebuilt = redivided
+            standing = dataclasses.replace(standing, behind=(), resting=())
+        elif carries(loop.replica):
             old, loop.replica = loop.replica, self._replica(world)
             loop.replica.adopt(old)
         else:
@@ -189,14 +204,16 @@ class Crew:
             loop.replica, made_of = self._rebuild(world, salvaged, standing.steps)
             if len(kept) == len(loop.replica.states):  # what I hold back is mine, wherever the parameters are
                 loop.replica.states[:] = kept
-            self.fresh = False
             standing = Standing(steps=loop.replica.steps, leader=0, fresh=standing.fresh)
         loop.enter(world, standing, self.epoch)
         if made_of != SURVIVORS:  # steps may be done again
             loop.begin_attempt()
-            loop.take_facts(world.gather(loop.facts())[0])  # shares, too, are rank 0's
+        if made_of != SURVIVORS or redivided is not None:
+            loop.take_facts(world.gather(loop.facts())[standing.leader])  # shares, too, are the leader's
+            self.fresh = False
         self._hand_out(loop, standing)
-        self._tell(loop, standing, made_of, time.perf_counter() - begun)
+        again = max(0, goal - loop.replica.steps)
+        self._tell(loop, standing, made_of, time.perf_counter() - begun, rebuilt=rebuilt, redone_steps=again)
 
     # -- state for those who lack it
 
@@ -258,7 +275,9 @@ class Crew:
 
     # -- words
 
-    def _tell(self, loop: Loop, standing: Standing, made_of: str, wall_s: float) -> None:
+    def _tell(
+        self, loop: Loop, standing: Standing, made_of: str, wall_s: float, *, rebuilt: str, redone_steps: int
+    ) -> None:
         assert self.epoch is not None
         for loss in self._losses:
             if loss.seat.id not in self._told_left:
@@ -274,6 +293,8 @@ class Crew:
                 kept_places=kept,
                 redone_places=max(0, loop.division.open_places() - kept),
                 by=made_of,
+                rebuilt=rebuilt,
+                redone_steps=redone_steps,
             )
         )
 

@@ -29,6 +29,9 @@ class Division:
     _open: dict[int, Mapping[str, Sequence[int]]] = field(
         default_factory=dict
     )  # held places by step and seat
+    _dropped: dict[int, Mapping[str, Sequence[int]]] = field(
+        default_factory=dict
+    )  # places by step and seat that nobody computes
     _resting: tuple[int, Sequence[int]] = (-1, ())  # in this step these ranks still fetch the state
     _by: dict[int, tuple[int, dict[str, Spans], int]] = field(default_factory=dict)
 
@@ -55,12 +58,13 @@ class Division:
     def go_on(self, standing: Standing) -> None:
         """Another set of workers goes on after ``standing.steps`` steps."""
         self._by.clear()
-        self._open = dict(standing.held)
+        self._open, self._dropped = dict(standing.held), dict(standing.dropped)
         self._resting = (standing.steps, standing.resting)
 
     def open_places(self) -> int:
         """Micro-batches of the steps that were interrupted, all together."""
-        return sum(self._n_places(step) for step in self._open)
+        dropped = sum(len(places) for by in self._dropped.values() for places in by.values())
+        return sum(self._n_places(step) for step in self._open.keys() | self._dropped.keys()) - dropped
 
     def of_rank(self, rank: int, steps: range) -> dict[int, list[int]]:
         """The places that a rank of the present set has in each of `steps`."""
@@ -74,10 +78,29 @@ class Division:
                 found.setdefault(seat, {})[step] = list(places)
         return found
 
+    def begun(self) -> dict[str, dict[int, list[int]]]:
+        """By seat, what each was to compute of the steps that are begun and not committed, and what is dropped already."""
+        found: dict[str, dict[int, list[int]]] = {}
+        for step, (_, who, _) in self._by.items():
+            for seat, spans in who.items():
+                found.setdefault(seat, {})[step] = [place for span in spans for place in range(*span)]
+        for step, by in self._dropped.items():
+            for seat, places in by.items():
+                found.setdefault(seat, {})[step] = list(places)
+        return found
+
+    def take_dropped(self, step: int) -> dict[str, Spans]:
+        """What of `step`, which is committed now, nobody has computed."""
+        return {seat: spans_of(places) for seat, places in self._dropped.pop(step, {}).items()}
+
     # -- how
 
     def _special(self, step: int) -> bool:
-        return step in self._open or (step == self._resting[0] and bool(self._resting[1]))
+        return (
+            step in self._open
+            or step in self._dropped
+            or (step == self._resting[0] and bool(self._resting[1]))
+        )
 
     def _n_places(self, step: int) -> int:
         return sum(len(r) for r in self.feed.division(step))
@@ -90,7 +113,8 @@ class Division:
             weights = [0 if rank in self._resting[1] else weight for rank, weight in enumerate(weights)]
             if not any(weights):  # whoever is there had been resting
                 weights = [int(rank not in self._resting[1]) for rank in range(len(weights))]
-        return remaining(self._n_places(step), self._open.get(step, {}), weights)
+        taken = {**self._open.get(step, {}), **self._dropped.get(step, {})}
+        return remaining(self._n_places(step), taken, weights)
 
 
 def remaining(n_places: int, held: Mapping[str, Sequence[int]], weights: Sequence[float]) -> list[list[int]]:

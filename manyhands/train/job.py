@@ -7,7 +7,7 @@ Every field is an option of `manyhands train` (``--global-batch 64``), a key of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from manyhands.cadence.every import EveryStep
 from manyhands.core.config import choice, option
@@ -122,6 +122,11 @@ class Job:
     )
     min_workers: int = option(1, help="fewer cannot go on: the job waits for a replacement, or ends")
     hang_s: float = option(10.0, help="seconds without a sign of life after which a worker is given up")
+    lost_round: Literal["auto", "redo", "drop"] = option(
+        "auto",
+        help="local steps that a lost worker has made since the last agreement: made again by the others, or left out (the "
+        "ledger says so); auto: redo where all agree at once (not in fragments or pairs)",
+    )
     # when
     log_every: int | None = option(
         None, help="steps between log lines; none: about every two seconds", aliases=("logging_steps",)
@@ -231,13 +236,20 @@ class Job:
                 f"give min_workers <= {self.workers}",
             )
         if self.elastic == "off":
-            for name, default in (("restarts", 3), ("min_workers", 1), ("hang_s", 10.0)):
+            for name, default in (
+                ("restarts", 3),
+                ("min_workers", 1),
+                ("hang_s", 10.0),
+                ("lost_round", "auto"),
+            ):
                 if getattr(self, name) != default:
                     raise UsageError(
                         f"{name} = {getattr(self, name)} with elastic = 'off'",
                         "the first lost worker ends the job then",
                         f"leave out {name}, or elastic",
                     )
+        if self.lost_round != "auto":
+            self._check_lost_round()
         if self.on_divergence == "mend" and not self._can_mend():
             raise UsageError(
                 f"on_divergence = 'mend' with strategy = {self.strategy!r}",
@@ -280,6 +292,23 @@ class Job:
                 f"eval_fraction = {self.eval_fraction} with eval_data",
                 "held-out rows come from one of them",
                 "leave out --eval-fraction",
+            )
+
+    def _check_lost_round(self) -> None:
+        strategy = self.strategy
+        if strategy.inner is None or strategy.placement.method is not None:
+            raise UsageError(
+                f"lost_round = {self.lost_round!r} with strategy = {strategy!r}",
+                "only local steps have rounds",
+                "leave out --lost-round (a lost worker's part of a step is computed by the others), or use diloco",
+            )
+        cadence: Any = strategy.cadence
+        whole = cadence.fragments == 1 and not cadence.delay and not strategy.keep_local
+        if self.lost_round == "redo" and (not whole or getattr(strategy.exchange, "by_model", False)):
+            raise UsageError(
+                f"lost_round = 'redo' with strategy = {strategy!r}",
+                "where fragments or pairs agree at different times there is no common point to go on from",
+                "leave out --lost-round (the round is dropped), or use diloco",
             )
 
     def _can_mend(self) -> bool:

@@ -62,6 +62,7 @@ class LocalSteps:
         self.agrees = not self._pairwise
         whole = self._cadence.fragments == 1 and not self._cadence.delay and not strategy.keep_local
         self.comes_to_rest = whole and not self._pairwise
+        self.drops = self.comes_to_rest and replica.lost_round == "drop"
         self.inner = InnerSteps(replica)
         groups = split(replica.named, self._cadence.fragments)
         self._fragments = [Fragment.make(group, replica.wire) for group in groups]
@@ -201,7 +202,7 @@ class LocalSteps:
         self.inner.forget()
 
     def rewind(self) -> dict[int, list[int]]:
-        """My own way since the last agreement stays; others walk the rest of what the lost had to do.
+        """My own way since the last agreement stays; others walk the rest of what the lost had to do, or nobody does (`drops`).
 
         Where fragments agree at different times, or only pairs do, there is no common point to go on from: everybody falls
         back to the anchors, and what was computed since then is dropped.

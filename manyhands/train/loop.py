@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manyhands.core.errors import PeerLost, Stopped
-from manyhands.core.events import Emit, Evaluated, Stepped, Warned
+from manyhands.core.events import Emit, Evaluated, Stepped
 from manyhands.core.membership import Seat
 from manyhands.train import session
 from manyhands.train.balancing import rebalance
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from manyhands.wire.world import World
 
 LOG_S = 2.0
+DROPPED = "its worker was lost before the round's end (--lost-round drop)"
 SAVE_S = 600.0
 
 
@@ -113,6 +114,7 @@ class Loop:
             except PeerLost as lost:
                 if self.crew is None:
                     raise
+                self.tally.settle(self.emit)
                 self.crew.renew(self, lost)
 
     def _begin(self) -> None:
@@ -136,21 +138,21 @@ class Loop:
         self.ledger = self.open_ledger(*self._attempt)
 
     def _advance(self) -> None:
-        """One step, and what is to be done after it."""
-        self._tell_phase("step")
-        with self.interrupts.phase("compile" if self._first else "step", interruptible=self._first):
+        """One step, and its chores."""
+        phase = "compile" if self._first else "step"
+        self._tell_phase(phase)
+        with self.interrupts.phase(phase, interruptible=self._first):
             self._torn = True
             result = self._step(self.crew.position(self) if self.crew is not None else self.replica.steps)
             self._torn = False
-        self._first = False
-        done = self.replica.steps
-        if self._due_log(done):
-            self._log(result)
+        self._first, done = False, self.replica.steps
+        if self._due_log(done) and (result.agreed or result.own_tokens):
+            self._log(self.tally.settle(self.emit) or result)
         every, chores = self.schedule, []
         if result.stop:
             self.stop(result.stop)
             return
-        odd = result.skipped and getattr(self.replica.method, "skips_alike", False)
+        odd = self.tally.take_skipped() and getattr(self.replica.method, "skips_alike", False)
         if odd or (every.check_every and done % every.check_every == 0):
             chores.append("check")
         if every.eval_every and done % every.eval_every == 0 and done < every.total_steps:
@@ -167,6 +169,7 @@ class Loop:
         self._chores, self._chores_of = chores, self.replica.steps
 
     def _do(self, chore: str) -> None:
+        self.tally.settle(self.emit)
         self._tell_phase(chore)
         if chore == "meet":
             self.replica.meet()
@@ -205,7 +208,7 @@ class Loop:
             self.division.begin(step, self.seats, self._epoch)
         stop, change = self._wishes()
         result = self.replica.step(
-            part, self.task.loss, stop=stop, save=self._clock_says_save(), change=change
+            part, self.task.loss, stop=stop, save=self._clock_says_save(), change=change, late=True
         )
         now = time.perf_counter()
         self._commit()
@@ -222,15 +225,7 @@ class Loop:
             self.tally.rate_tokens += result.target_tokens
         self._warm = True
         self._loads.add(result.work, result.spent, wall_s=now - start)
-        if not result.skipped and result.agreed:
-            self.tally.losses.append((result.loss, result.target_tokens))
-        elif result.skipped and result.target_tokens:
-            self.emit(
-                Warned(
-                    message=f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}: update skipped",
-                    where="train",
-                )
-            )
+        self.tally.take(step + 1, result, self.emit)
         return result
 
     def _wishes(self) -> tuple[int, bool]:
@@ -247,6 +242,8 @@ class Loop:
             if self.ledger is not None:
                 said = {me: who[me]} if alone else who
                 self.ledger.commit(step + 1, epoch=epoch, who=said, rows=rows, alone=alone)
+                if left_out := self.division.take_dropped(step):
+                    self.ledger.dropped(step + 1, epoch=epoch, who=left_out, rows=rows, why=DROPPED)
         if self.crew is not None:
             self.crew.committed(self)
 

@@ -133,6 +133,7 @@ class Parts:
             autocast=session.autocast_for(self.plan.precision, self.device.type),
             forward=self.forward,
             over=self._over,
+            lost_round=self.job.lost_round,
             compare=compare,
             continues=continues,
         )

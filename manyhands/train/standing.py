@@ -19,6 +19,10 @@ def _numbers(held: Mapping[str, Sequence[int]]) -> dict[int, tuple[int, ...]]:
     return {int(step): tuple(places) for step, places in held.items()}
 
 
+class NobodyHolds(ManyhandsError):
+    """All that held the job's state are gone."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Position:
     """Where one worker stands when a new set of workers meets.
@@ -30,6 +34,7 @@ class Position:
         chores: what it still has to do after that step, in order.
         held: places of micro-batches that it has computed since, by step.
         gone: the same of those who were lost, where what they did stays (they wrote into common parameters).
+        dropped: places of those who were lost that nobody is to compute (what they had of their round goes with them).
         quick: to fetch its state takes a newcomer much less than a step.
         closing: the last step is done, and its chores are among `chores` or done, too.
         saved: the step of the last checkpoint that was begun.
@@ -42,6 +47,7 @@ class Position:
     chores: Sequence[str] = ()
     held: Held = field(default_factory=dict)
     gone: Mapping[str, Held] = field(default_factory=dict)
+    dropped: Mapping[str, Held] = field(default_factory=dict)
     quick: bool = False
     closing: bool = False
     saved: int = 0
@@ -49,14 +55,19 @@ class Position:
 
     def to_data(self) -> dict[str, Any]:
         """As JSON data."""
-        gone = {seat: _texts(held) for seat, held in self.gone.items()}
-        return {**self.__dict__, "chores": list(self.chores), "held": _texts(self.held), "gone": gone}
+        of_lost = {
+            name: {seat: _texts(held) for seat, held in getattr(self, name).items()}
+            for name in ("gone", "dropped")
+        }
+        return {**self.__dict__, "chores": list(self.chores), "held": _texts(self.held), **of_lost}
 
     @staticmethod
     def of(data: Mapping[str, Any]) -> Position:
         """From `to_data`'s."""
-        gone = {seat: _numbers(held) for seat, held in data["gone"].items()}
-        more = {"chores": tuple(data["chores"]), "held": _numbers(data["held"]), "gone": gone}
+        of_lost = {
+            name: {seat: _numbers(held) for seat, held in data[name].items()} for name in ("gone", "dropped")
+        }
+        more = {"chores": tuple(data["chores"]), "held": _numbers(data["held"]), **of_lost}
         return Position(**{**data, **more})
 
 
@@ -71,6 +82,7 @@ class Standing:
         fresh: those of them that never had it.
         chores: what is left to do after that step.
         held: by step: places by seat that need not be computed again.
+        dropped: the same of what nobody is to compute.
         closing: the last step is done.
         saved: the step of the last checkpoint that everybody knows to be begun; -1: who wrote it is gone.
         resting: ranks that fetch the state while the others compute the next step; the others of `behind` do so before it.
@@ -82,6 +94,7 @@ class Standing:
     fresh: tuple[int, ...] = ()
     chores: tuple[str, ...] = ()
     held: Mapping[int, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    dropped: Mapping[int, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     closing: bool = False
     saved: int = 0
     resting: tuple[int, ...] = ()
@@ -94,7 +107,7 @@ def conclude(positions: Sequence[Position], *, still: bool = True) -> Standing:
         still: parameters and optimizer state stay as they are until the next agreement.
 
     Raises:
-        ManyhandsError: nobody has any.
+        NobodyHolds: nobody has any.
 
     >>> ahead = Position(seat="a", fresh=False, steps=7, held={7: (0, 1)})
     >>> conclude([Position(seat="b", fresh=False, steps=6, held={6: (4,)}), ahead]).behind
@@ -102,7 +115,7 @@ def conclude(positions: Sequence[Position], *, still: bool = True) -> Standing:
     """
     veterans = [p for p in positions if not p.fresh]
     if not veterans:
-        raise ManyhandsError(
+        raise NobodyHolds(
             "no worker of this job holds its state any more",
             "one survivor is enough",
             "continue from the last checkpoint with --resume",
@@ -117,6 +130,11 @@ def conclude(positions: Sequence[Position], *, still: bool = True) -> Standing:
     for seat, by in there[0].gone.items():
         for step, places in by.items():
             held.setdefault(step, {})[seat] = tuple(places)
+    dropped: dict[int, dict[str, tuple[int, ...]]] = {}
+    for p in there:  # who is further in its round knows of more steps
+        for seat, by in p.dropped.items():
+            for step, places in by.items():
+                dropped.setdefault(step, {})[seat] = tuple(places)
     behind = tuple(rank for rank, ok in enumerate(up_to_date) if not ok)
     chores = max((tuple(p.chores) for p in there), key=len)
     orphaned = there[0].first not in [p.seat for p in positions]
@@ -129,6 +147,7 @@ def conclude(positions: Sequence[Position], *, still: bool = True) -> Standing:
         fresh=tuple(rank for rank, p in enumerate(positions) if p.fresh),
         chores=chores,
         held=held,
+        dropped=dropped,
         closing=any(p.closing for p in there),
         saved=-1 if orphaned else min(p.saved for p in there),
         resting=() if chores or there[0].quick or not still else behind,

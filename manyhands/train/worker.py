@@ -90,7 +90,7 @@ class _Run:
                 enlisted.join,
                 enlisted.offer,
                 fetch=enlisted.fetch,
-                replica=lambda world: self.parts.replica(world, compare=False),
+                replica=lambda world: self.parts.replica(world, compare=False, regrouped=True),
                 rebuild=self._rebuild,
             )
 
