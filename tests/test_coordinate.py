@@ -23,11 +23,12 @@ from manyhands.coordinate.journal import Journal, restore
 from manyhands.coordinate.line import Line
 from manyhands.coordinate.messages import Refused
 from manyhands.coordinate.server import Coordinator
-from manyhands.coordinate.state import State
+from manyhands.coordinate.state import BACK_S, State
 from manyhands.coordinate.words import Happening, Note, Rules, Say
 from manyhands.core import tls
 from manyhands.core.errors import CheckpointError, ManyhandsError, PeerLost, UsageError
 from manyhands.core.membership import Epoch, Seat
+from manyhands.launch.chaos import cut
 
 WAIT_S = 30.0
 TOKEN = "a token of the tests, long enough"
@@ -61,8 +62,8 @@ class Play:
                 self.now = 0.5
                 self.step(1)
 
-    def come(self, id: str, *, holding: Epoch | None = None, step: int = 0) -> None:
-        seat = Seat(id=id, host="h")
+    def come(self, id: str, *, holding: Epoch | None = None, step: int = 0, pid: int = 0) -> None:
+        seat = Seat(id=id, host="h", pid=pid)
         self.state.hello(seat, holding=holding, step=step, version=messages.VERSION, now=self.now)
 
     def step(self, step: int, *ids: str, phase: str = "step") -> None:
@@ -140,6 +141,8 @@ def test_a_death_ends_the_epoch_at_once_and_the_next_one_begins_without_it() -> 
     play = Play("w0", "w1", "w2")
     play.step(7)
     play.state.cut("w1", play.now)
+    assert play.heard("w0", "over") == []  # it may come back
+    play.state.lose("w1", how="death", detail="SIGKILL", now=play.now)  # its launcher says: it does not
     for id in ("w0", "w2"):
         (over,) = play.heard(id, "over")
         assert over["epoch"] == 1
@@ -155,6 +158,8 @@ def test_a_death_ends_the_epoch_at_once_and_the_next_one_begins_without_it() -> 
 def test_the_better_reason_is_kept_and_the_loss_told_once() -> None:
     play = Play("w0", "w1")
     play.state.cut("w1", play.now)
+    play.wait(BACK_S + 0.1)
+    assert play.heard("w0", "over")
     assert play.happenings("lost") == []
     play.wait(0.1)
     play.state.lose("w1", how="failed", detail="ValueError: boom", now=play.now)
@@ -170,10 +175,39 @@ def test_the_better_reason_is_kept_and_the_loss_told_once() -> None:
 def test_a_reason_that_does_not_come_is_not_awaited() -> None:
     play = Play("w0", "w1")
     play.state.cut("w1", play.now)
+    play.wait(BACK_S + 0.1)
     play.wait(0.31)
     (lost,) = play.happenings("lost")
     assert lost.loss is not None
-    assert lost.loss.detail == "its connection ended"
+    assert "it has not come back" in lost.loss.detail
+
+
+def test_who_comes_back_in_time_is_in_the_epoch_still() -> None:
+    play = Play()
+    play.state.expect(["w0", "w1"])
+    for id, pid in (("w0", 7), ("w1", 8)):
+        play.come(id, pid=pid)
+        play.state.ready(id, epoch=0, step=0, now=play.now)
+    play.step(3)
+    for _ in range(2):  # the end of the last connection is known before, or not yet
+        play.state.cut("w1", play.now)
+        play.wait(BACK_S / 2)
+        play.beat("w0")
+        play.come("w1", pid=8, holding=play.epoch, step=3)
+        play.come("w1", pid=8, holding=play.epoch, step=3)
+    play.wait(2 * BACK_S)
+    play.beat("w0", "w1")
+    assert (play.heard("w0", "over"), play.happenings("lost"), play.epoch.number) == ([], [], 1)
+    with pytest.raises(Refused, match="takes part already"):
+        play.come("w1", pid=9)
+    play.state.cut("w1", play.now)
+    play.ready("w0")  # an epoch that ends meanwhile waits for it
+    play.state.suspect("w0", epoch=1, rank=1, detail="", now=play.now)
+    assert play.epoch.number == 1
+    play.come("w1", pid=8, holding=play.epoch, step=3)
+    assert play.heard("w1", "over")
+    play.ready("w1")
+    assert ids(play.epoch) == ["w0", "w1"]
 
 
 def test_a_newcomer_is_announced_and_comes_last() -> None:
@@ -187,7 +221,7 @@ def test_a_newcomer_is_announced_and_comes_last() -> None:
     play.ready("w1")
     assert ids(play.epoch) == ["w0", "w1", "n"]
     assert play.epoch.fresh == {"n"}
-    play.state.cut("w1", play.now)  # while the newcomer still fetches its state
+    play.state.lose("w1", how="death", detail="", now=play.now)  # while the newcomer still fetches its state
     play.ready("w0")
     play.state.ready("n", epoch=2, step=0, now=play.now)
     assert play.epoch.fresh == {"n"}
@@ -201,7 +235,7 @@ def test_a_newcomer_that_dies_is_no_longer_announced() -> None:
     play = Play("w0", "w1")
     play.come("n")
     play.state.ready("n", epoch=0, step=0, now=play.now)
-    play.state.cut("n", play.now)
+    play.state.lose("n", how="death", detail="", now=play.now)
     assert [message["on"] for message in play.heard("w0", "wanted")] == [True, False]
     assert play.heard("w0", "over") == []
     assert play.state.ended is None
@@ -291,16 +325,94 @@ def test_where_all_stand_still_the_first_is_stuck_and_slow_phases_are_not() -> N
         assert [happening.seat_id for happening in play.happenings("evict")] == stuck
 
 
-def test_a_loss_before_the_first_step_fails_the_job() -> None:
+def test_a_loss_before_the_first_step_that_nobody_can_mend_fails_the_job() -> None:
     play = Play("w0", "w1", begun=False)
-    play.state.lose("w1", how="failed", detail="OSError: no such file", now=play.now)
+    play.state.lose("w1", how="failed", detail="no such data", final=True, now=play.now)
     assert play.state.ended is not None
-    assert "OSError: no such file" in play.state.ended[1]
+    assert "no such data" in play.state.ended[1]
     assert play.heard("w0", "ended")[0]["code"] == 1
+    play = Play("w0", "w1")
+    play.state.lose("w1", how="failed", detail="no such data", final=True, now=play.now)
+    assert play.state.ended is None  # the others have the job's state
+
+
+def test_a_job_that_begins_waits_for_a_replacement() -> None:
+    for phase in ("prepare", "build"):
+        play = Play("w0", "w1", "w2", begun=False)
+        play.step(0, phase=phase)
+        play.state.cut("w0", play.now)
+        play.ready("w1", "w2")
+        play.state.expect(["w0-1"])
+        play.state.lose("w0", how="death", detail="SIGKILL", now=play.now)
+        assert [message["epoch"] for message in play.heard("w1", "over")] == [1]
+        play.wait(1.0)
+        assert play.epoch.number == 1
+        play.come("w0-1")
+        play.wait(1.0)
+        play.state.ready("w0-1", epoch=0, step=0, now=play.now)
+        assert (play.epoch.number, ids(play.epoch)) == (2, ["w1", "w2", "w0-1"])
+        assert play.epoch.fresh == {"w1", "w2", "w0-1"}
+        assert [(loss.how, loss.phase) for loss in play.epoch.losses] == [("death", phase)]
+
+
+def test_a_job_that_computes_its_first_step_does_not() -> None:
+    play = Play("w0", "w1", begun=False)
+    play.step(0, phase="compile")
+    play.state.expect(["w1-1"])
+    play.state.lose("w1", how="death", detail="SIGKILL", now=play.now)
+    play.state.ready("w0", epoch=1, step=0, phase="re-forming", now=play.now)
+    assert ids(play.epoch) == ["w0"]
+
+
+def test_a_loss_in_the_first_meeting() -> None:
     play = Play()
     play.state.expect(["w0", "w1"])
+    play.come("w1")
+    play.state.ready("w1", epoch=0, step=0, now=play.now)
+    play.state.expect(["w0-1"])
     play.state.lose("w0", how="death", detail="SIGKILL", now=play.now)  # before it came
+    assert (play.state.ended, play.state.epoch) == (None, None)
+    play.come("w0-1")
+    play.state.ready("w0-1", epoch=0, step=0, now=play.now)
+    assert ids(play.epoch) == ["w1", "w0-1"]
+
+
+def test_one_that_leaves_while_the_job_begins_is_not_waited_for() -> None:
+    play = Play("w0", "w1", begun=False)
+    play.step(0, phase="prepare")
+    play.state.lose("w1", how="left", detail="SIGTERM", now=play.now)
+    assert play.heard("w0", "over")
+    play.ready("w0")
+    assert ids(play.epoch) == ["w0"]
+
+
+def test_all_may_be_lost_while_the_job_begins_if_all_are_replaced() -> None:
+    play = Play("w0", "w1", begun=False)
+    play.step(0, phase="prepare")
+    for id in ("w0", "w1"):
+        play.state.expect([f"{id}-1"])
+        play.state.lose(id, how="death", detail="SIGKILL", now=play.now)
+    for id in ("w1-1", "w0-1"):
+        play.come(id)
+        play.state.ready(id, epoch=0, step=0, now=play.now)
+    assert ids(play.epoch) == ["w1-1", "w0-1"]
+    for id in ("w0-1", "w1-1"):
+        play.state.lose(id, how="death", detail="SIGKILL", now=play.now)
+    play.wait(0.1)
+    play.wait(3.0)
     assert play.state.ended is not None
+    assert "see the logs" in play.state.ended[1]
+
+
+def test_a_newcomer_that_has_to_get_ready_first_is_not_wanted() -> None:
+    play = Play("w0")
+    play.come("n")
+    play.state.ready("n", epoch=0, step=0, now=play.now)
+    play.state.ready("n", epoch=0, step=0, waits=False, now=play.now)
+    assert [message["on"] for message in play.heard("w0", "wanted")] == [True, False]
+    play.ready("w0")
+    assert play.epoch.number == 2
+    assert ids(play.epoch) == ["w0"]
 
 
 def replaced(play: Play, lost: str, name: str, how: str) -> None:
@@ -422,7 +534,7 @@ def test_a_restarted_coordinator_goes_on_and_never_repeats_a_number() -> None:
     play = Play("w0", "w1", "w2")
     play.state.publish("job", "x")
     held = play.epoch
-    play.state.cut("w2", play.now)
+    play.state.lose("w2", how="death", detail="", now=play.now)
     again = restarted(play)
     assert again.state.facts == {"job": "x"}
     assert again.state.began
@@ -579,9 +691,10 @@ def test_a_killed_worker_is_known_at_once_and_the_others_form_the_next_epoch() -
             assert zero.epoch(1)["ids"] == ["w0", "w1", "w2"]
             until(lambda: coordinator.began, "the first step")
             killed = one.kill()
+            one.process.wait()
+            coordinator.lost("w1", how="death", detail="killed by SIGKILL")  # as its launcher does at once
             delays = [worker.await_("over")["heard_s"] - killed for worker in (zero, two)]
             assert max(delays) < 2.0  # measured: a few milliseconds
-            coordinator.lost("w1", how="death", detail="killed by SIGKILL")
             for worker in (zero, two):
                 worker.tell("next")
             for rank, worker in enumerate((zero, two)):
@@ -594,6 +707,28 @@ def test_a_killed_worker_is_known_at_once_and_the_others_form_the_next_epoch() -
                 found.append(coordinator.happenings.get(timeout=WAIT_S))
             assert found[-1].loss is not None
             assert found[-1].loss.detail == "killed by SIGKILL"
+
+
+def test_a_worker_whose_link_is_cut_comes_back_and_one_without_a_launcher_is_missed_soon() -> None:
+    with serving() as coordinator:
+        coordinator.expect(["w0", "w1"])
+        with working(coordinator.address, "w0", "w1") as (zero, one):
+            until(lambda: coordinator.began, "the first step")
+            for count in range(3):
+                before = coordinator._lines["w1"]
+                assert cut(one.process.pid).startswith("done")
+                until(lambda before=before: coordinator._lines.get("w1") not in (None, before), "its return")
+                one.tell("publish", f"fact{count}", "x")
+                zero.tell("lookup", f"fact{count}")
+                zero.await_("fact", count + 1)
+            assert coordinator.alive() == ["w0", "w1"]
+            assert not [line for line in zero.heard if line["what"] == "over"]
+            killed = one.kill()
+            assert (
+                zero.await_("over")["heard_s"] - killed < 2.0 + BACK_S
+            )  # measured: 1.5 s, for so long it is awaited
+            zero.tell("next")
+            assert "it has not come back" in zero.epoch(2)["losses"][0][3]
 
 
 def test_a_stopped_worker_is_a_hang_named_with_its_stack() -> None:
@@ -813,7 +948,7 @@ def test_a_launcher_that_joins_tells_of_its_workers_and_hears_of_theirs() -> Non
         launcher.say("expect", id="n0")
         launcher.say("expect", id="n1")
         until(lambda: coordinator._state.coming == {"n0", "n1"})
-        launcher.say("lost", id="n1", how="failed", detail="ImportError: x")
+        launcher.say("lost", id="n1", how="failed", detail="ImportError: x", final=True)
         until(lambda: any(message["op"] == "failed" for message in heard), "the news")
         assert "ImportError" in coordinator.ended[1] if coordinator.ended else False
         launcher.close()

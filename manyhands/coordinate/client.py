@@ -113,12 +113,21 @@ class Member:
         return self._taken
 
     def next(self) -> Epoch:
+        epoch = self.next_or("")
+        assert epoch is not None
+        return epoch
+
+    def next_or(self, fact: str) -> Epoch | None:
+        """As `next`; but None as soon as this fact is known and no epoch has come."""
         with self._changed:
             try:
                 self._waiting = True
                 if not self._arrived():
-                    self._line.say("ready", epoch=self._held(), step=self._doing[1])
+                    self._say_ready()
                 while self._error is None and not self._arrived():
+                    if fact in self._facts:
+                        self._say_ready(waits=False)
+                        return None
                     gone = self._line.gone_s
                     if gone is not None and time.monotonic() - gone > self._patience_s:
                         raise ManyhandsError(
@@ -138,11 +147,11 @@ class Member:
 
     def at(self, phase: str, step: int) -> None:
         """See `Membership.at`. `step` is the number of committed steps whose state I hold: 0 until I hold any."""
-        before, self._doing = self._doing[1], (phase, step)
+        before, self._doing = self._doing, (phase, step)
         self._calls += 1
         self._thread = threading.get_ident()
-        if before < 1 <= step:
-            self._beat_now.set()  # from now on the job can go on from me
+        if before[0] != phase or before[1] < 1 <= step:
+            self._beat_now.set()  # so that it is known should I die in it; or that the job can go on from me
 
     def suspect(self, rank: int | None, detail: str) -> None:
         with self._changed:
@@ -193,6 +202,10 @@ class Member:
         self._line.close()
 
     # -- how
+
+    def _say_ready(self, *, waits: bool = True) -> None:
+        phase, step = self._doing
+        self._line.say("ready", epoch=self._held(), step=step, phase=phase, waits=waits)
 
     def _held(self) -> int:
         return self._epoch.number if self._epoch is not None else 0
@@ -257,7 +270,7 @@ class Member:
         if self._suspicion is not None:
             self._line.say("suspect", **self._suspicion)
         if self._waiting and not self._arrived():
-            self._line.say("ready", epoch=self._held(), step=self._doing[1])
+            self._say_ready()
 
     def _fail(self, error: ManyhandsError) -> None:
         with self._changed:

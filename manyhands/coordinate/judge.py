@@ -1,12 +1,13 @@
-"""Whom the coordinator gives up: pure functions of what it knows."""
+"""Whom the coordinator takes in, whom it gives up, and when the job: pure functions of what it knows."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from manyhands.coordinate.words import Member, Rules
-from manyhands.core.membership import Epoch, Loss
+from manyhands.coordinate.messages import VERSION, Refused
+from manyhands.coordinate.words import BEGINNING, Member, Rules
+from manyhands.core.membership import Epoch, Loss, Seat
 
 SUSPICIONS = 3  # epochs that end by suspicion, one after the other without a step, until somebody is evicted
 PATIENCE = 5  # times the longest step so far, before a worker counts as stuck
@@ -14,6 +15,54 @@ UNNAMED = 6  # the same where nobody is suspected by name: the job fails
 SLOW = frozenset(
     {"start", "prepare", "build", "compile", "fetch", "evaluate", "generate", "save", "finish"}
 )  # phases that may take long: who stands still in one is not stuck
+
+
+def same(seat: Seat, member: Member) -> bool:
+    """Whether it is the same process."""
+    return (seat.host, seat.pid) == (member.seat.host, member.seat.pid)
+
+
+def admit(
+    seat: Seat, member: Member | None, lost: Loss | None, *, version: int, ended: tuple[int, str] | None
+) -> None:
+    """Whether who says hello may take part. Raises `Refused`.
+
+    Args:
+        member: who has this id already; lost: who had it.
+    """
+    if version != VERSION:
+        raise Refused("FAILED_PRECONDITION", f"protocol version {version}", f"this is {VERSION}", "")
+    if ended is not None:
+        raise Refused("FAILED_PRECONDITION", f"the job has ended: {ended[1]}")
+    if lost is not None:
+        raise Refused("FAILED_PRECONDITION", f"worker {seat.id} was given up ({lost.how}: {lost.detail})")
+    if member is not None and member.connected and not (seat.pid and same(seat, member)):
+        raise Refused(
+            "ALREADY_EXISTS",
+            f"worker {seat.id} takes part already (process {member.seat.pid} on {member.seat.host})",
+            "an id is one process's, for its life",
+            "give another id",
+        )
+
+
+def loss(member: Member, rank: int, *, how: str, detail: str, then: str, now: float) -> Loss:
+    """What is known of a member that is no longer there."""
+    return Loss(
+        seat=member.seat,
+        rank=rank,
+        how=how,
+        detail=detail,
+        phase=member.phase,
+        step=member.step,
+        stack=member.stack,
+        silent_s=round(max(0.0, now - member.heard_s), 3),
+        then=then,
+    )
+
+
+def beginning(inside: Sequence[Member]) -> bool:
+    """Whether none of these has got so far that the job could go on from it: the next epoch begins it anew."""
+    return all(member.phase in ("", *BEGINNING) for member in inside)
 
 
 def stuck(inside: Sequence[Member], stuck_s: float, now: float) -> Member | None:
@@ -59,4 +108,25 @@ def deadly(losses: Sequence[Loss], step: int, rules: Rules) -> str:
     return (
         f"step {step} has ended {own if own >= rules.faults else len(losses)} workers, the last by: "
         f"{losses[-1].detail}. What it computes ends whoever computes it. See the logs of these workers"
+    )
+
+
+def shortage(alive: int, rules: Rules, *, stateless: bool, began: bool) -> str:
+    """Why the job cannot go on with those that are there: too few, or (`stateless`) none that holds its state."""
+    value, rule = f"{alive} workers are left and no replacement comes", f"min_workers = {rules.min_workers}"
+    if stateless:
+        value, rule = "no worker is left that holds the job's state", "at least one must survive"
+    remedy = f"continue from the last checkpoint by {rules.resume}"
+    if not began:
+        remedy = (
+            "the job had not made its first step: see the logs of those that were lost, and start it again"
+        )
+    return f"{value}. {rule}. {remedy}"
+
+
+def unreachable(times: int, detail: str) -> str:
+    """That nobody in particular is to blame for collectives that fail."""
+    return (
+        f"collectives failed {times} times in a row: {detail}. The workers are alive, but cannot reach each other. "
+        "See to the network between them"
     )

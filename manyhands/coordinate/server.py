@@ -1,6 +1,6 @@
 """The coordinator: the policy of `state`, served over gRPC. Threads only, no torch: it lives in the launcher or alone.
 
-Each worker holds one stream, whose end is its end: the kernel closes a killed process's socket at once.
+Each worker holds one stream. The kernel closes a killed process's socket at once; a living one comes back on another.
 """
 
 from __future__ import annotations
@@ -116,14 +116,16 @@ class Coordinator:
         with self._deciding() as (state, _):
             state.expect(ids)
 
-    def lost(self, seat_id: str, *, how: str, detail: str) -> None:
+    def lost(self, seat_id: str, *, how: str, detail: str, final: bool = False, then: str = "") -> None:
         """A worker's process has ended (or was never started).
 
         Args:
             how: "death" (killed), "failed" (an exception, a crash) or "left" (as it should).
+            final: whoever took its place would meet the same: before the first step the job has failed.
+            then: what is done about it, in words.
         """
         with self._deciding() as (state, now):
-            state.lose(seat_id, how=how, detail=detail, now=now)
+            state.lose(seat_id, how=how, detail=detail, now=now, final=final, then=then)
 
     def publish(self, key: str, text: str) -> None:
         """A fact for all workers."""
@@ -221,7 +223,9 @@ class Coordinator:
                 now=now,
             )
             line.id = seat.id
-            self._lines[seat.id] = line
+            before, self._lines[seat.id] = self._lines.get(seat.id), line
+            if before is not None:  # it is back before the end of its last connection was known
+                before.out.put(None)
 
     def _read(self, line: _Line, requests: Iterator[bytes], peer: str) -> None:
         """All that a connection says, until it ends."""
@@ -253,7 +257,7 @@ class Coordinator:
     def _hear(self, line: _Line, message: Mapping[str, Any]) -> None:
         op, id = message["op"], line.id
         with self._deciding() as (state, now):
-            if id not in state.members:  # given up meanwhile
+            if id not in state.members or self._lines.get(id) is not line:  # given up, or back on another one
                 return
             step = messages.whole(message, "step")
             if op == "beat":
@@ -266,7 +270,9 @@ class Coordinator:
                     now=now,
                 )
             elif op == "ready":
-                state.ready(id, epoch=messages.whole(message, "epoch"), step=step, now=now)
+                epoch, phase = messages.whole(message, "epoch"), messages.text(message, "phase")
+                waits = bool(message.get("waits", True))
+                state.ready(id, epoch=epoch, step=step, now=now, phase=phase, waits=waits)
             elif op == "suspect":
                 rank = None if message.get("rank") is None else messages.whole(message, "rank")
                 detail = messages.text(message, "detail", most=messages.DETAIL_LENGTH)
@@ -294,7 +300,8 @@ class Coordinator:
                 if how not in ("death", "failed", "left"):
                     raise Garbage(f"how = {how!r}", "death, failed or left", "")
                 detail = messages.text(message, "detail", most=messages.DETAIL_LENGTH)
-                state.lose(id, how=how, detail=detail, now=now)
+                final, then = bool(message.get("final")), messages.text(message, "then")
+                state.lose(id, how=how, detail=detail, now=now, final=final, then=then)
             else:
                 raise Garbage(f"op = {op[:40]!r} of {id[:40]!r}", "expect, then lost", "")
 

@@ -3,9 +3,12 @@
 Every method takes the time and returns nothing; what is to be said and done lies in `out` afterwards, in order. Time is
 any clock in seconds that does not jump (`shift` moves it on where the whole machine was asleep).
 
-1. The first epoch begins when all expected workers are ready. A worker lost before the job's first step fails the job.
+1. The first epoch begins when all expected workers are ready. So does any further one while the job begins, that is, while
+   nobody holds a state to go on with: where a replacement is on its way, it is awaited. A loss that no other attempt would
+   mend (`final`) fails the job before its first step.
 2. A lost worker ends the epoch at once (`over`). The next begins when every living member is ready again, with those
-   newcomers that are ready then.
+   newcomers that are ready then. A worker whose connection ends is lost when its launcher says so, or when it has not come
+   back after `BACK_S`.
 3. A ready newcomer, or a member that wants to leave, is announced (`wanted`); the members end the epoch at a step of theirs.
 4. A worker unheard of for `hang_s` is evicted. So is one that stands still for `stuck_s` (or five times the longest step,
    if that is more) while the others passed it, or, where all stand still, the one that did so first.
@@ -21,10 +24,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from manyhands.coordinate import judge
-from manyhands.coordinate.messages import FACTS, VERSION, Garbage, Refused, epoch_to
+from manyhands.coordinate.messages import FACTS, Garbage, epoch_to
 from manyhands.coordinate.words import Happening, Member, Note, Rules, Say
 from manyhands.core.membership import Epoch, Loss, Seat
 
+BACK_S = 1.5  # for a worker whose connection has ended to come back in
 EXPLAIN_S = 0.3  # how long a better reason than "its connection ended" is awaited before the loss is told
 LEFT_S = 1.0  # a member that has left is not missed for so long: the others reach the same step boundary
 
@@ -61,28 +65,17 @@ class State:
 
     def hello(self, seat: Seat, *, holding: Epoch | None, step: int, version: int, now: float) -> None:
         """A worker (re)connects; `holding` is the epoch that it takes part in. Raises `Refused`."""
-        if version != VERSION:
-            raise Refused("FAILED_PRECONDITION", f"protocol version {version}", f"this is {VERSION}", "")
-        if self.ended is not None:
-            raise Refused("FAILED_PRECONDITION", f"the job has ended: {self.ended[1]}")
-        if seat.id in self.gone:
-            lost = self.gone[seat.id]
-            raise Refused("FAILED_PRECONDITION", f"worker {seat.id} was given up ({lost.how}: {lost.detail})")
         member = self.members.get(seat.id)
-        if member is not None and member.connected:
-            raise Refused(
-                "ALREADY_EXISTS",
-                f"worker {seat.id} takes part already (process {member.seat.pid} on {member.seat.host})",
-                "an id is one process's, for its life",
-                "give another id",
-            )
+        judge.admit(seat, member, self.gone.get(seat.id), version=version, ended=self.ended)
         self.coming.discard(seat.id)
         if holding is not None and holding.number > self.number:  # our journal was lost: numbers never repeat
             self.adopt(holding, now)
-        member = self.members[seat.id] = Member(seat, now, now)
+        if member is None or not judge.same(seat, member):
+            member = Member(seat, now, now)
+        member.connected, member.ready, member.heard_s = True, False, now
+        self.members[seat.id] = member
         self._stepped(member, step, now)
-        welcome = {"facts": dict(self.facts), "stopping": self.stopping, "wanted": self._wanted}
-        self._say(seat.id, "welcome", **welcome)
+        self._say(seat.id, "welcome", facts=dict(self.facts), stopping=self.stopping, wanted=self._wanted)
         self.out.append(Happening(kind="joined", seat_id=seat.id))
         if self.epoch is not None and self._inside(seat.id):
             if (
@@ -100,15 +93,18 @@ class State:
             member.calls, member.moved_s = calls, now
         self._stepped(member, step, now)
 
-    def ready(self, id: str, *, epoch: int, step: int, now: float) -> None:
-        """It waits for the epoch after `epoch`."""
+    def ready(
+        self, id: str, *, epoch: int, step: int, now: float, phase: str = "", waits: bool = True
+    ) -> None:
+        """It waits for the epoch after `epoch`; not `waits`: no longer, it has to do something first."""
         member = self.members[id]
         member.heard_s = member.moved_s = now
+        member.phase = phase or member.phase
         self._stepped(member, step, now)
-        if self.epoch is not None and self._inside(id) and epoch < self.epoch.number:
+        if waits and self.epoch is not None and self._inside(id) and epoch < self.epoch.number:
             self._say(id, "epoch", **epoch_to(self.epoch))
             return
-        member.ready = True
+        member.ready = waits
         self._want()
         self._form(now)
 
@@ -170,21 +166,38 @@ class State:
                     self.order.append(id)
 
     def cut(self, id: str, now: float) -> None:
-        """Its connection has ended: it is dead, or it has left."""
+        """Its connection has ended: it has left, it is dead, or it comes back."""
         member = self.members.get(id)
         if member is None:
             return
         if member.leaving is not None:
             self.lose(id, how="left", detail=member.leaving, now=now)
         else:
-            self.lose(id, how="death", detail="its connection ended", now=now, explained=False)
+            member.connected, member.cut_s = False, now
 
-    def lose(self, id: str, *, how: str, detail: str, now: float, explained: bool = True) -> None:
-        """It is no longer there. Told a second time with a better reason, only the reason changes."""
+    def lose(
+        self,
+        id: str,
+        *,
+        how: str,
+        detail: str,
+        now: float,
+        explained: bool = True,
+        final: bool = False,
+        then: str = "",
+    ) -> None:
+        """It is no longer there. Told a second time with a better reason, only the reason changes.
+
+        `final`: whoever took its place would meet the same; `then`: what is done about it, in words.
+        """
         if id in self.gone:
             if id in self._unexplained and explained:
-                self.gone[id] = replace(self.gone[id], how=how, detail=detail)
-                self._explain(id, now)
+                known = self.gone[id]
+                if known.how == "hang":  # of which its process's end is only the consequence
+                    how, detail = known.how, known.detail
+                self.gone[id] = replace(known, how=how, detail=detail, then=then)
+                self._explain(id, now, final)
+                self._form(now)
             return
         self.coming.discard(id)
         member = self.members.pop(id, None)
@@ -194,20 +207,11 @@ class State:
             how, detail = "left", member.leaving
         inside = self.epoch is not None and self._inside(id)
         rank = self.epoch.rank_of(id) if self.epoch is not None and inside else -1
-        self.gone[id] = Loss(
-            seat=member.seat,
-            rank=rank,
-            how=how,
-            detail=detail,
-            phase=member.phase,
-            step=member.step,
-            stack=member.stack,
-            silent_s=round(max(0.0, now - member.heard_s), 3),
-        )
+        self.gone[id] = judge.loss(member, rank, how=how, detail=detail, then=then, now=now)
         self.out.append(Note({"kind": "lost", "loss": asdict(self.gone[id])}))
         if inside:
             self._losses.append(id)
-            if how == "left":
+            if how == "left" and self.began:
                 if not self.over and detail != "done" and self._departed is None:
                     self._departed = now
             else:
@@ -215,7 +219,7 @@ class State:
                 self._tell_over(self._living())
         self._unexplained[id] = now
         if explained:
-            self._explain(id, now)
+            self._explain(id, now, final)
         self._want()
         self._form(now)
 
@@ -234,6 +238,7 @@ class State:
         for member in self.members.values():
             member.heard_s += seconds
             member.moved_s += seconds
+            member.cut_s += seconds
 
     def tick(self, now: float) -> None:
         """What time brings about; to be called some times a second."""
@@ -242,12 +247,16 @@ class State:
         for id, since in list(self._unexplained.items()):
             if now - since >= EXPLAIN_S:
                 self._explain(id, now)
+                self._form(now)
         if self._departed is not None and now - self._departed >= LEFT_S and not self.over:
             self.over = True
             self._tell_over(self._living())
         for id, member in list(self.members.items()):
             silent = now - member.heard_s
-            if silent > self.rules.hang_s:
+            if member.cut_s and not member.connected and now - member.cut_s > BACK_S:
+                detail = f"its connection ended, and it has not come back within {BACK_S} s"
+                self.lose(id, how="death", detail=detail, now=now, explained=False)
+            elif silent > self.rules.hang_s:
                 what = "no sign of life" if member.connected else "it has not come back since the restart"
                 self._evict(id, f"{what} for {silent:.1f} s", now)
         if self.began and not self.over and self._longest_s > 0:  # a step may take long
@@ -312,27 +321,28 @@ class State:
         """Begin the next epoch if everybody is there."""
         if self.ended is not None:
             return
-        if self.epoch is None:
-            ready = {id for id, m in self.members.items() if m.ready and m.leaving is None}
-            if self.coming or not ready or not ready.issuperset(set(self.order) - set(self.gone)):
+        staying, newcomers = self._staying(), self._newcomers()
+        if not self.began and judge.beginning(staying):
+            everybody = {id for id, m in self.members.items() if m.leaving is None}
+            if self.epoch is None:
+                everybody |= set(self.order) - set(self.gone)
+            ready = {member.seat.id for member in (*staying, *newcomers) if member.ready}
+            if self.coming or self._unexplained or not ready or ready != everybody:
                 return
-            if len(ready) < self.rules.awaited:
+            if self.epoch is None and len(ready) < self.rules.awaited:
                 return
-            ids = [id for id in self.order if id in ready]
-            ids += [id for id in self.members if id in ready and id not in ids]
-        else:
-            staying = self._staying()
-            if not staying or not all(member.ready for member in staying):
-                return
-            ids = [member.seat.id for member in (*staying, *self._newcomers())]
-            if len(ids) < self.rules.min_workers:
-                return
+            if self.epoch is None:
+                newcomers.sort(key=lambda m: (*self.order, m.seat.id).index(m.seat.id))
+        elif not staying or not all(member.ready for member in staying):
+            return
+        ids = [member.seat.id for member in (*staying, *newcomers)]
+        if len(ids) < self.rules.min_workers:
+            return
         self.number += 1
-        fresh = [id for id in ids if self.members[id].step < 1 or not self.began]
         self.epoch = Epoch(
             number=self.number,
             seats=tuple(self.members[id].seat for id in ids),
-            fresh=frozenset(fresh),
+            fresh=frozenset(id for id in ids if self.members[id].step < 1 or not self.began),
             losses=tuple(self.gone[id] for id in self._losses),
         )
         self.over, self._departed, self._wanted = False, None, False
@@ -347,7 +357,7 @@ class State:
         self.out.append(Happening(kind="epoch", epoch=self.epoch))
         self._want()
 
-    def _explain(self, id: str, now: float) -> None:
+    def _explain(self, id: str, now: float, final: bool = False) -> None:
         """The reason of a loss is as good as it will get: tell it, and see whether the job can go on."""
         del self._unexplained[id]
         loss = self.gone[id]
@@ -358,9 +368,8 @@ class State:
             if loss.detail == "done" and not any(m.step >= 1 for m in self.members.values()):
                 self._end(0, "done")  # newcomers that are still getting ready are too late
             return
-        if not self.began:
-            if loss.rank >= 0 or id in self.order:
-                self._end(1, f"worker {id} was lost before the first step ({loss.how}: {loss.detail})")
+        if final and not self.began and (loss.rank >= 0 or id in self.order):
+            self._end(1, f"worker {id} was lost before the first step ({loss.how}: {loss.detail})")
             return
         if loss.rank >= 0:
             self._since_step.append(loss)
@@ -372,7 +381,7 @@ class State:
     def _evict(self, id: str, detail: str, now: float) -> None:
         self._say(id, "evicted", detail=detail)
         self.out.append(Happening(kind="evict", seat_id=id, detail=detail))
-        self.lose(id, how="hang", detail=detail, now=now)
+        self.lose(id, how="hang", detail=detail, now=now, explained=False)
 
     def _judge(self, detail: str, now: float) -> None:
         times = len(self._suspicions)
@@ -381,33 +390,25 @@ class State:
             self._suspicions.clear()
             self._evict(worst, f"collectives failed {times} times in a row because of it: {detail}", now)
         elif times >= judge.UNNAMED:
-            self._end(
-                1,
-                f"collectives failed {times} times in a row: {detail}. The workers are alive, "
-                "but cannot reach each other. See to the network between them",
-            )
+            self._end(1, judge.unreachable(times, detail))
 
     def _enough(self, now: float) -> None:
         """Rule 6."""
-        if self.ended is not None or self.stopping or self.epoch is None or not self.began:
+        if self.ended is not None or self.stopping or self._unexplained:
             return
-        if self._unexplained or any(m.leaving == "done" for m in self.members.values()):
+        if self.epoch is None and not self.order:  # nobody is expected by name
             return
-        if any(loss.detail == "done" for loss in self.gone.values()):
+        gone = tuple(self.gone.values())
+        if any(m.leaving == "done" for m in self.members.values()) or any(x.detail == "done" for x in gone):
             return
         alive = sum(1 for m in self.members.values() if m.leaving is None)
-        if not any(m.step >= 1 for m in self.members.values()):
-            value, rule = "no worker is left that holds the job's state", "at least one must survive"
-        elif alive + len(self.coming) >= self.rules.min_workers:
+        stateless = self.began and not any(m.step >= 1 for m in self.members.values())
+        if not stateless and alive + len(self.coming) >= self.rules.min_workers:
             self._short_s = None
             return
-        else:
-            self._short_s = now if self._short_s is None else self._short_s
-            if now - self._short_s < self.rules.patience_s:
-                return
-            value = f"{alive} workers are left and no replacement comes"
-            rule = f"min_workers = {self.rules.min_workers}"
-        self._end(1, f"{value}. {rule}. continue from the last checkpoint by {self.rules.resume}")
+        self._short_s = now if self._short_s is None else self._short_s
+        if stateless or now - self._short_s >= self.rules.patience_s:
+            self._end(1, judge.shortage(alive, self.rules, stateless=stateless, began=self.began))
 
     def _end(self, code: int, words: str) -> None:
         if self.ended is None:

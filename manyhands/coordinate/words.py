@@ -63,6 +63,7 @@ class Member:
     heard_s: float
     moved_s: float  # when its main thread last said what it does
     connected: bool = True
+    cut_s: float = 0.0  # when its connection ended; 0: it never did
     ready: bool = False
     leaving: str | None = None
     phase: str = ""
@@ -71,9 +72,14 @@ class Member:
     stack: str = ""
 
 
+BEGINNING = {"start": "starting", "prepare": "preparing its data", "build": "building the model"}
+
+
 def during(loss: Loss) -> str:
     """What it was doing, in words: " in backward of step 57"; empty where unknown."""
     if not loss.phase:
         return ""
+    if loss.phase in BEGINNING and not loss.step:
+        return f" while {BEGINNING[loss.phase]}"
     of = "" if loss.phase == "step" else f"{loss.phase} of "
     return f" in {of}step {loss.step + 1}"

@@ -7,6 +7,7 @@ MASTER_ADDR and MASTER_PORT. Where RANK is absent the variables of Slurm, Open M
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -151,6 +152,15 @@ def console() -> TextIO:
         errors="replace",
         closefd=False,
     )
+
+
+def told_by_launcher(seat: str) -> bool:
+    """Whether the launcher itself tells of this worker's loss, so that the display need not.
+
+    $MANYHANDS_TOLD is how the names of the launcher's own workers begin; without it the display tells of all.
+    """
+    prefix = os.environ.get("MANYHANDS_TOLD")
+    return prefix is not None and re.fullmatch(rf"{re.escape(prefix)}\d+(-\d+)?", seat) is not None
 
 
 def chaos_directory() -> str | None:

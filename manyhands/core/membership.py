@@ -42,6 +42,7 @@ class Loss:
         phase, step: what it was doing when it was last heard of.
         stack: its main thread's last known stack, innermost call last; empty where unknown.
         silent_s: seconds between its last sign and the verdict.
+        then: what its launcher does about it, in words.
     """
 
     seat: Seat
@@ -52,6 +53,7 @@ class Loss:
     step: int = 0
     stack: str = ""
     silent_s: float = 0.0
+    then: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,10 @@ class Membership(Protocol):
         Raises:
             ManyhandsError: I was evicted, the job ended or failed, or nobody answers.
         """
+        ...
+
+    def next_or(self, fact: str) -> Epoch | None:
+        """As `next`, but None as soon as this fact is known and no epoch has come."""
         ...
 
     def at(self, phase: str, step: int) -> None:

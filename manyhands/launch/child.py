@@ -19,10 +19,21 @@ import time
 import traceback
 from pathlib import Path
 
-from manyhands.core.errors import ManyhandsError, PeerLost, Stopped
+from manyhands.core.errors import (
+    CheckpointError,
+    DataError,
+    Diverged,
+    ManyhandsError,
+    ModelError,
+    PeerLost,
+    Stopped,
+    UsageError,
+)
 from manyhands.core.signals import PHASE
 
 PR_SET_PDEATHSIG = 1
+# what lies in the command, its data or the installation: whoever tried again would meet the same
+FINAL = (UsageError, DataError, ModelError, CheckpointError, Diverged, ImportError, SyntaxError)
 LEAVE_S = 30.0  # for exit handlers; a finished worker is not held up for longer
 
 # The launcher's own search path, as multiprocessing's spawn hands it on: what it could import, we can.
@@ -95,6 +106,7 @@ def _record(error: BaseException, path: Path) -> None:
         "type": type(error).__name__,
         "message": str(error),
         "ours": isinstance(error, ManyhandsError),
+        "final": isinstance(error, FINAL),
         "kind": "stopped"
         if isinstance(error, (Stopped, KeyboardInterrupt))
         else "peer-lost"

@@ -58,13 +58,15 @@ class Control(Protocol):
 
     Attributes:
         variables: of the environment, by which workers find the coordinator.
+        shows: whether the job's display is on this launcher's terminal.
     """
 
     variables: Mapping[str, str]
+    shows: bool
 
     @property
     def began(self) -> bool:
-        """Whether a worker may be lost and the job go on."""
+        """Whether the job has made its first step, or these workers are none of those it begins with."""
         ...
 
     @property
@@ -74,7 +76,7 @@ class Control(Protocol):
 
     def expect(self, *ids: str) -> None: ...
 
-    def lost(self, id: str, *, how: str, detail: str) -> None: ...
+    def lost(self, id: str, *, how: str, detail: str, final: bool = False, then: str = "") -> None: ...
 
     def stop(self) -> bool:
         """Before a signal is handed on. Returns whether it is for the whole job, not for this launch's workers alone."""
@@ -89,6 +91,8 @@ class Control(Protocol):
 
 class Embedded:
     """The coordinator in this process: it needs no journal, because the workers end with this process."""
+
+    shows = True
 
     def __init__(self, elastic: Elastic, *, store: Path, output: Path) -> None:
         self._contact = output / CONTACT
@@ -119,8 +123,8 @@ class Embedded:
     def expect(self, *ids: str) -> None:
         self._coordinator.expect(ids)
 
-    def lost(self, id: str, *, how: str, detail: str) -> None:
-        self._coordinator.lost(id, how=how, detail=detail)
+    def lost(self, id: str, *, how: str, detail: str, final: bool = False, then: str = "") -> None:
+        self._coordinator.lost(id, how=how, detail=detail, final=final, then=then)
 
     def stop(self) -> bool:
         self._coordinator.tell_stop()
@@ -143,6 +147,8 @@ class Joined:
         ManyhandsError: it is not reached.
     """
 
+    shows = False
+
     def __init__(self, remote: Remote) -> None:
         self.variables: Mapping[str, str] = {
             "MANYHANDS_COORDINATOR": remote.address,
@@ -153,7 +159,7 @@ class Joined:
         self._queue: queue.SimpleQueue[Happening] = queue.SimpleQueue()
         self._ended: tuple[int, str] | None = None
         self._error: ManyhandsError | None = None
-        self._told: list[tuple[str, dict[str, str]]] = []  # said again after a reconnection
+        self._told: list[tuple[str, dict[str, str | bool]]] = []  # said again after a reconnection
         self._line = Line(
             remote.address,
             tls.read_token(remote.token_file),
@@ -198,8 +204,8 @@ class Joined:
         for id in ids:
             self._say("expect", id=id)
 
-    def lost(self, id: str, *, how: str, detail: str) -> None:
-        self._say("lost", id=id, how=how, detail=detail[:1000])
+    def lost(self, id: str, *, how: str, detail: str, final: bool = False, then: str = "") -> None:
+        self._say("lost", id=id, how=how, detail=detail[:1000], final=final, then=then[:200])
 
     def stop(self) -> bool:
         return False
@@ -210,7 +216,7 @@ class Joined:
     def close(self) -> None:
         self._line.close()
 
-    def _say(self, op: str, **fields: str) -> None:
+    def _say(self, op: str, **fields: str | bool) -> None:
         self._told.append((op, fields))
         self._line.say(op, **fields)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -17,11 +18,10 @@ from typing import TYPE_CHECKING
 
 from manyhands.coordinate.words import during
 from manyhands.core import hardware
-from manyhands.core.errors import UsageError
 from manyhands.launch import child, guard, place
 from manyhands.launch.spare import Spare, affordable
 from manyhands.launch.terminal import Requests
-from manyhands.launch.verdict import End, cause, read_record, read_tail
+from manyhands.launch.verdict import End, cause, final, read_record, read_tail
 
 if TYPE_CHECKING:
     from manyhands.core.membership import Loss
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 GRACE_S = 10.0  # between SIGTERM and SIGKILL for the peers of a failed worker
 POLL_S = 0.02
+ALIKE_S = 1.0  # before a job's first step: how long others' like failures are awaited until one is replaced
 HEALTHY_S = 600.0  # of life, after which a worker's replacements are counted anew
 
 
@@ -71,6 +72,7 @@ class Crew:
 
     Attributes:
         told_s: when this launcher began to end the workers itself.
+        hopeless: a worker failed before the first step in a way that no other attempt would mend.
     """
 
     requests: Requests
@@ -84,12 +86,19 @@ class Crew:
     prefix: str = ""
     workers: list[Worker] = field(default_factory=list)
     told_s: float | None = None
+    hopeless: bool = False
     _variables: dict[int, dict[str, str]] = field(default_factory=dict)
     _spent: Counter[int] = field(default_factory=Counter)  # replacements, by rank
     _known: dict[str, tuple[str, str]] = field(
         default_factory=dict
     )  # by id: its end, and what is done about it
     _losses: dict[str, Loss] = field(default_factory=dict)  # by id: what the coordinator knows of it
+    _untold: dict[str, str] = field(
+        default_factory=dict
+    )  # by id: the line that the job's display says instead
+    _held: list[tuple[float, Worker, str, str]] = field(
+        default_factory=list
+    )  # failures until they are replaced
     _spare: Spare | None = None
     _began_s: float = 0.0  # when the job's first step was done
     _kills_before: int = field(default_factory=lambda: place.oom_kills())
@@ -111,6 +120,8 @@ class Crew:
         mine = {**variables, "MANYHANDS_ERROR_FILE": str(error.absolute())}
         if self.control is not None:
             mine |= {**self.control.variables, "MANYHANDS_SEAT": id}
+            if not self._shown():
+                mine["MANYHANDS_TOLD"] = self.prefix or "w"
         if self.control is not None or rank == 0:  # any worker may become the first
             mine["MANYHANDS_CONSOLE"] = str(self.console)
         begin = log.stat().st_size if log.exists() else 0
@@ -137,7 +148,8 @@ class Crew:
                     worker.ended_s = time.time()
                     self._ended(worker)
             self._hear()
-            if all(worker.ended_s is not None for worker in self.workers):
+            self._let_go()
+            if not self._held and all(worker.ended_s is not None for worker in self.workers):
                 return
             self._serve()
             if self.servers is not None:
@@ -145,10 +157,28 @@ class Crew:
             self._keep_spare()
             if self.told_s is not None and time.time() - self.told_s > GRACE_S:
                 self._signal(signal.SIGKILL)
+            self._nap()
+
+    def _nap(self) -> None:
+        """Until a worker ends, for `POLL_S` at most."""
+        if not hasattr(os, "pidfd_open"):
             time.sleep(POLL_S)
+            return
+        poll, files = select.poll(), []
+        try:
+            for worker in self.workers:
+                if worker.ended_s is None:
+                    files.append(os.pidfd_open(worker.process.pid))
+                    poll.register(files[-1], select.POLLIN)
+            poll.poll(POLL_S * 1000)
+        finally:
+            for number in files:
+                os.close(number)
 
     def end(self) -> None:
         """Whatever still runs is killed, with all that the workers had started."""
+        for line in self._untold.values():
+            print(line, file=sys.stderr, flush=True)
         if self._spare is not None:
             self._spare.end()
             self.tell(f"ended {self._spare.process.pid}")
@@ -191,31 +221,47 @@ class Crew:
             return
         finished = any(w.ended_s is not None and w.process.returncode == 0 for w in self.workers)
         ending = finished or control.ended is not None or self.requests.stop or self.told_s is not None
-        if ending or not control.began:
-            control.lost(worker.id, how=how, detail=detail)
+        early = not control.began
+        others = [w.end() for w in self.workers if w.ended_s is not None and w is not worker]
+        hopeless = how != "left" and final(end, others if early else ())
+        if ending or (early and hopeless):
+            self.hopeless = self.hopeless or not ending
+            control.lost(worker.id, how=how, detail=detail, final=hopeless)
             self._give_up()
             return
-        worker.survived, worker._end = True, dataclasses.replace(end, survived=True)
-        then = self._replace(worker) if how != "left" else "the others go on"
-        self._known[worker.id] = (detail, then)
-        control.lost(worker.id, how=how, detail=detail)
-        self._clear(worker)
-        self._say_lost(worker)
+        then = "the others go on" if how == "left" else self._succession(worker, hopeless)
+        control.lost(worker.id, how=how, detail=detail, final=hopeless, then=then)
+        wait_s = ALIKE_S if early and end.record is not None and how == "failed" else 0.0
+        self._held.append((time.monotonic() + wait_s, worker, detail, then))
+        self._let_go()
 
-    def _replace(self, worker: Worker) -> str:
-        """Start its successor, if it may have one; what was done, in words."""
+    def _let_go(self) -> None:
+        """Go on without those whose time has come, and start their successors."""
+        if self.told_s is not None or self.requests.stop:
+            self._held.clear()
+        for held in [each for each in self._held if each[0] <= time.monotonic()]:
+            self._held.remove(held)
+            _, worker, detail, then = held
+            worker.survived, worker._end = True, dataclasses.replace(worker.end(), survived=True)
+            if "takes its place" in then:
+                self.start(worker.rank, self._variables[worker.rank], worker.generation + 1)
+            self._known[worker.id] = (detail, then)
+            self._clear(worker)
+            self._say_lost(worker)
+
+    def _succession(self, worker: Worker, hopeless: bool) -> str:
+        """Whether it gets a successor, which is then expected; in words."""
         assert self.control is not None
         assert self.elastic is not None
         if worker.ended_s is not None and worker.ended_s - worker.started_s >= HEALTHY_S:
             self._spent[worker.rank] = 0
-        if worker.process.returncode == UsageError.exit_code:
+        if hopeless:
             return "it is not replaced: it would meet the same"
         if self._spent[worker.rank] >= self.elastic.restarts:
             return f"it is not replaced (restarts = {self.elastic.restarts})"
         self._spent[worker.rank] += 1
         successor = self.name(worker.rank, worker.generation + 1)
         self.control.expect(successor)
-        self.start(worker.rank, self._variables[worker.rank], worker.generation + 1)
         return f"{successor} takes its place ({self._spent[worker.rank]} of {self.elastic.restarts})"
 
     def _hear(self) -> None:
@@ -233,6 +279,9 @@ class Crew:
                     if worker.id == happening.seat_id and happening.loss is not None:
                         self._losses[worker.id] = happening.loss
                         self._say_lost(worker)
+            elif happening.epoch is not None:  # its first rank tells of them
+                for loss in happening.epoch.losses:
+                    self._untold.pop(loss.seat.id, None)
             elif happening.kind == "stop" and not self.requests.stop:
                 self.requests.stop.append(signal.SIGTERM)
         if self.control.ended is not None and self.control.ended[0] != 0:
@@ -243,13 +292,23 @@ class Crew:
         if worker.id not in self._known or worker.id not in self._losses:
             return
         (detail, then), loss = self._known.pop(worker.id), self._losses.pop(worker.id)
-        rank = f" (rank {loss.rank})" if loss.rank >= 0 else ""
+        rank = loss.rank if loss.rank >= 0 or self.prefix else worker.rank
+        who = f"worker {worker.id}" + (f" (rank {rank})" if rank >= 0 else "")
         what = f"was given up: {loss.detail}" if loss.how == "hang" else detail
-        line = f"manyhands: worker {worker.id}{rank} on {hardware.hostname()}{during(loss)} {what}; {then}"
-        print(line, file=sys.stderr, flush=True)
+        frames = loss.stack.strip().splitlines()
+        at = f" at {frames[-1].rpartition('/')[2]}" if frames else ""
+        line = f"manyhands: {who} on {hardware.hostname()}{during(loss)}{at} {what}; {then}"
+        if self._shown() and loss.rank >= 0 and self.control is not None and self.control.began:
+            self._untold[worker.id] = line
+        else:
+            print(line, file=sys.stderr, flush=True)
         if loss.stack:
             with contextlib.suppress(OSError), worker.log.open("a", encoding="utf-8") as log:
                 log.write(f"manyhands: last known stack of {worker.id}, innermost call last:\n{loss.stack}\n")
+
+    def _shown(self) -> bool:
+        """Whether the job's display draws on this terminal, where a line of ours would be drawn over: it tells of losses."""
+        return self.control is not None and self.control.shows and os.isatty(self.console)
 
     def _give_up(self) -> None:
         if self.told_s is None and not self.requests.stop:

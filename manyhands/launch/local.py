@@ -4,8 +4,8 @@ The workers meet through a private directory (`MANYHANDS_STORE`), which also han
 ``OUTPUT/logs/rank-k.log``; rank 0 also gets this terminal for its display. Nothing is left behind, however this process
 ends (see `guard`).
 
-The first failure of any worker ends the others and is printed last; but in an elastic launch, once the job has made a
-step, survivors go on, the loss is printed as it happens, and a replacement is started (`Crew`).
+The first failure of any worker ends the others and is printed last; but in an elastic launch survivors go on, the loss is
+printed as it happens, and a replacement is started (`Crew`), unless, before the first step, it would meet the same.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def launch(
             stopped_by=requests.stop[0] if requests.stop else None,
             told_s=crew.told_s,
             out_of_memory=crew.out_of_memory(),
-            ended=control.ended if control is not None else None,
+            ended=control.ended if control is not None and not crew.hopeless else None,
         )
     if verdict.words:
         print(verdict.words, file=sys.stderr, flush=True)

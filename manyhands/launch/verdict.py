@@ -113,6 +113,25 @@ def cause(end: End, out_of_memory: bool = False) -> tuple[str, str]:
     return ("death" if outside else "failed"), _how(end, out_of_memory)
 
 
+def final(end: End, before: Sequence[End] = ()) -> bool:
+    """Whether whoever took this worker's place would meet the same.
+
+    So it is with an error in what the user gave (a usage error, data, a model) or in the installation, and with whatever has
+    ended another worker in the same way `before`: by the same exception at the same place, or the same signal or exit
+    code. A kill from outside says nothing of the next one.
+    """
+    alike = _likeness(end)
+    marked = end.record is not None and bool(end.record.get("final"))
+    return marked or (alike is not None and alike in [_likeness(other) for other in before])
+
+
+def _likeness(end: End) -> tuple[object, ...] | None:
+    if end.record is not None:
+        failed = end.record["kind"] == "failed"
+        return (end.record["type"], end.record["where"]) if failed else None
+    return None if end.code in (0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT) else (end.code,)
+
+
 def _how(end: End, out_of_memory: bool) -> str:
     record = end.record
     if record is not None:

@@ -28,6 +28,7 @@ from manyhands.train.standing import Held, Position, Standing, conclude
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from manyhands.core.events import Emit
     from manyhands.core.membership import Epoch, Loss, Membership
     from manyhands.train.loop import Loop
     from manyhands.train.replica import Replica
@@ -87,9 +88,18 @@ class Crew:
 
     def meet(self) -> World:
         """Wait for the next epoch and join its members, as often as it takes. Raises what the coordinator says."""
+        world = self.meet_or("")
+        assert world is not None
+        return world
+
+    def meet_or(self, fact: str) -> World | None:
+        """As `meet`; but None as soon as this fact is known and no epoch has come."""
         while True:
-            self.epoch = self.membership.next()
-            self._losses += self.epoch.losses
+            epoch = self.membership.next_or(fact) if fact else self.membership.next()
+            if epoch is None:
+                return None
+            self.epoch = epoch
+            self._losses += epoch.losses
             try:
                 return self._join(self.epoch)
             except PeerLost as lost:
@@ -212,8 +222,12 @@ class Crew:
             loop.take_facts(world.gather(loop.facts())[standing.leader])  # shares, too, are the leader's
             self.fresh = False
         self._hand_out(loop, standing)
-        again = max(0, goal - loop.replica.steps)
-        self._tell(loop, standing, made_of, time.perf_counter() - begun, rebuilt=rebuilt, redone_steps=again)
+        again, wall_s = max(0, goal - loop.replica.steps), time.perf_counter() - begun
+        self._tell(loop, standing, made_of, wall_s, rebuilt=rebuilt, redone_steps=again)
+        for rank in standing.fresh if made_of != SURVIVORS or redivided is not None else ():
+            seat = self.epoch.seats[rank]  # it has its part already
+            told = {"seat": seat.id, "rank": rank, "host": seat.host, "step": standing.steps}
+            loop.emit(Joined(**told, size_bytes=0, wall_s=wall_s))
 
     # -- state for those who lack it
 
@@ -275,14 +289,18 @@ class Crew:
 
     # -- words
 
+    def tell_losses(self, emit: Emit) -> None:
+        """Who was lost since this was told last."""
+        for loss in self._losses:
+            if loss.seat.id not in self._told_left:
+                emit(_words(loss))
+        self._losses.clear()
+
     def _tell(
         self, loop: Loop, standing: Standing, made_of: str, wall_s: float, *, rebuilt: str, redone_steps: int
     ) -> None:
         assert self.epoch is not None
-        for loss in self._losses:
-            if loss.seat.id not in self._told_left:
-                loop.emit(_words(loss))
-        self._losses.clear()
+        self.tell_losses(loop.emit)
         kept = sum(len(places) for by in standing.held.values() for places in by.values())
         loop.emit(
             Reformed(
@@ -313,6 +331,7 @@ def _words(loss: Loss) -> Left | Lost:
         step=loss.step,
         stack=loss.stack,
         silent_s=loss.silent_s,
+        then=loss.then,
     )
 
 

@@ -1,4 +1,4 @@
-"""What must stay the same when a run is continued."""
+"""How a run is continued, and what must stay the same."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manyhands.core.errors import CheckpointError, UsageError
+from manyhands.core.events import Emit, Resumed, Warned
 
 if TYPE_CHECKING:
     from manyhands.train.job import Job
+    from manyhands.train.loop import Loop
     from manyhands.train.material import Material
 
 
@@ -30,3 +32,33 @@ def same_order(path: Path, before: Mapping[str, Any], job: Job, material: Materi
             "a resumed run continues with the same rows",
             "restore the data, or start a new run",
         )
+
+
+def restore(loop: Loop, path: Path, job: Job, material: Material, emit: Emit) -> list[int]:
+    """Bring a loop to where a checkpoint (already verified) stands. Collective.
+
+    Returns:
+        How many workers the run had before, attempt by attempt.
+
+    Raises:
+        UsageError, CheckpointError: this job would not continue it.
+    """
+    from manyhands.train import checkpoint, exchange_state, session
+
+    before = checkpoint.load_state(path).state
+    same_order(path, before, job, material)
+    session.restore_replica(loop.replica, path, verified=True)
+    lost = exchange_state.missing(before)
+    earlier = list(before.get("world_sizes", []))
+    if loop.world.rank == 0:
+        if lost:
+            emit(Warned(message=lost, where="resume"))
+        emit(
+            Resumed(
+                step=loop.replica.steps,
+                path=str(path),
+                from_workers=earlier[-1] if earlier else 0,
+                workers=loop.world.size,
+            )
+        )
+    return earlier

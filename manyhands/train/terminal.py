@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TextIO
 
 from manyhands.core import events as e
@@ -18,7 +18,7 @@ from manyhands.train import membership_words as membership
 PLAIN_S = 5.0  # between progress lines of preparing and evaluating where there is no bar
 GONE = (errno.EIO, errno.EPIPE)  # a terminal that hung up, a pipe that nobody reads
 DRAWN_S = 0.1  # between two drawings of a bar
-BALANCE_S = 30.0  # between lines on equally loaded workers where there is no bar
+BALANCE_S = 60.0  # between lines on workers whose shares stay the same, where there is no bar
 NARROW = 60  # columns below which figures need the place of the bar
 _PLAINER = str.maketrans(
     {"→": "->", "…": "...", "·": "*", "×": "x", "–": "-", "—": "-", "’": "'", "“": '"', "”": '"'}
@@ -26,9 +26,14 @@ _PLAINER = str.maketrans(
 
 
 class Terminal:
-    """Shows events on `console`: with a live bar on a TTY, one line an event otherwise."""
+    """Shows events on `console`: with a live bar on a TTY, one line an event otherwise.
 
-    def __init__(self, console: TextIO) -> None:
+    Args:
+        told: says of a seat whether somebody else tells of its loss.
+    """
+
+    def __init__(self, console: TextIO, told: Callable[[str], bool] = lambda seat: False) -> None:
+        self._told = told
         # asked of the file: FORCE_COLOR and the like must not draw a bar into a log
         self._live = console.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
         self._console = _rich(console, soft_wrap=not self._live)
@@ -37,7 +42,8 @@ class Terminal:
         self._kind = ""
         self._said = self._drawn = 0.0
         self._loads: list[tuple[str, str]] = []  # lines below the bar: (text, style)
-        self._blamed, self._blamed_at = "", -math.inf
+        self._shares: tuple[object, ...] = ()  # as said last
+        self._shares_at = -math.inf
 
     def __call__(self, event: e.Event) -> None:
         shown = getattr(self, f"_{type(event).__name__.lower()}", None)
@@ -124,14 +130,16 @@ class Terminal:
             if self._bar is not None and self._kind == "train" and time.monotonic() - self._drawn > DRAWN_S:
                 self._bar.refresh()
             return
-        new = event.slowest + event.reason != self._blamed
-        if new or time.monotonic() - self._blamed_at > BALANCE_S:
-            self._blamed, self._blamed_at = event.slowest + event.reason, time.monotonic()
+        rows = sum(load.rows for load in event.workers) or 1
+        shares = tuple((load.seat, round(100 * load.rows / rows)) for load in event.workers)
+        if shares != self._shares or time.monotonic() - self._shares_at > BALANCE_S:
+            self._shares, self._shares_at = shares, time.monotonic()
             self._say("  ".join(text for text, _ in membership.load_lines(event, short=True)))
 
     def _lost(self, event: e.Lost) -> None:
         self._loads = []
-        self._say(membership.lost(event), style="red")
+        if not self._told(event.seat):
+            self._say(membership.lost(event), style="red")
 
     def _left(self, event: e.Left) -> None:
         self._loads = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from manyhands.core.environment import console
+from manyhands.core.environment import console, told_by_launcher
 from manyhands.core.events import Emit, Event, Warned
 from manyhands.core.registry import resolve
 from manyhands.train.sinks import JsonLines, Terminal, fan_out
@@ -32,7 +32,7 @@ class Voice:
         elif not self._sinks:
             output = Path(self._job.output)
             output.mkdir(parents=True, exist_ok=True)
-            self._sinks = [Terminal(console()), JsonLines(output / "metrics.jsonl")]
+            self._sinks = [Terminal(console(), told=told_by_launcher), JsonLines(output / "metrics.jsonl")]
             for name in self._job.report_to:
                 self._sinks.append(resolve("sinks", name)(output / name))
             self._speak = fan_out(self._sinks)

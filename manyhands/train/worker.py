@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from manyhands.core import config, rng
+from manyhands.core.environment import read_env
 from manyhands.core.errors import PeerLost, Stopped, UsageError
-from manyhands.core.events import Finished, Planned, Resumed, Sampled, Served, Warned
+from manyhands.core.events import Finished, Planned, Sampled, Served
 from manyhands.train import chaos_hook
 from manyhands.train.order import Order
 from manyhands.train.parts import Parts
@@ -77,6 +79,7 @@ class _Run:
         from manyhands.train.voice import Voice
 
         self.job, self.origins, self.started = order.job, order.origins, order.started or time.time()
+        self._given = order.job
         self.device, self.interrupts, self.allocator = device, interrupts, allocator
         self.output = Path(self.job.output)
         self.emit = Voice(self.job)
@@ -149,15 +152,21 @@ class _Run:
                     return self._begin()
                 if "job" in self.crew.membership.facts():
                     return self._catch_up()
-                self._enter(self.crew.meet())
-                if self.crew.all_fresh(self.the_world):
+                with self.interrupts.phase("start", interruptible=True):
+                    world = self.crew.meet_or("job")
+                    if world is None:
+                        continue
+                    self._enter(world)
+                    together = self.crew.all_fresh(world)
+                if together:
                     return self._begin()
                 self.crew.membership.suspect(None, "a newcomer has to get ready first")
-            except PeerLost as lost:  # before the first step there is nothing to go on with: it begins anew
+            except PeerLost as lost:  # nothing to go on with yet: it begins anew, with what is prepared
                 if self.crew is None:
                     raise
                 self.crew.failed(lost)
                 self.the_world.wire.close()
+                self._at("start")
 
     @property
     def the_world(self) -> World:
@@ -178,18 +187,27 @@ class _Run:
     def _begin(self) -> Loop:
         """Everybody prepares and builds together."""
         loop = self._build_all(self._resume_path)
-        self._write_config()
         if self.crew is not None:
             self.crew.fresh = False
-            if self.the_world.rank == 0:
-                order = Order(self.effective, dict(self.origins), self.started)
-                self.crew.membership.publish("job", order.to_json())
+        if self.the_world.rank == 0:
+            self._publish()
+        if self.crew is not None:
+            self.crew.tell_losses(self.emit)
         return loop
+
+    def _publish(self) -> None:
+        """The run begins: what it consists of, for newcomers and for later. A refused one leaves an earlier one's alone."""
+        from manyhands.train.durable import write_text
+
+        write_text(self.output / "config.toml", config.to_toml(self.effective))
+        if self.crew is not None:
+            order = Order(self.effective, dict(self.origins), self.started)
+            self.crew.membership.publish("job", order.to_json())
 
     def _catch_up(self) -> Loop:
         """The job runs: get ready alone, then take part and get the state from a peer."""
         from manyhands.train.enlist import alone
-        from manyhands.train.standing import Position
+        from manyhands.train.standing import NobodyHolds, Position
 
         assert self.crew is not None
         order = Order.from_json(self.crew.membership.facts()["job"])
@@ -199,19 +217,30 @@ class _Run:
         self.parts.warm_up(loop.replica, loop.feed)
         begun = time.perf_counter()
         while True:
-            world = self.crew.meet()
+            with self.interrupts.phase("start", interruptible=True):
+                world = self.crew.meet()
             mine = Position(seat=self.crew.membership.me.id, fresh=True, steps=0)
             try:
                 self.crew.settle(loop, world, mine, begun=begun)
                 return loop
+            except NobodyHolds:  # whoever had begun died before the first step: all are newcomers
+                self.job = self._given
+                self._enter(world)
+                return self._begin()
             except PeerLost as lost:
                 world.wire.close()
                 self.crew.failed(lost)
 
     def _build_all(self, resume_path: Callable[[], Path | None], planned_for: int | None = None) -> Loop:
         """Data, model, plan, loop; nothing is kept of an earlier attempt."""
+        from manyhands.train.resume import restore
+
         if self.loop is not None:
             self.loop.replica.close()
+            self.loop = None
+        shares, asked = self.job.shares, self.job.workers or read_env().world_size
+        if shares is not None and self.crew is not None and len(shares) == asked != self.the_world.size:
+            self.job = dataclasses.replace(self.job, shares=None)  # somebody was lost who isn't replaced
         over = self.crew.membership.over if self.crew is not None else None
         self.parts = parts = Parts(self.job, self.device, over, planned_for)
         with self.interrupts.phase("prepare", interruptible=True):
@@ -227,7 +256,8 @@ class _Run:
             self.loop = loop = self._loop()
             chaos_hook.tell(loop.replica, self._seat())
             if resume is not None:
-                self._restore(loop, resume)
+                sizes = restore(loop, resume, self.job, parts.material, self.emit)
+                self.world_sizes = [*sizes, self.the_world.size]
         return loop
 
     def _announce(self) -> None:
@@ -260,13 +290,6 @@ class _Run:
         path = checkpoint.resolve_resume(self.job.resume, self.output)
         checkpoint.verify(path)
         return path
-
-    def _write_config(self) -> None:
-        """Once it is sure that the run begins: a refused one leaves an earlier run's configuration alone."""
-        from manyhands.train.durable import write_text
-
-        if self.the_world.rank == 0:
-            write_text(self.output / "config.toml", config.to_toml(self.effective))
 
     def _rebuild(self, world: World, salvaged: Mapping[str, Any], steps: int) -> tuple[Replica, str]:
         """For methods whose state was divided among workers that are gone."""
@@ -334,6 +357,8 @@ class _Run:
         if self.world_sizes[-1:] != [world.size]:
             self.world_sizes.append(world.size)
         self.emit.take(world.rank)
+        if self.crew is not None and world.rank == 0 and "job" not in self.crew.membership.facts():
+            self._publish()  # the first one died before it could
         return AsyncSaver(self.output, self.job.keep, self.emit) if world.rank == 0 else None
 
     def _state(self) -> dict[str, Any]:
@@ -344,28 +369,6 @@ class _Run:
             "world_sizes": self.world_sizes,
             "labels": self.parts.material.labels,
         }
-
-    def _restore(self, loop: Loop, path: Path) -> None:
-        from manyhands.train import checkpoint, exchange_state, session
-        from manyhands.train.resume import same_order
-
-        before = checkpoint.load_state(path).state
-        same_order(path, before, self.job, self.parts.material)
-        session.restore_replica(loop.replica, path, verified=True)
-        lost = exchange_state.missing(before)
-        if lost and self.the_world.rank == 0:
-            self.emit(Warned(message=lost, where="resume"))
-        earlier = list(before.get("world_sizes", []))
-        self.world_sizes = [*earlier, self.the_world.size]
-        if self.the_world.rank == 0:
-            self.emit(
-                Resumed(
-                    step=loop.replica.steps,
-                    path=str(path),
-                    from_workers=earlier[-1] if earlier else 0,
-                    workers=self.the_world.size,
-                )
-            )
 
     def _sample(self, loop: Loop) -> None:
         """A continuation, drawn by rank 0."""
