@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from manyhands.coordinate.client import connect_from_env
-from manyhands.core.errors import Stopped
+from manyhands.core.errors import Stopped, UsageError
 from manyhands.core.membership import Seat
 from manyhands.core.signals import Interrupts
 
@@ -36,10 +36,15 @@ def train(argument: str) -> int:
     id = os.environ["MANYHANDS_SEAT"]
     voice = Voice(order["fifo"], id)
     voice.say("started", warm=WARM, threads=os.environ.get("OMP_NUM_THREADS"))
-    if order.get("fail_start") == id:
+    if order.get("misuse"):
+        raise UsageError("lr = -1", "a rate is positive", "give --lr 3e-4")
+    if id.startswith(order.get("fail_start", "none")) and id.count("-") < order.get("fails", 9):
         raise OSError("no such device")
+    while id in order.get("held", ()) and not os.path.exists(order["gate"]):
+        time.sleep(0.01)
     member = connect_from_env(Seat(id="", host="h", pid=os.getpid()))
     assert member is not None
+    voice.say("meeting")
     step = 0
     with Interrupts() as interrupts, interrupts.phase("step", interruptible=False):
         while step < order["steps"]:

@@ -198,25 +198,67 @@ def test_a_step_that_kills_whoever_computes_it_ends_the_job(launched: Callable[.
     assert job.everybody_gone()
 
 
-def test_a_loss_before_the_first_step_fails_as_ever(launched: Callable[..., Job]) -> None:
-    job = launched(fail_start="w1")
+def test_one_that_fails_before_the_first_step_is_replaced(launched: Callable[..., Job]) -> None:
+    job = launched(fail_start="w1", fails=1, steps=20)
+    code, errors = job.end()
+    assert code == 0, errors
+    (line,) = errors.splitlines()
+    assert "worker w1 (rank 1) on" in line
+    assert "OSError: no such device" in line
+    assert "w1-1 takes its place (1 of 3)" in line
+
+
+@pytest.mark.parametrize(("whom", "told"), [("w1", 1), ("w", 0)])
+def test_what_fails_again_in_the_same_way_is_not_tried_on(
+    launched: Callable[..., Job], whom: str, told: int
+) -> None:
+    """One worker and its replacement, or all at about the same time."""
+    job = launched(fail_start=whom)
     code, errors = job.end()
     assert code == 1
-    *_, failure, log = errors.strip().splitlines()
-    assert "worker 1 on" in failure
+    *losses, failure, log = errors.strip().splitlines()
+    assert len(losses) == told
+    assert f"worker {'1' if told else ''}" in failure
     assert "OSError: no such device" in failure
-    assert "rank-1.log" in log
+    assert "/logs/rank-" in log
+    assert job.everybody_gone()
 
 
-def test_workers_that_know_no_coordinator_fail_as_ever(launched: Callable[..., Job]) -> None:
-    job = launched(entry="ignore_membership")
-    pid = job.await_("started", lambda r: r["seat"] == "w1")["pid"]
-    job.await_("started", lambda r: r["seat"] == "w0")
-    os.kill(pid, signal.SIGKILL)
+def test_a_usage_error_on_all_is_told_once(launched: Callable[..., Job]) -> None:
+    job = launched(workers=3, misuse=True)
+    code, errors = job.end()
+    assert code == 2
+    failure, _ = errors.strip().splitlines()
+    assert "lr = -1. a rate is positive" in failure
+
+
+def test_losses_in_the_first_meeting(launched: Callable[..., Job], tmp_path: Path) -> None:
+    """Rank 0, which waits for the others, and one that is still on its way; a third is asked to leave."""
+    job = launched(workers=4, steps=20, held=["w1", "w2"], gate=str(tmp_path / "gate"))
+    pids = {
+        id: job.await_("started", lambda r, id=id: r["seat"] == id)["pid"] for id in ("w0", "w1", "w2", "w3")
+    }  # type: ignore[misc]
+    job.await_("meeting", lambda r: r["seat"] == "w0")
+    os.kill(pids["w0"], signal.SIGKILL)
+    os.kill(pids["w1"], signal.SIGKILL)
+    os.kill(pids["w2"], signal.SIGTERM)
+    job.await_("meeting", lambda r: r["seat"] == "w0-1")
+    assert set(job.await_("epoch")["ids"]) == {"w0-1", "w1-1", "w3"}
+    code, errors = job.end()
+    assert code == 0, errors
+    assert sorted(line.split()[2] for line in errors.splitlines()) == ["w0", "w1", "w2"]
+    assert errors.count("takes its place") == 2
+
+
+def test_when_nobody_is_left_before_the_first_step(launched: Callable[..., Job]) -> None:
+    job = launched(entry="ignore_membership", elastic={"restarts": 0})
+    for id in ("w0", "w1"):
+        os.kill(job.await_("started", lambda r, id=id: r["seat"] == id)["pid"], signal.SIGKILL)  # type: ignore[misc]
     code, errors = job.end()
     assert code == 1
-    assert "worker 1 on" in errors
-    assert "SIGKILL" in errors
+    assert errors.count("it is not replaced (restarts = 0)") == 2
+    assert "worker 0 on" in errors.splitlines()[-2]
+    assert "SIGKILL" in errors.splitlines()[-2]
 
 
 def test_when_all_die_the_job_says_how_to_resume(launched: Callable[..., Job]) -> None:
