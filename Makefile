@@ -4,8 +4,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Files of tests at a time; many tests start several processes.
+SIDE_BY_SIDE ?= 2
 
-.PHONY: train test check setup clean
+.PHONY: train test check lint setup clean
 
 setup: $(VENV)/ready
 
@@ -18,12 +20,14 @@ train: setup
 	$(BIN)/manyhands train $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(SIDE_BY_SIDE) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-check: setup
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint
 	$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_docs.py
 
 clean:

@@ -240,7 +240,7 @@ def test_a_signal_while_preparing_leaves_no_half_shard(tmp_path: Path) -> None:
     big = tmp_path / "big.txt"
     rng = random.Random(2)
     with big.open("w") as file:
-        for _ in range(60_000):
+        for _ in range(15_000):
             file.write(f"{rng.random()} many hands {rng.random()}\n")
     job = [
         "--data",
