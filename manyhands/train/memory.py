@@ -225,10 +225,13 @@ class _Probe:
         start = self._start()
         if start is None:
             return None
-        self._peak(1, start)  # builds kernels
-        one, many, n = self._peak(1, start), self._peak(2, start), 2
-        if many - one < SMALL:
-            many, n = self._peak(8, start), 8
+        try:
+            self._peak(1, start)  # builds kernels
+            one, many, n = self._peak(1, start), self._peak(2, start), 2
+            if many - one < SMALL:
+                many, n = self._peak(8, start), 8
+        finally:
+            release()
         per_row = max(1, (many - one) // (n - 1))
         return Need(fixed=max(0, one - per_row), per_row=per_row)
 
@@ -302,7 +305,6 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(states[0])
         if states[1]:
             torch.cuda.set_rng_state_all(states[1])
-        release()
 
 
 def _longest(rows: Rows) -> int:
