@@ -202,6 +202,7 @@ def cpu_environment(threads: int) -> dict[str, str]:
         "GOMP_SPINCOUNT": "1000",
         "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
         "RAYON_NUM_THREADS": str(threads),
+        "TORCHINDUCTOR_COMPILE_THREADS": str(threads),  # else each worker starts a compiler for every core
     }
     chosen = {name: value for name, value in wanted.items() if name not in os.environ}
     chosen["OMP_NUM_THREADS"] = chosen["MKL_NUM_THREADS"] = str(threads)
