@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import events, losses, manyhands, summary
+import warm
+from runs import TINY, events, losses, manyhands
 from test_elastic import corpus, running  # noqa: F401 (a fixture)
 from test_exactness import assert_close, plain_run, summed
 from test_sharded import BASE, begin
@@ -21,43 +22,47 @@ from manyhands.train.sharded_rebuild import covered, hand_over, redivide
 from manyhands.train.standing import Standing
 
 STEPS = 16
+LR = "lr=0.003, schedule=constant"
+COMMON = ("--precision", "fp64", "--steps", STEPS, "--eval-fraction", 0)
 
 
 def watched(output: Path) -> tuple[str, list[dict[str, Any]]]:
     return manyhands("ledger", output).stdout, events(output, "reformed")
 
 
-def plain(corpus: Path, output: Path) -> dict[int, float]:  # noqa: F811
-    options = ("--precision", "fp64", "--steps", STEPS, "--strategy", "ddp(lr=0.003)")
-    with running(output, corpus, *options, workers=1) as job:
-        job.end()
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:  # noqa: F811
+    output = tmp_path_factory.mktemp("plain")
+    warm.train(
+        "--data", corpus, *TINY, *COMMON, "--strategy", f"ddp({LR})", "--output", output, "--workers", 1
+    )
     return losses(output)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:  # noqa: F811
-    return plain(corpus, tmp_path_factory.mktemp("plain"))
-
-
-@pytest.mark.parametrize("strategy", ["zero1(lr=0.003, shard=2)", "zero3(lr=0.003, shard=2)"])
-def test_a_lost_shard_is_rebuilt_from_its_replica(
+def test_a_lost_shard_is_rebuilt_from_its_replica_and_a_replacement_gets_its_own(
     corpus: Path,  # noqa: F811
     tmp_path: Path,
     undisturbed: dict[int, float],
-    strategy: str,
 ) -> None:
-    options = ("--strategy", strategy, "--precision", "fp64", "--steps", STEPS, "--restarts", 0)
+    options = (*COMMON, "--strategy", f"zero3({LR}, shard=2)", "--steps", 100_000, "--restarts", 1)
     with running(tmp_path, corpus, *options, workers=4) as job:
-        job.reach(5)
+        job.reach(3)
         job.send("w1", signal.SIGKILL)
-        said = job.end()
-    ledger, (reformed,) = watched(tmp_path)
-    assert reformed["by"] == "survivors"
-    assert reformed["rebuilt"] == "shards rebuilt from replica group 1"
+        job.wait_for(lambda: bool(job.seen("joined")), "a replacement")
+        job.reach(max(job.step + 2, STEPS))
+        job.process.send_signal(signal.SIGTERM)
+        said = job.end(128 + signal.SIGTERM)
+    ledger, reformed = watched(tmp_path)
+    assert [each["rebuilt"] for each in reformed] == [
+        "shards rebuilt from replica group 1",
+        "shards divided anew",
+    ]
     assert "shards rebuilt from replica group 1" in said
+    assert [each["workers"] for each in reformed] == [3, 4]
+    assert {each["by"] for each in reformed} == {"survivors"}
     assert "every sample once" in ledger
-    assert summary(tmp_path)["world_sizes"] == [4, 3]
-    assert losses(tmp_path) == pytest.approx(undisturbed, rel=1e-7)
+    first = {step: loss for step, loss in losses(tmp_path).items() if step <= STEPS}
+    assert first == pytest.approx(undisturbed, rel=1e-7)
 
 
 def test_where_nobody_holds_a_shard_the_checkpoint_does(
@@ -65,8 +70,8 @@ def test_where_nobody_holds_a_shard_the_checkpoint_does(
     tmp_path: Path,
     undisturbed: dict[int, float],
 ) -> None:
-    options = ("--strategy", "zero3(lr=0.003, shard=2)", "--precision", "fp64", "--steps", STEPS)
-    with running(tmp_path, corpus, *options, "--restarts", 0, "--save-every", 5, workers=4) as job:
+    options = (*COMMON, "--strategy", f"zero3({LR}, shard=2)", "--restarts", 0, "--save-every", 5)
+    with running(tmp_path, corpus, *options, workers=4) as job:
         job.reach(8)
         job.send("w0", signal.SIGKILL)
         job.send("w2", signal.SIGKILL)
@@ -84,7 +89,7 @@ def test_whoever_leaves_hands_its_shard_over(
     tmp_path: Path,
     undisturbed: dict[int, float],
 ) -> None:
-    options = ("--strategy", "zero3(lr=0.003)", "--precision", "fp64", "--steps", STEPS, "--restarts", 0)
+    options = (*COMMON, "--strategy", f"zero3({LR})", "--restarts", 0)
     with running(tmp_path, corpus, *options) as job:
         job.reach(5)
         job.send("w1", signal.SIGTERM)
