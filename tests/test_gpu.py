@@ -74,11 +74,11 @@ def test_an_update_that_nobody_waits_for_is_the_same(device: str, outer: Any, ma
             now = unseen.optimizer_state()
             assert all(torch.equal(now[k], v) for k, v in state.items())
             continue
-        assert found[0].loss == pytest.approx(found[1].loss, rel=1e-6)
-        assert found[0].grad_norm == pytest.approx(found[1].grad_norm, rel=1e-6)
+        assert found[0].loss == pytest.approx(found[1].loss, rel=1e-5)
+        assert found[0].grad_norm == pytest.approx(found[1].grad_norm, rel=1e-5)
         assert found[0].lr == found[1].lr
         for a, b in zip(seen.model.parameters(), unseen.model.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert unseen.skipped == seen.skipped == 1
 
 

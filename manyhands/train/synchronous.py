@@ -81,6 +81,7 @@ class Synchronous:
         self._lazy = bool(getattr(replica.wire, "lazy", False))
         self.unseen = (
             replica.device.type == "cuda"
+            and type(self)._update is Synchronous._update
             and getattr(self.optimizer, "looks_itself", False)
             and all(
                 isinstance(s, tuple) and not s for s in self.states
