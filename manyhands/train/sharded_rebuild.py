@@ -226,13 +226,17 @@ def redivide(
     counters = {"steps": old.steps, "tokens": old.tokens, "skipped": old.skipped}
     told = world.gather(counters)[standing.leader]
     new = make(world)
-    if not fresh:
-        new.adopt(old)
-    new.steps, new.tokens, new.skipped = told["steps"], told["tokens"], told["skipped"]
-    if behind:
-        new.method.restart()
-    new.method.receive(pool, behind=behind)  # type: ignore[attr-defined]
-    world.gather(None)  # nobody moves before everybody has it
+    try:
+        if not fresh:
+            new.adopt(old)
+        new.steps, new.tokens, new.skipped = told["steps"], told["tokens"], told["skipped"]
+        if behind:
+            new.method.restart()
+        new.method.receive(pool, behind=behind)  # type: ignore[attr-defined]
+        world.gather(None)  # nobody moves before everybody has it
+    except BaseException:
+        new.close()  # it may be around the same model as the next one
+        raise
     groups = pool.rebuilt_from()
     if not groups:
         return new, "shards divided anew"
