@@ -250,6 +250,22 @@ def test_losses_in_the_first_meeting(launched: Callable[..., Job], tmp_path: Pat
     assert errors.count("takes its place") == 2
 
 
+def test_one_that_hangs_in_the_first_meeting_is_replaced(
+    launched: Callable[..., Job], tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    job = launched(steps=20, held=["w1"], gate=str(gate), elastic={"hang_s": 1.0})
+    os.kill(job.await_("meeting", lambda r: r["seat"] == "w0")["pid"], signal.SIGSTOP)
+    job.await_("meeting", lambda r: r["seat"] == "w0-1")
+    gate.touch()
+    code, errors = job.end()
+    assert code == 0, errors
+    (line,) = errors.splitlines()
+    assert "worker w0 (rank 0) on" in line
+    assert "was given up: no sign of life for 1." in line
+    assert "w0-1 takes its place" in line
+
+
 def test_when_nobody_is_left_before_the_first_step(launched: Callable[..., Job]) -> None:
     job = launched(entry="ignore_membership", elastic={"restarts": 0})
     for id in ("w0", "w1"):

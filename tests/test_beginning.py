@@ -1,0 +1,168 @@
+"""Workers that are lost before the job's first step: the others go on, with a replacement; what nobody can mend ends the job."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import warm
+from runs import TINY, environment, events, manyhands, summary
+
+DEADLINE_S = 240.0
+OPTIONS = (*TINY, "--reproducible", "--steps", 12)
+START = """
+import sys
+from manyhands.cli import train
+from manyhands.cli.main import main
+from manyhands.launch import job
+job.ENTRY = "traps:main"
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+class Job:
+    """`manyhands train` whose workers walk into traps."""
+
+    def __init__(
+        self, output: Path, corpus: Path, *options: object, traps: list[dict[str, Any]], workers: int = 3
+    ) -> None:
+        self.output, self.directory = output, output.parent / f"{output.name}-said"
+        self.directory.mkdir()
+        given = [*("--data", corpus, *OPTIONS, "--workers", workers)]
+        given += ["--output", output, "--cache", output.parent / f"{output.name}-cache", *options]
+        tests = str(Path(__file__).parent)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", START, "train", *map(str, given)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={
+                **environment(),
+                "OMP_NUM_THREADS": "1",
+                "TRAPS": json.dumps({"directory": str(self.directory), "traps": traps}),
+                "PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")]),
+            },
+        )
+
+    def said(self, what: str, seat: str = "") -> list[dict[str, Any]]:
+        try:
+            lines = (self.directory / "said").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        found = [json.loads(line) for line in lines]
+        return [r for r in found if r["what"] == what and seat in ("", r["seat"])]
+
+    def wait_for(self, condition: Callable[[], Any], what: str) -> Any:
+        deadline = time.monotonic() + DEADLINE_S
+        while not (found := condition()):
+            assert self.process.poll() is None, f"ended before {what}: {self.process.communicate()[0]}"
+            assert time.monotonic() < deadline, what
+            time.sleep(0.005)
+        return found
+
+    def kill(self, seat: str, signum: signal.Signals = signal.SIGKILL, *, place: str = "") -> None:
+        """Once it has walked into the trap that stops it (at `place`)."""
+
+        def trapped() -> list[dict[str, Any]]:
+            found = self.said("trapped", seat)
+            return [r for r in found if place in ("", r["place"])]
+
+        os.kill(int(self.wait_for(trapped, f"{seat} in its trap")[0]["pid"]), signum)
+
+    def open(self) -> None:
+        """Let those go on that wait."""
+        (self.directory / "open").touch()
+
+    def end(self, code: int = 0) -> str:
+        said, _ = self.process.communicate(timeout=DEADLINE_S)
+        assert self.process.returncode == code, said
+        return said
+
+
+@contextlib.contextmanager
+def running(output: Path, corpus: Path, *options: object, **more: Any) -> Iterator[Job]:
+    job = Job(output, corpus, *options, **more)
+    try:
+        yield job
+    finally:
+        if job.process.poll() is None:
+            job.process.kill()
+            job.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Several files, so that preparation has several pieces."""
+    rng = random.Random(3)
+    words = ["hand", "many", "light", "work", "makes", "slow", "fast", "exact"]
+    directory = tmp_path_factory.mktemp("corpus")
+    for name in "abcdef":
+        lines = (" ".join(rng.choice(words) for _ in range(9)) for _ in range(90))
+        (directory / f"{name}.txt").write_text("\n".join(lines))
+    return directory
+
+
+def test_losses_before_the_first_step(corpus: Path, tmp_path: Path) -> None:
+    """Rank 0 is killed while it prepares a piece, its replacement in the first step; another is asked to leave meanwhile."""
+    traps = [
+        {"seat": "w0", "place": "piece"},
+        {"seat": "w1", "place": "claim", "act": "wait"},
+        {"seat": "w2", "place": "claim", "act": "wait"},  # so that the piece is rank 0's
+        {"seat": "w0-1", "place": "compile"},
+    ]
+    quiet, run = tmp_path / "quiet", tmp_path / "run"
+    with running(run, corpus, "--restarts", 1, traps=traps) as job:
+        job.kill("w0")
+        job.kill("w1", signal.SIGTERM)
+        job.open()
+        job.kill("w0-1")
+        said = job.end()
+    told = [line for line in said.splitlines() if line.startswith("manyhands: worker")]
+    assert len(told) == 3, said  # each of them once
+    for line, who, what in zip(
+        told,
+        ["worker w0 (rank 0) on ", "worker w1 (rank 1) on ", "worker w0-1 (rank 1) on "],
+        [
+            "was killed by SIGKILL (by hand, by a scheduler, or because a container's memory ran out); w0-1 takes",
+            "has left, as a signal asked it to; the others go on",
+            "it is not replaced (restarts = 1)",
+        ],
+        strict=True,
+    ):
+        assert who in line
+        assert what in line
+    assert all(" while preparing its data at " in line for line in told[:2])
+    assert " in compile of step 1 at " in told[2]
+    assert "lost w0" not in said
+    (first, second) = events(run, "lost")
+    assert (first["seat"], first["phase"], second["seat"], second["phase"]) == (
+        *("w0", "prepare"),
+        *("w0-1", "compile"),
+    )
+    assert "takes its place" in first["then"]
+    assert [e["seat"] for e in events(run, "left")] == ["w1"]
+    warm.manyhands("train", "--data", corpus, *OPTIONS, "--workers", 2, "--output", quiet)
+    assert summary(run)["parameters_sha256"] == summary(quiet)["parameters_sha256"]
+    assert summary(run)["steps"] == 12
+    assert "every sample once" in manyhands("ledger", run).stdout
+
+
+def test_what_would_happen_to_everybody_ends_the_job(corpus: Path, tmp_path: Path) -> None:
+    """An error of the data, on every worker: the message once, nobody is replaced."""
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "fine"}\n{"text": \n')
+    with running(tmp_path / "run", broken, "--on-error", "fail", traps=[], workers=2) as job:
+        said = job.end(1)
+    assert said.count("manyhands: worker") == 1
+    assert "broken.jsonl" in said
+    assert "takes its place" not in said

@@ -1,0 +1,119 @@
+"""A worker of the main job that stops at a chosen place and says so, for whoever kills it there: by a fault, not by chance.
+
+Entry point ``traps:main``. $TRAPS is JSON: `directory`, where it tells what it meets, and `traps`, each with the `seat` that walks
+into it and the `place`: a phase as the worker tells it, or one of `INSIDE`; `step`: only after so many steps; `act`: "stop"
+(default: the thread stops there for good, other threads live on), "exit" (an exception) or "wait" (until the file `open` is there).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+INSIDE = ("claim", "piece", "forward", "exchange", "writing")
+
+
+class Traps:
+    """What this worker is to meet."""
+
+    def __init__(self) -> None:
+        order = json.loads(os.environ["TRAPS"])
+        self.directory = Path(order["directory"])
+        self.seat = os.environ["MANYHANDS_SEAT"]
+        self.mine = [trap for trap in order["traps"] if trap["seat"] == self.seat]
+        self.doing = ("start", 0)
+        self.member: Any = None
+        self.echo = threading.Event()
+
+    def tell(self, what: str, **fields: Any) -> None:
+        record = {"what": what, "seat": self.seat, "pid": os.getpid(), "time_s": time.time(), **fields}
+        line = (json.dumps(record) + "\n").encode()
+        number = os.open(self.directory / "said", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(number, line)
+        os.close(number)
+
+    def known(self, phase: str, step: int) -> None:
+        """Wait until the coordinator knows what is done here."""
+        if self.member is not None:
+            self.member._line.say(
+                "beat", phase=phase, step=step, calls=self.member._calls, stack="traps.py:1 in meet"
+            )
+            self.echo.clear()
+            self.member.publish(f"trap/{self.seat}", f"{time.time()}")
+            self.echo.wait(30.0)
+
+    def meet(self, place: str) -> None:
+        """Walk into the trap that is there, if any."""
+        phase, step = self.doing
+        for trap in self.mine:
+            if trap["place"] == place and step >= trap.get("step", 0):
+                self.mine.remove(trap)
+                self.known(phase, step)
+                self.tell("trapped", place=place, phase=phase, step=step)
+                if trap.get("act") == "exit":
+                    raise OSError(5, "the device is gone")
+                while trap.get("act") != "wait" or not (self.directory / "open").exists():
+                    time.sleep(0.01)
+                return
+
+
+def main(argument: str) -> int:
+    from manyhands.coordinate.client import Member
+
+    traps = Traps()
+    at, hear, connect = Member.at, Member._hear, Member.connect
+
+    def telling_at(self: Member, phase: str, step: int) -> None:
+        traps.doing, traps.member = (phase, step), self
+        at(self, phase, step)
+        traps.meet(phase)
+
+    def telling_hear(self: Member, message: Any) -> None:
+        if message["op"] in ("over", "epoch"):
+            traps.tell(message["op"], losses=[loss["seat"]["id"] for loss in message["losses"]])
+        hear(self, message)
+        if message["op"] == "fact" and message["key"] == f"trap/{traps.seat}":
+            traps.echo.set()
+
+    def slow_connect(*given: Any, **named: Any) -> Member:
+        traps.meet("connect")
+        member = connect(*given, **named)
+        traps.tell("connected")
+        return member
+
+    Member.at, Member._hear = telling_at, telling_hear  # type: ignore[method-assign]
+    Member.connect = slow_connect  # type: ignore[method-assign]
+    _patch(traps)
+    from manyhands.train.worker import main
+
+    return main(argument)
+
+
+def _patch(traps: Traps) -> None:
+    """Places within phases."""
+    from manyhands.data import prepare
+    from manyhands.tasks.pretrain import Pretrain
+    from manyhands.train import checkpoint
+    from manyhands.wire.shared import SharedWire
+
+    for owner, name, place, phases in (
+        (prepare, "_claim", "claim", ("prepare",)),
+        (prepare, "prepare_piece", "piece", ("prepare",)),
+        (Pretrain, "loss", "forward", ("step",)),
+        (SharedWire, "barrier", "exchange", ("step",)),
+        (checkpoint, "_write", "writing", ()),
+    ):
+        setattr(owner, name, _trapped(getattr(owner, name), traps, place, phases))
+
+
+def _trapped(function: Any, traps: Traps, place: str, phases: tuple[str, ...]) -> Any:
+    def trapped(*given: Any, **named: Any) -> Any:
+        if not phases or traps.doing[0] in phases:
+            traps.meet(place)
+        return function(*given, **named)
+
+    return trapped
