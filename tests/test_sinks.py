@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from manyhands.core import events as e
+from manyhands.core.environment import told_by_launcher
 from manyhands.train.sinks import JsonLines, TensorBoard, Terminal, fan_out
 from manyhands.train.terminal import _fitting
 
@@ -116,9 +117,24 @@ def test_who_waits_for_whom_is_shown_by_worker() -> None:
     text = plain([balance(), balance()])
     assert text.count("w1 33% of rows (compute 95% data 1% network 4%)") == 1  # said again when it changes
     assert "the others wait for w1 (its computing), up to 43% of the time" in text
+    assert plain([balance(), balance(slowest="w0")]).count("% of rows") == 3  # their shares are the same
+    other = dataclasses.replace(balance(), workers=balance(workers=2).workers)
+    assert plain([balance(), other]).count("% of rows") == 5
     assert "wait for" not in plain([balance(slowest="")])
     assert "3 more, which wait longer" in plain([balance(workers=10)])
     assert plain([balance(workers=1)]) == ""
+
+
+def test_a_loss_that_the_launcher_tells_is_not_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANYHANDS_TOLD", "w")
+    seats = ["w1", "w12-3", "host-7-1", "w1-7-0", "x"]
+    assert [seat for seat in seats if told_by_launcher(seat)] == ["w1", "w12-3"]
+    (lost,) = [event for event in membership() if isinstance(event, e.Lost)]
+    console = io.StringIO()
+    Terminal(console, told=told_by_launcher)(lost)
+    assert console.getvalue() == ""
+    monkeypatch.delenv("MANYHANDS_TOLD")
+    assert not told_by_launcher("w1")
 
 
 def test_a_loss_and_what_came_of_it_are_one_line_each() -> None:
