@@ -7,7 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from runs import events, losses, manyhands, summary
+import warm
+from runs import events, losses, summary
 from test_elastic import corpus, running  # noqa: F401 (a fixture)
 
 from manyhands.core.config import from_text
@@ -36,7 +37,7 @@ def test_a_lost_workers_round_is_left_out_or_done_again(
     (reformed,) = events(tmp_path, "reformed")
     assert reformed["by"] == "survivors"
     assert max(losses(tmp_path)) == STEPS
-    told = manyhands("ledger", tmp_path).stdout
+    told = warm.manyhands("ledger", tmp_path)
     assert "every sample once" in told
     assert ("left out by rule" in told) is leaves_out
     if leaves_out:

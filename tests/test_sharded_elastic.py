@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import warm
-from runs import TINY, events, losses, manyhands
+from runs import TINY, events, losses
 from test_elastic import corpus, running  # noqa: F401 (a fixture)
 from test_exactness import assert_close, plain_run, summed
 from test_sharded import BASE, begin
@@ -27,15 +27,14 @@ COMMON = ("--precision", "fp64", "--steps", STEPS, "--eval-fraction", 0)
 
 
 def watched(output: Path) -> tuple[str, list[dict[str, Any]]]:
-    return manyhands("ledger", output).stdout, events(output, "reformed")
+    return warm.manyhands("ledger", output), events(output, "reformed")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:  # noqa: F811
     output = tmp_path_factory.mktemp("plain")
-    warm.train(
-        "--data", corpus, *TINY, *COMMON, "--strategy", f"ddp({LR})", "--output", output, "--workers", 1
-    )
+    options = [*TINY, *COMMON, "--strategy", f"ddp({LR})", "--workers", 1]
+    warm.manyhands("train", "--data", corpus, *options, "--output", output)
     return losses(output)
 
 
