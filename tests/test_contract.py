@@ -24,7 +24,7 @@ EVENTS = {
     "resumed": "step path from_workers workers",
     "sampled": "step prompt text",
     "served": "consistency updates discarded staleness",
-    "lost": "seat rank host how detail phase step stack silent_s",
+    "lost": "seat rank host how detail phase step stack silent_s then",
     "left": "seat rank host step detail",
     "joined": "seat rank host step size_bytes wall_s",
     "reformed": "epoch workers step wall_s kept_places redone_places by rebuilt redone_steps",
