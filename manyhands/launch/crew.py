@@ -171,6 +171,8 @@ class Crew:
                     files.append(os.pidfd_open(worker.process.pid))
                     poll.register(files[-1], select.POLLIN)
             poll.poll(POLL_S * 1000)
+        except ProcessLookupError:
+            pass  # one has ended already, and was waited for while it was sent a signal
         finally:
             for number in files:
                 os.close(number)
