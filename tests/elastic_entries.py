@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -28,6 +29,25 @@ class Voice:
     def say(self, what: str, **fields: Any) -> None:
         record = {"seat": self._seat, "pid": os.getpid(), "what": what, **fields}
         os.write(self._number, (json.dumps(record) + "\n").encode())
+
+
+def known(member: Any, step: int) -> None:
+    """Wait until the coordinator knows of this step (or hangs up)."""
+    echo, hear, key = threading.Event(), member._line._hear, f"known/{member.me.id}"
+
+    def hearing(message: Any) -> None:
+        hear(message)
+        if message["op"] == "fact" and message["key"] == key:
+            echo.set()
+
+    member._line._hear = hearing
+    member._line.say(
+        "beat", phase="step", step=step, calls=member._calls, stack="elastic_entries.py:1 in known"
+    )
+    member.publish(key, str(step))
+    while not echo.wait(0.05) and not member.over.is_set():
+        pass
+    member._line._hear = hear
 
 
 def train(argument: str) -> int:
@@ -75,6 +95,7 @@ def train(argument: str) -> int:
                 member.publish("step", str(step))
             if step == 1 or fresh:
                 member.at("step", step)
+                known(member, step)
                 voice.say("stepped", step=step, rank=epoch.rank_of(member.me.id))
                 fresh = False
     voice.say("done", step=step)

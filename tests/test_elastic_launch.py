@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
 import select
 import signal
 import subprocess
@@ -17,8 +18,9 @@ from typing import Any
 import pytest
 
 from manyhands.core import hardware
+from manyhands.launch.chaos import cut
 from manyhands.launch.control import CONTACT
-from manyhands.launch.verdict import End, cause, judge
+from manyhands.launch.verdict import End, cause, final, judge
 
 TIMEOUT_S = 60.0
 DRIVER = """
@@ -51,6 +53,7 @@ class Job:
         step_s: float = 0.01,
         joins: Job | None = None,
         elastic: dict[str, Any] | None = None,
+        terminal: bool = False,
         **wrong: Any,
     ) -> None:
         self.output, self.scratch = tmp_path / "out", tmp_path / "tmp"
@@ -78,13 +81,16 @@ class Job:
             "elastic": elastic or {},
             "remote": remote,
         }
+        master, slave = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-c", DRIVER, json.dumps(given)],
-            stdout=subprocess.PIPE,
+            stdout=slave if terminal else subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, "TMPDIR": str(self.scratch)},
             text=True,
         )
+        os.close(slave)
+        self._terminal = master
 
     def await_(
         self, what: str, condition: Callable[[dict[str, Any]], bool] = lambda _: True
@@ -123,6 +129,7 @@ class Job:
         if self.process.poll() is None:
             self.process.kill()
             self.process.communicate()
+        os.close(self._terminal)
         with contextlib.suppress(OSError):
             os.close(self._fifo)
         with contextlib.suppress(OSError):
@@ -166,6 +173,37 @@ def test_a_killed_worker_is_replaced_and_the_job_succeeds(launched: Callable[...
     assert "elastic_entries.py" in (job.output / "logs" / "rank-1.log").read_text()
     assert list(job.scratch.iterdir()) == []
     assert not (job.output / CONTACT).exists()
+
+
+def test_a_cut_link_is_no_loss(launched: Callable[..., Job]) -> None:
+    job = launched(steps=300)
+    pids = job.stepping("w0", "w1")
+    for id in ("w1", "w0"):
+        assert cut(pids[id]).startswith("done")
+    os.kill(pids["w1"], signal.SIGKILL)  # noticed as ever, whether it is back or not
+    assert job.await_("epoch", lambda r: r["number"] == 2)["ids"] == ["w0"]
+    code, errors = job.end()
+    assert code == 0, errors
+    (line,) = errors.splitlines()
+    assert "worker w1 (rank 1)" in line
+
+
+def test_on_a_terminal_the_display_tells_of_losses_as_long_as_there_is_one(
+    launched: Callable[..., Job],
+) -> None:
+    job = launched(steps=200, terminal=True, elastic={"restarts": 0})
+    os.kill(job.stepping("w0", "w1")["w1"], signal.SIGKILL)
+    code, errors = job.end()
+    assert (code, errors) == (0, "")
+    job = launched(terminal=True, elastic={"restarts": 0})
+    pids = job.stepping("w0", "w1")
+    for signum in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids.values():
+            os.kill(pid, signum)
+    code, errors = job.end()
+    assert code == 1
+    assert "worker w" in errors
+    assert f"--resume {job.output}" in errors.splitlines()[-1]
 
 
 def test_the_first_rank_may_die_and_nobody_need_come(launched: Callable[..., Job]) -> None:
@@ -273,7 +311,7 @@ def test_when_nobody_is_left_before_the_first_step(launched: Callable[..., Job])
     code, errors = job.end()
     assert code == 1
     assert errors.count("it is not replaced (restarts = 0)") == 2
-    assert "worker 0 on" in errors.splitlines()[-2]
+    assert errors.splitlines()[-2].startswith("manyhands: worker ")
     assert "SIGKILL" in errors.splitlines()[-2]
 
 
@@ -427,6 +465,19 @@ def test_the_verdict_knows_what_was_survived() -> None:
     verdict = judge([end(0, -9, survived=True), end(1, -15)], ended=(1, "nobody is left"), **quiet)
     assert (verdict.exit_code, verdict.words) == (1, "manyhands: nobody is left")
     assert judge([end(0, 0), end(1, -9)], **quiet).exit_code == 1
+
+
+def test_which_ends_would_meet_a_successor_too() -> None:
+    marked = end(1, 2, kind="failed")
+    assert marked.record is not None
+    marked.record["final"] = True
+    assert final(marked)
+    assert not final(end(1, 1, kind="failed"))
+    assert final(end(1, 1, kind="failed"), [end(0, 1, kind="failed")])
+    assert not final(end(1, 1, kind="peer-lost"), [end(0, 1, kind="peer-lost")])
+    assert not final(end(1, -9), [end(0, -9), end(2, -9)])
+    assert final(end(1, -11), [end(0, -9), end(2, -11)])
+    assert final(end(1, 7), [end(0, 7)])
 
 
 def test_how_an_end_is_told_to_the_coordinator() -> None:
