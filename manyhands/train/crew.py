@@ -226,8 +226,8 @@ class Crew:
         self._tell(loop, standing, made_of, wall_s, rebuilt=rebuilt, redone_steps=again)
         for rank in standing.fresh if made_of != SURVIVORS or redivided is not None else ():
             seat = self.epoch.seats[rank]  # it has its part already
-            told = {"seat": seat.id, "rank": rank, "host": seat.host, "step": standing.steps}
-            loop.emit(Joined(**told, size_bytes=0, wall_s=wall_s))
+            id, host, step = seat.id, seat.host, standing.steps
+            loop.emit(Joined(seat=id, rank=rank, host=host, step=step, size_bytes=0, wall_s=wall_s))
 
     # -- state for those who lack it
 
