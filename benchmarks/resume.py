@@ -85,12 +85,14 @@ class Row:
         strategy: in call form.
         exact: its curve is that of one worker.
         rounds: a stop is an agreement more, so that what it is compared with is stopped at the same steps.
+        every: steps between agreements, where the curve is compared (in between each worker tells its own loss).
         ring: worker counts, in order; cli: through `manyhands train`.
     """
 
     strategy: str
     exact: bool = False
     rounds: bool = False
+    every: int = 1
     ring: tuple[int, ...] = RING
     cli: bool = False
 
@@ -102,7 +104,7 @@ class Row:
 ROWS = (
     Row(f"ddp({LR})", exact=True),
     Row(f"ddp({LR}, {EF})"),
-    Row(f"accumulate({LR}, every=3)", exact=True, rounds=True),
+    Row(f"accumulate({LR}, every=3)", exact=True, rounds=True, every=3),
     Row(f"accumulate({LR}, every=3, {EF})", rounds=True),
     Row(f"hierarchical({LR})", exact=True),
     Row(f"hierarchical({LR}, across=int4)"),
@@ -367,7 +369,7 @@ def measure(row: Row, work: Path, context: Any) -> dict[str, Any]:
         wall_s = time.perf_counter() - begun
         return {"strategy": row.strategy, "legs": legs, "ok": False, "said": said, "wall_s": wall_s}
     ours, theirs = losses(output), losses(plain)
-    steps_ = sorted(ours.keys() & theirs.keys())
+    steps_ = sorted(step for step in ours.keys() & theirs.keys() if step % row.every == 0)
     difference = largest_difference([ours[s] for s in steps_], [theirs[s] for s in steps_])
     ends = [statistics.fmean(list(dict(sorted(each.items())).values())[-4:]) for each in (ours, theirs)]
     first = ours[min(ours)]
