@@ -165,11 +165,9 @@ def catalogue(torchft_python: str | None = None) -> list[Method]:
             f"diloco({rarely}, {gentle}, exchange='error-feedback(int4)')",
             every=256,
         ),
-        local("streaming-diloco", f"streaming-diloco({pushes}, delay=2, {gentle})", settle=4),
+        local("streaming-diloco", f"streaming-diloco({pushes}, delay=2, {gentle})", settle=EVERY + 4),
         local(
-            "streaming-diloco, int4",
-            f"streaming-diloco({pushes}, delay=4, {gentle}, exchange='error-feedback(int4)')",
-            settle=4,
+            "streaming-diloco, delay 4", f"streaming-diloco({pushes}, delay=4, {gentle})", settle=EVERY + 4
         ),
         local("muloco", f"muloco({pushes}, {gentle})"),
         local("sparseloco", f"sparseloco({pushes})"),

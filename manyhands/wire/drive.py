@@ -33,8 +33,8 @@ def run(talk: Talk, wire: Wire) -> Agreed:
 class Interleave:
     """Several talks in flight on one wire.
 
-    `start` issues a talk's first request at once; `finish` advances all of them, in the order of their start, one
-    request each per round, until all have ended.
+    `start` issues a talk's first request at once (the first that travels: `Where` is answered here); `finish` advances all
+    of them, in the order of their start, one request each per round, until all have ended.
     """
 
     def __init__(self, wire: Wire) -> None:
@@ -42,7 +42,7 @@ class Interleave:
         self._talks: list[tuple[Talk, Handle | None, Agreed | None]] = []
 
     def start(self, talk: Talk) -> None:
-        """Issue the talk's first request."""
+        """Issue the talk's first request that travels."""
         self._talks.append((talk, *self._advance(talk, None)))
 
     def finish(self) -> list[Agreed]:
@@ -56,7 +56,10 @@ class Interleave:
 
     def _advance(self, talk: Talk, reply: Any) -> tuple[Handle | None, Agreed | None]:
         try:
-            return self._wire.begin(talk.send(reply)), None
+            request = talk.send(reply)
+            while isinstance(request, Where):  # else what follows would not be under way before `finish`
+                request = talk.send(self._wire.begin(request).wait())
+            return self._wire.begin(request), None
         except StopIteration as end:
             return None, _agreed(end)
 
