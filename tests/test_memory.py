@@ -270,7 +270,9 @@ def test_rows_that_fit_follow_from_a_rows_need_and_from_the_limit(
     fits = ask()
     (kept,) = (cache / "memory").glob("*.json")
     need = Need(**json.loads(kept.read_text()))
-    assert 24 << 20 <= need.per_row <= 128 << 20  # pages, and what other threads of this process take meanwhile
+    assert (
+        24 << 20 <= need.per_row <= 128 << 20
+    )  # pages, and what other threads of this process take meanwhile
     assert fits == int((0.9 * (2 << 30) - 16 * (1 << 24) - need.fixed) // need.per_row)
     assert ask(wanted=3) == 3
     assert ask(workers_here=3) < fits / 2
