@@ -58,22 +58,19 @@ def autocast(device: str) -> Any:
     return torch.autocast(device, dtype=torch.bfloat16)
 
 
-def bare(model: Any, device: str) -> Step:
+def by_hand(model: Any, device: str, mean_loss: Callable[[dict[str, Any]], Any]) -> Step:
     """Forward, backward, clipping, optimizer."""
     import torch
 
     from manyhands.strategy.named import decay_groups
-    from manyhands.tasks.pretrain import Pretrain
 
     optimizer = torch.optim.AdamW(
         decay_groups(list(model.named_parameters()), WEIGHT_DECAY), lr=LR, betas=BETAS, fused=True
     )
-    forward, loss = torch.compile(model, dynamic=False), Pretrain().loss
 
     def step(_: int, batch: dict[str, Any]) -> Any:
         with autocast(device):
-            summed = loss(forward, batch)
-        mean = summed.loss_sum / summed.count
+            mean = mean_loss(batch)
         mean.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
@@ -81,34 +78,34 @@ def bare(model: Any, device: str) -> Step:
         return mean
 
     return step
+
+
+def bare(model: Any, device: str) -> Step:
+    """With our loss, over the compiled model."""
+    import torch
+
+    from manyhands.tasks.pretrain import Pretrain
+
+    forward, loss = torch.compile(model, dynamic=False), Pretrain().loss
+
+    def mean_loss(batch: dict[str, Any]) -> Any:
+        summed = loss(forward, batch)
+        return summed.loss_sum / summed.count
+
+    return by_hand(model, device, mean_loss)
 
 
 def script(model: Any, device: str) -> Step:
-    """The same with PyTorch's cross entropy, compiled together with the model."""
+    """With PyTorch's cross entropy, compiled together with the model."""
     import torch
     from torch.nn import functional
 
-    from manyhands.strategy.named import decay_groups
-
-    optimizer = torch.optim.AdamW(
-        decay_groups(list(model.named_parameters()), WEIGHT_DECAY), lr=LR, betas=BETAS, fused=True
-    )
-
     @torch.compile(dynamic=False)
-    def mean_loss(ids: Any, targets: Any) -> Any:
+    def whole(ids: Any, targets: Any) -> Any:
         logits = model(input_ids=ids, use_cache=False).logits
         return functional.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.view(-1))
 
-    def step(_: int, batch: dict[str, Any]) -> Any:
-        with autocast(device):
-            mean = mean_loss(batch["input_ids"], batch["targets"])
-        mean.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        return mean
-
-    return step
+    return by_hand(model, device, lambda batch: whole(batch["input_ids"], batch["targets"]))
 
 
 def layered(model: Any, device: str, seq_len: int) -> Step:
@@ -244,7 +241,8 @@ def main() -> int:
     torch.set_float32_matmul_precision("high")
     gpu = torch.cuda.get_device_name() if given.device == "cuda" else None
     data: dict[str, Any] = {
-        "command": "python benchmarks/gpu_speed.py " + " ".join(sys.argv[1:]),
+        "command": f"python benchmarks/gpu_speed.py --models {' '.join(given.models)} --rounds {given.rounds} "
+        f"--window {given.window}" + (f" --rows {given.rows}" if given.rows else ""),
         "machine": {**harness.facts_of_machine(), "gpu": gpu},
         "rounds": given.rounds,
         "window": given.window,
