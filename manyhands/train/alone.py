@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from manyhands.train.method import clip_factor, is_finite, norm_of
+from manyhands.train.norm import clip_factor, is_finite, norm_of
 
 if TYPE_CHECKING:
     from manyhands.train.gradients import FlatGradients

@@ -22,16 +22,8 @@ import torch
 from manyhands.core.request import Gather
 from manyhands.train.gradients import FlatGradients
 from manyhands.train.mending import shared_of
-from manyhands.train.method import (
-    Header,
-    Part,
-    StepResult,
-    Wishes,
-    accumulate,
-    clip_factor,
-    is_finite,
-    norm_of,
-)
+from manyhands.train.method import Header, Part, StepResult, Wishes, accumulate
+from manyhands.train.norm import clip_factor, is_finite, norm_of
 from manyhands.wire.drive import Interleave
 from manyhands.wire.solo import Solo
 

@@ -16,7 +16,6 @@ or to save is heard at the next one.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,15 +28,8 @@ from manyhands.core.request import Gather, Sum
 from manyhands.train.fragments import Fragment, split
 from manyhands.train.inner import InnerSteps
 from manyhands.train.mending import shared_of
-from manyhands.train.method import (
-    MAX_SKIPPED,
-    Header,
-    Part,
-    StepResult,
-    Wishes,
-    is_finite,
-    norm_of,
-)
+from manyhands.train.method import MAX_SKIPPED, Header, Part, StepResult, Wishes
+from manyhands.train.norm import is_finite, norm_of
 from manyhands.wire.drive import Interleave
 
 if TYPE_CHECKING:
@@ -294,7 +286,6 @@ class LocalSteps:
         told = None if self._pairwise else Header.of(torch.stack(flight.header.wait()))
         fragment.flight = None
         self._met, self._held = replica.steps, {}
-        start = time.perf_counter()
         targets = 1.0 if told is None else float(told.more.sum())
         scale = 1.0 if told is None else flight.nominal / targets if targets else math.nan
         means = fragment.shaped(agreed.mean, by_tensor=getattr(self._exchange, "by_tensor", False))
@@ -307,7 +298,6 @@ class LocalSteps:
         ):  # the round draws the next pairs: it is everybody's, though a pair was lost
             self.states[i] = agreed.state
         fragment.mix(replica.strategy.keep_local if keep_local is None else keep_local)
-        replica.optimize_s += time.perf_counter() - start
         lost = bool(targets) and not finite
         self._count_lost(lost, norm)
         if not self._pairwise:

@@ -23,10 +23,6 @@ from manyhands.core import rng
 from manyhands.core.errors import ManyhandsError, PeerLost
 from manyhands.core.types import Summed
 from manyhands.train.memory import Torn, split_on_oom
-from manyhands.train.norm import clip_factor as clip_factor
-from manyhands.train.norm import is_finite as is_finite
-from manyhands.train.norm import norm_of as norm_of
-from manyhands.train.norm import norm_there as norm_there
 from manyhands.train.reading import Reading, Stopwatch
 
 if TYPE_CHECKING:

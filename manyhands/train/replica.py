@@ -52,7 +52,6 @@ class Replica:
     Attributes:
         steps, tokens: done so far, by the whole job.
         skipped: steps without an update because a gradient was not finite.
-        optimize_s: seconds in optimizers.
         work: seconds and rows of forward and backward since they were last told.
         fits: the most rows of a pass that memory was found to hold.
     """
@@ -83,7 +82,6 @@ class Replica:
         self.steps = int(self.continues.get("steps", 0))
         self.tokens = int(self.continues.get("tokens", 0))
         self.skipped = 0
-        self.optimize_s = 0.0
         self.forward: Any = forward if forward is not None else model
         self.max_norm = max_grad_norm or math.inf
         self.per_row = targets_per_row
@@ -158,9 +156,7 @@ class Replica:
 
     def optimized(self, since: float) -> None:
         """An optimizer has worked since then (`time.perf_counter`): a part of my work, too."""
-        seconds = time.perf_counter() - since
-        self.optimize_s += seconds
-        self.work.add(seconds, 0)
+        self.work.add(time.perf_counter() - since, 0)
 
     def check_agreement(
         self, *, mend: bool = False, who: Sequence[tuple[str, str]] = (), emit: Emit = ignore
@@ -205,7 +201,7 @@ class Replica:
     def adopt(self, old: Replica) -> None:
         """Go on where `old`, the same replica in an earlier set of workers, was after its method's `rewind`."""
         self.steps, self.tokens, self.skipped = old.steps, old.tokens, old.skipped
-        self.optimize_s, self._skipped_in_a_row = old.optimize_s, old._skipped_in_a_row
+        self._skipped_in_a_row = old._skipped_in_a_row
         self.method.adopt(old.method)
 
     def close(self) -> None:

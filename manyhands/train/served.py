@@ -32,7 +32,8 @@ from manyhands.exchange.allreduce import AllReduce
 from manyhands.exchange.codec import wide
 from manyhands.serve.client import Endpoint, Link, Servers, endpoints
 from manyhands.train.gradients import FlatGradients
-from manyhands.train.method import Part, StepResult, Wishes, accumulate, norm_of
+from manyhands.train.method import Part, StepResult, Wishes, accumulate
+from manyhands.train.norm import norm_of
 from manyhands.wire.solo import Solo
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from manyhands.core.errors import Diverged, PeerLost
 from manyhands.core.request import Gather
 from manyhands.core.types import Summed
 from manyhands.train import sharded_rebuild, sharded_state
-from manyhands.train.method import Header, Part, StepResult, Wishes, clip_factor, is_finite, rows_of
+from manyhands.train.method import Header, Part, StepResult, Wishes, rows_of
+from manyhands.train.norm import clip_factor, is_finite
 from manyhands.train.sharded_gradients import ShardGradients
 from manyhands.train.sharded_layout import Layout
 from manyhands.train.sharded_passes import Pass, Passes
@@ -357,7 +358,6 @@ class ShardedModel:
     def _update(self, told: Header, scale: float, norm: float) -> float:
         """Scale, clip, optimizer step on my pieces. Returns the rate used."""
         replica = self._replica
-        start = time.perf_counter()
         factor = scale * clip_factor(norm, replica.max_norm)
         used = dict(zip(self._params, told.used, strict=True))
         for each, grad in zip(self.layout.owned, self.gradients.views, strict=True):
@@ -367,7 +367,6 @@ class ShardedModel:
         rate, lr = replica.rate(replica.strategy.outer)
         self.optimizer.set_lr(rate)
         self.optimizer.step()
-        replica.optimize_s += time.perf_counter() - start
         return lr
 
     def _abort(self) -> None:

@@ -8,7 +8,6 @@ the others' are the same bits.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +18,8 @@ from manyhands.core.request import Gather
 from manyhands.placement.sharded import elementwise
 from manyhands.train import exchange_state, sharded_rebuild
 from manyhands.train.mending import shared_of
-from manyhands.train.method import Header, clip_factor
+from manyhands.train.method import Header
+from manyhands.train.norm import clip_factor
 from manyhands.train.sharded_pieces import Owned, Piece, cut, gather_whole, state_pieces
 from manyhands.train.sharded_rebuild import Pool, Share
 from manyhands.train.synchronous import Synchronous
@@ -129,7 +129,6 @@ class ShardedOptimizer(Synchronous):
     def _update(self, told: Header, scale: float, norm: float, *, behind: int) -> float:
         """Scale, clip and step my rows, then gather everybody's. Returns the rate used."""
         replica = self._replica
-        start = time.perf_counter()
         factor = scale * clip_factor(norm, replica.max_norm)
         self.gradients.attach(told.used)
         grads: dict[str, Any] = {name: param.grad for name, param in replica.named}
@@ -144,7 +143,6 @@ class ShardedOptimizer(Synchronous):
         self.optimizer.step()
         for each in self.owned:
             each.param.grad = None
-        replica.optimize_s += time.perf_counter() - start
         self._gather()
         self._torn = -1
         return lr

@@ -27,18 +27,8 @@ from manyhands.core.request import Gather
 from manyhands.exchange.ordered import Tree
 from manyhands.train.gradients import FlatGradients
 from manyhands.train.mending import shared_of
-from manyhands.train.method import (
-    Header,
-    Part,
-    StepResult,
-    Sums,
-    Wishes,
-    accumulate,
-    clip_factor,
-    is_finite,
-    norm_of,
-    norm_there,
-)
+from manyhands.train.method import Header, Part, StepResult, Sums, Wishes, accumulate
+from manyhands.train.norm import clip_factor, is_finite, norm_of, norm_there
 from manyhands.train.reading import Reading, Stopwatch
 from manyhands.wire.drive import Interleave, run
 
