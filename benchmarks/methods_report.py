@@ -6,6 +6,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,17 @@ class Results:
         return statistics.median(s["tokens_per_s"] for s in samples) if samples else None
 
     def share(self, name: str, world: int, rate: str) -> float | None:
-        """Of the speed that its own program reaches without communication."""
+        """Of the speed that its own program reached without communication, nearest in time; median over samples."""
         own = ALONE if self.methods[name].ours else ALONE_PEERS
-        mine, most = self.speed(name, world, rate), self.speed(own, world, "none")
-        return mine / most if mine and most else None
+        alone = self.speeds.get((own, world, "none"), [])
+        mine = self.speeds.get((name, world, rate), [])
+        if not alone or not mine:
+            return None
+
+        def nearest(sample: Mapping[str, Any]) -> Mapping[str, Any]:
+            return min(alone, key=lambda each: abs(_seconds(each) - _seconds(sample)))
+
+        return statistics.median(m["tokens_per_s"] / nearest(m)["tokens_per_s"] for m in mine)
 
     def sent(self, name: str, world: int) -> float | None:
         """Bytes a step that the busiest host sent; median over samples."""
@@ -157,7 +165,8 @@ def _speed_table(results: Results, world: int) -> list[str]:
         f"## Tokens/s, {world} workers, 30M parameters",
         "",
         (
-            "In brackets: share of what the same program reaches with no communication. Bytes: what the busiest host sends, "
+            "In brackets: share of what the same program reached with no communication, nearest in time. "
+            "Bytes: what the busiest host sends, "
             "headers included, at 100 and 20 Mbit/s."
         ),
         "",
@@ -325,3 +334,8 @@ def _bars(axes: Any, results: Results, world: int) -> None:
     axes.set(xlabel="tokens/s", title="Speed")
     axes.margins(y=0.01)
     axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=6)
+
+
+def _seconds(sample: Mapping[str, Any]) -> float:
+    """When a sample ended."""
+    return datetime.strptime(sample["at"], "%Y-%m-%d %H:%M:%SZ").timestamp() if "at" in sample else 0.0
