@@ -452,7 +452,12 @@ def main() -> int:
     data: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {"rows": {}}
     if not given.table:
         context = forked()
-        data |= {"machine": facts_of_machine(), "ring": RING, "ends": ENDS}
+        data |= {
+            "command": "python benchmarks/resume.py",
+            "machine": facts_of_machine(),
+            "ring": RING,
+            "ends": ENDS,
+        }
         for row in chosen(given.only):
             if row.name in data["rows"] and not given.again and data["rows"][row.name]["ok"]:
                 continue

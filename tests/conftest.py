@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,3 +75,13 @@ def fleets() -> Iterator[Callable[[int, str], Fleet]]:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prepared data of tests goes to a directory of the run, never to the user's cache."""
     monkeypatch.setenv("MANYHANDS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of five hundred lines."""
+    rng = random.Random(3)
+    words = ["hand", "many", "light", "work", "makes", "slow", "fast", "exact"]
+    path = tmp_path_factory.mktemp("corpus") / "a.txt"
+    path.write_text("".join(" ".join(rng.choice(words) for _ in range(9)) + "\n" for _ in range(500)))
+    return path

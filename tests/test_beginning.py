@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import warm
-from runs import TINY, environment, events, manyhands, summary
+from jobs import Launched
+from runs import TINY, events, manyhands, summary
 
-DEADLINE_S = 240.0
 OPTIONS = (*TINY, "--reproducible", "--steps", 12)
 START = """
 import sys
@@ -30,7 +26,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-class Job:
+class Job(Launched):
     """`manyhands train` whose workers walk into traps."""
 
     def __init__(
@@ -41,17 +37,10 @@ class Job:
         given = [*("--data", corpus, *OPTIONS, "--workers", workers)]
         given += ["--output", output, "--cache", output.parent / f"{output.name}-cache", *options]
         tests = str(Path(__file__).parent)
-        self.process = subprocess.Popen(
+        super().__init__(
             [sys.executable, "-c", START, "train", *map(str, given)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={
-                **environment(),
-                "OMP_NUM_THREADS": "1",
-                "TRAPS": json.dumps({"directory": str(self.directory), "traps": traps}),
-                "PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")]),
-            },
+            TRAPS=json.dumps({"directory": str(self.directory), "traps": traps}),
+            PYTHONPATH=os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")]),
         )
 
     def said(self, what: str, seat: str = "") -> list[dict[str, Any]]:
@@ -61,14 +50,6 @@ class Job:
             return []
         found = [json.loads(line) for line in lines]
         return [r for r in found if r["what"] == what and seat in ("", r["seat"])]
-
-    def wait_for(self, condition: Callable[[], Any], what: str) -> Any:
-        deadline = time.monotonic() + DEADLINE_S
-        while not (found := condition()):
-            assert self.process.poll() is None, f"ended before {what}: {self.process.communicate()[0]}"
-            assert time.monotonic() < deadline, what
-            time.sleep(0.005)
-        return found
 
     def kill(self, seat: str, signum: signal.Signals = signal.SIGKILL, *, place: str = "") -> None:
         """Once it has walked into the trap that stops it (at `place`)."""
@@ -83,25 +64,9 @@ class Job:
         """Let those go on that wait."""
         (self.directory / "open").touch()
 
-    def end(self, code: int = 0) -> str:
-        said, _ = self.process.communicate(timeout=DEADLINE_S)
-        assert self.process.returncode == code, said
-        return said
-
-
-@contextlib.contextmanager
-def running(output: Path, corpus: Path, *options: object, **more: Any) -> Iterator[Job]:
-    job = Job(output, corpus, *options, **more)
-    try:
-        yield job
-    finally:
-        if job.process.poll() is None:
-            job.process.kill()
-            job.process.communicate()
-
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Several files, so that preparation has several pieces."""
     rng = random.Random(3)
     words = ["hand", "many", "light", "work", "makes", "slow", "fast", "exact"]
@@ -112,7 +77,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_losses_before_the_first_step(corpus: Path, tmp_path: Path) -> None:
+def test_losses_before_the_first_step(corpora: Path, tmp_path: Path) -> None:
     """Rank 0 is killed while it prepares a piece, its replacement in the first step; another is asked to leave meanwhile."""
     traps = [
         {"seat": "w0", "place": "piece"},
@@ -121,7 +86,7 @@ def test_losses_before_the_first_step(corpus: Path, tmp_path: Path) -> None:
         {"seat": "w0-1", "place": "compile"},
     ]
     quiet, run = tmp_path / "quiet", tmp_path / "run"
-    with running(run, corpus, "--restarts", 1, traps=traps) as job:
+    with Job(run, corpora, "--restarts", 1, traps=traps) as job:
         job.kill("w0")
         job.kill("w1", signal.SIGTERM)
         job.open()
@@ -151,17 +116,17 @@ def test_losses_before_the_first_step(corpus: Path, tmp_path: Path) -> None:
     )
     assert "takes its place" in first["then"]
     assert [e["seat"] for e in events(run, "left")] == ["w1"]
-    warm.manyhands("train", "--data", corpus, *OPTIONS, "--workers", 2, "--output", quiet)
+    warm.manyhands("train", "--data", corpora, *OPTIONS, "--workers", 2, "--output", quiet)
     assert summary(run)["parameters_sha256"] == summary(quiet)["parameters_sha256"]
     assert summary(run)["steps"] == 12
     assert "every sample once" in manyhands("ledger", run).stdout
 
 
-def test_what_would_happen_to_everybody_ends_the_job(corpus: Path, tmp_path: Path) -> None:
+def test_what_would_happen_to_everybody_ends_the_job(corpora: Path, tmp_path: Path) -> None:
     """An error of the data, on every worker: the message once, nobody is replaced."""
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "fine"}\n{"text": \n')
-    with running(tmp_path / "run", broken, "--on-error", "fail", traps=[], workers=2) as job:
+    with Job(tmp_path / "run", broken, "--on-error", "fail", traps=[], workers=2) as job:
         said = job.end(1)
     assert said.count("manyhands: worker") == 1
     assert "broken.jsonl" in said

@@ -2,92 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import random
 import signal
-import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import warm
 from fleet import Fleet
-from runs import TINY, command, environment, events, summary
+from jobs import STEPS, Job
+from runs import TINY, events, summary
 
 from manyhands.core.errors import ManyhandsError
-from manyhands.launch.chaos import workers_of
 from manyhands.train.division import remaining, spans_of
 from manyhands.train.standing import Position, conclude
-
-DEADLINE_S = 240.0
-STEPS = 60
-
-
-class Job:
-    """A running `manyhands train`, whose workers can be reached by their seats."""
-
-    def __init__(self, output: Path, corpus: Path, *options: object, workers: int = 3) -> None:
-        self.output = output
-        given = [*("--data", corpus, *TINY, "--steps", STEPS, "--workers", workers), *("--output", output)]
-        self.process = subprocess.Popen(
-            command("train", *given, *options),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**environment(), "OMP_NUM_THREADS": "1"},
-        )
-
-    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + DEADLINE_S
-        while not condition():
-            assert self.process.poll() is None, f"ended before {what}: {self.process.communicate()[0]}"
-            assert time.monotonic() < deadline, what
-            time.sleep(0.005)
-
-    def reach(self, step: int) -> None:
-        """Wait until `step` steps are done."""
-        self.wait_for(lambda: self.step >= step, f"step {step}")
-
-    @property
-    def step(self) -> int:
-        return max((e["step"] for e in self.seen("stepped")), default=0)
-
-    def seen(self, kind: str) -> list[dict[str, object]]:
-        try:
-            return events(self.output, kind)
-        except (FileNotFoundError, ValueError):
-            return []
-
-    def send(self, seat: str, signum: int) -> None:
-        os.kill(workers_of(self.output)[seat], signum)
-
-    def end(self, code: int = 0) -> str:
-        said, _ = self.process.communicate(timeout=DEADLINE_S)
-        assert self.process.returncode == code, said
-        return said
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rng = random.Random(3)
-    words = ["hand", "many", "light", "work", "makes", "slow", "fast", "exact"]
-    path = tmp_path_factory.mktemp("corpus") / "a.txt"
-    path.write_text("".join(" ".join(rng.choice(words) for _ in range(9)) + "\n" for _ in range(500)))
-    return path
-
-
-@contextlib.contextmanager
-def running(output: Path, corpus: Path, *options: object, workers: int = 3) -> Iterator[Job]:
-    job = Job(output, corpus, *options, workers=workers)
-    try:
-        yield job
-    finally:
-        if job.process.poll() is None:
-            job.process.kill()
-            job.process.communicate()
 
 
 def test_survivors_finish_the_same_steps_to_the_bit(corpus: Path, tmp_path: Path) -> None:
@@ -96,7 +24,7 @@ def test_survivors_finish_the_same_steps_to_the_bit(corpus: Path, tmp_path: Path
     options = ("--reproducible", "--restarts", 0, "--eval-every", 20)
     job = [*("--data", corpus, *TINY, "--steps", STEPS, "--workers", 3), *options]
     warm.manyhands("train", *job, "--output", quiet)
-    with running(killed, corpus, *options) as job:
+    with Job(killed, corpus, *options) as job:
         job.reach(7)
         job.send("w0", signal.SIGKILL)
         job.reach(15)
@@ -114,7 +42,7 @@ def test_survivors_finish_the_same_steps_to_the_bit(corpus: Path, tmp_path: Path
 
 
 def test_a_replacement_gets_the_state_from_a_peer(corpus: Path, tmp_path: Path) -> None:
-    with running(tmp_path, corpus, "--reproducible", "--steps", 100000, workers=2) as job:
+    with Job(tmp_path, corpus, "--reproducible", "--steps", 100000, workers=2) as job:
         job.reach(5)
         job.send("w1", signal.SIGKILL)
         job.wait_for(lambda: bool(job.seen("joined")), "a replacement")
@@ -134,7 +62,7 @@ def test_a_replacement_gets_the_state_from_a_peer(corpus: Path, tmp_path: Path) 
 def test_a_replacement_joins_at_an_agreement(corpus: Path, tmp_path: Path, strategy: str) -> None:
     """Methods whose parameters move between agreements: the newcomer has the state before anybody goes on."""
     given = ("--strategy", strategy, "--steps", 100000)
-    with running(tmp_path, corpus, *given, workers=2) as job:
+    with Job(tmp_path, corpus, *given, workers=2) as job:
         job.reach(7)
         job.send("w1", signal.SIGKILL)
         job.wait_for(lambda: bool(job.seen("joined")), "a replacement")
@@ -157,7 +85,7 @@ def test_a_replacement_joins_at_an_agreement(corpus: Path, tmp_path: Path, strat
 )
 def test_every_family_goes_on(corpus: Path, tmp_path: Path, strategy: str, dropped: bool) -> None:
     options = ("--strategy", strategy, "--restarts", 0, "--save-every", 10, "--eval-every", 14)
-    with running(tmp_path, corpus, *options) as job:
+    with Job(tmp_path, corpus, *options) as job:
         job.reach(11)
         job.send("w1", signal.SIGKILL)
         job.end()
@@ -170,7 +98,7 @@ def test_every_family_goes_on(corpus: Path, tmp_path: Path, strategy: str, dropp
 
 def test_a_process_group_is_formed_anew(corpus: Path, tmp_path: Path) -> None:
     """The same over gloo, which several hosts use."""
-    with running(tmp_path, corpus, "--transport", "group", "--restarts", 0) as job:
+    with Job(tmp_path, corpus, "--transport", "group", "--restarts", 0) as job:
         job.reach(7)
         job.send("w0", signal.SIGKILL)
         job.end()
@@ -180,7 +108,7 @@ def test_a_process_group_is_formed_anew(corpus: Path, tmp_path: Path) -> None:
 
 def test_one_that_is_asked_to_leave_leaves_alone(corpus: Path, tmp_path: Path) -> None:
     strategy = "ddp(exchange='error-feedback(int4)')"
-    with running(tmp_path, corpus, "--strategy", strategy, "--restarts", 0) as job:
+    with Job(tmp_path, corpus, "--strategy", strategy, "--restarts", 0) as job:
         job.reach(7)
         job.send("w0", signal.SIGTERM)
         job.end()
@@ -191,7 +119,7 @@ def test_one_that_is_asked_to_leave_leaves_alone(corpus: Path, tmp_path: Path) -
 
 
 def test_one_that_hangs_is_given_up(corpus: Path, tmp_path: Path) -> None:
-    with running(tmp_path, corpus, "--restarts", 0, "--hang-s", 2, workers=2) as job:
+    with Job(tmp_path, corpus, "--restarts", 0, "--hang-s", 2, workers=2) as job:
         job.reach(7)
         job.send("w1", signal.SIGSTOP)
         job.end()

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import warm
+from jobs import Job as Running
 from runs import events, losses, summary
-from test_elastic import corpus, running  # noqa: F401 (a fixture)
 
 from manyhands.core.config import from_text
 from manyhands.core.errors import UsageError
@@ -23,13 +23,13 @@ STEPS = 30
 
 @pytest.mark.parametrize(("choice", "leaves_out"), [("drop", True), ("redo", False)])
 def test_a_lost_workers_round_is_left_out_or_done_again(
-    corpus: Path,  # noqa: F811
+    corpus: Path,
     tmp_path: Path,
     choice: str,
     leaves_out: bool,
 ) -> None:
     options = ("--strategy", "diloco(lr=0.003, every=6)", "--lost-round", choice, "--restarts", 0)
-    with running(tmp_path, corpus, *options, "--steps", STEPS) as job:
+    with Running(tmp_path, corpus, *options, "--steps", STEPS) as job:
         job.reach(8)
         job.send("w1", signal.SIGKILL)
         job.end()

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import warm
+from jobs import Job
 from runs import TINY, events, losses
-from test_elastic import corpus, running  # noqa: F401 (a fixture)
 from test_exactness import assert_close, plain_run, summed
 from test_sharded import BASE, begin
 
@@ -31,7 +31,7 @@ def watched(output: Path) -> tuple[str, list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:  # noqa: F811
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     output = tmp_path_factory.mktemp("plain")
     options = [*TINY, *COMMON, "--strategy", f"ddp({LR})", "--workers", 1]
     warm.manyhands("train", "--data", corpus, *options, "--output", output)
@@ -39,12 +39,12 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 def test_a_lost_shard_is_rebuilt_from_its_replica_and_a_replacement_gets_its_own(
-    corpus: Path,  # noqa: F811
+    corpus: Path,
     tmp_path: Path,
     undisturbed: dict[int, float],
 ) -> None:
     options = (*COMMON, "--strategy", f"zero3({LR}, shard=2)", "--steps", 100_000, "--restarts", 1)
-    with running(tmp_path, corpus, *options, workers=4) as job:
+    with Job(tmp_path, corpus, *options, workers=4) as job:
         job.reach(3)
         job.send("w1", signal.SIGKILL)
         job.wait_for(lambda: bool(job.seen("joined")), "a replacement")
@@ -65,12 +65,12 @@ def test_a_lost_shard_is_rebuilt_from_its_replica_and_a_replacement_gets_its_own
 
 
 def test_where_nobody_holds_a_shard_the_checkpoint_does(
-    corpus: Path,  # noqa: F811
+    corpus: Path,
     tmp_path: Path,
     undisturbed: dict[int, float],
 ) -> None:
     options = (*COMMON, "--strategy", f"zero3({LR}, shard=2)", "--restarts", 0, "--save-every", 5)
-    with running(tmp_path, corpus, *options, workers=4) as job:
+    with Job(tmp_path, corpus, *options, workers=4) as job:
         job.reach(8)
         job.send("w0", signal.SIGKILL)
         job.send("w2", signal.SIGKILL)
@@ -84,12 +84,12 @@ def test_where_nobody_holds_a_shard_the_checkpoint_does(
 
 
 def test_whoever_leaves_hands_its_shard_over(
-    corpus: Path,  # noqa: F811
+    corpus: Path,
     tmp_path: Path,
     undisturbed: dict[int, float],
 ) -> None:
     options = (*COMMON, "--strategy", f"zero3({LR})", "--restarts", 0)
-    with running(tmp_path, corpus, *options) as job:
+    with Job(tmp_path, corpus, *options) as job:
         job.reach(5)
         job.send("w1", signal.SIGTERM)
         job.end()

@@ -1,0 +1,77 @@
+"""Jobs that run beside a test: real processes, which are waited for, sent signals and ended."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from runs import TINY, command, environment, events
+
+from manyhands.launch.chaos import workers_of
+
+DEADLINE_S = 240.0
+STEPS = 60
+
+
+class Launched:
+    """A process and what it says. A context manager: it does not outlive the test."""
+
+    def __init__(self, words: Sequence[str], **variables: str) -> None:
+        self.process = subprocess.Popen(
+            list(words),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**environment(), "OMP_NUM_THREADS": "1", **variables},
+        )
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.communicate()
+
+    def wait_for(self, condition: Callable[[], Any], what: str) -> Any:
+        deadline = time.monotonic() + DEADLINE_S
+        while not (found := condition()):
+            assert self.process.poll() is None, f"ended before {what}: {self.process.communicate()[0]}"
+            assert time.monotonic() < deadline, what
+            time.sleep(0.005)
+        return found
+
+    def end(self, code: int = 0) -> str:
+        said, _ = self.process.communicate(timeout=DEADLINE_S)
+        assert self.process.returncode == code, said
+        return said
+
+
+class Job(Launched):
+    """A running `manyhands train`, whose workers can be reached by their seats."""
+
+    def __init__(self, output: Path, corpus: Path, *options: object, workers: int = 3) -> None:
+        self.output = output
+        given = [*("--data", corpus, *TINY, "--steps", STEPS, "--workers", workers), *("--output", output)]
+        super().__init__(command("train", *given, *options))
+
+    def reach(self, step: int) -> None:
+        """Wait until `step` steps are done."""
+        self.wait_for(lambda: self.step >= step, f"step {step}")
+
+    @property
+    def step(self) -> int:
+        return max((e["step"] for e in self.seen("stepped")), default=0)
+
+    def seen(self, kind: str) -> list[dict[str, object]]:
+        try:
+            return events(self.output, kind)
+        except (FileNotFoundError, ValueError):
+            return []
+
+    def send(self, seat: str, signum: int) -> None:
+        os.kill(workers_of(self.output)[seat], signum)
