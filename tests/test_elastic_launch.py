@@ -54,6 +54,7 @@ class Job:
         joins: Job | None = None,
         elastic: dict[str, Any] | None = None,
         terminal: bool = False,
+        env: dict[str, str] | None = None,
         **wrong: Any,
     ) -> None:
         self.output, self.scratch = tmp_path / "out", tmp_path / "tmp"
@@ -86,7 +87,7 @@ class Job:
             [sys.executable, "-c", DRIVER, json.dumps(given)],
             stdout=slave if terminal else subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "TMPDIR": str(self.scratch)},
+            env={**os.environ, "TMPDIR": str(self.scratch), **(env or {})},
             text=True,
         )
         os.close(slave)
@@ -361,11 +362,16 @@ def test_when_the_launcher_is_asked_all_know_it(
     assert "takes its place" not in errors
 
 
-def test_a_waiting_process_takes_the_place(launched: Callable[..., Job]) -> None:
-    job = launched(steps=10**9, elastic={"warm": ["elastic_warm"], "spare_after_s": 0.0})
+WARM = {"warm": ["elastic_warm"], "spare_after_s": 0.0}
+
+
+@pytest.mark.parametrize("forks", [True, False])
+def test_a_waiting_process_takes_the_place(launched: Callable[..., Job], forks: bool) -> None:
+    job = launched(elastic=WARM, env={} if forks else {"OMP_PLACES": "cores"})
     pids = job.stepping("w0", "w1")
+    assert job.await_("started")["warm"] == forks
     for generation in (1, 2):
-        until_spare(job.process.pid)
+        waiting(job.process.pid)
         victim = f"w1-{generation - 1}" if generation > 1 else "w1"
         os.kill(pids[victim], signal.SIGKILL)
         name = f"w1-{generation}"
@@ -373,16 +379,36 @@ def test_a_waiting_process_takes_the_place(launched: Callable[..., Job]) -> None
         assert started["warm"]
         assert started["threads"] == "1"
         pids |= job.stepping(name)
-    until_spare(job.process.pid)
+    waiting(job.process.pid)
     job.process.send_signal(signal.SIGTERM)
     code, errors = job.end()
     assert code == 143, errors
+    assert "w1 (rank 1)" in errors
+    assert errors.count("was killed by SIGKILL") == 2
     assert job.everybody_gone()
     assert list(job.scratch.iterdir()) == []
 
 
-def until_spare(launcher: int) -> None:
-    """Wait until a spare of this launcher sleeps, with everything imported."""
+def test_workers_outlive_the_process_that_they_were_forked_from(launched: Callable[..., Job]) -> None:
+    """It is killed, later a worker that it had made: both are replaced; how its workers end is known all the same."""
+    job = launched(steps=150, elastic=WARM)
+    pids = job.stepping("w0", "w1")
+    first = waiting(job.process.pid)
+    os.kill(first, signal.SIGKILL)
+    assert waiting(job.process.pid, other_than=first) != first
+    os.kill(pids["w1"], signal.SIGKILL)
+    assert job.await_("started", lambda r: r["seat"] == "w1-1")["warm"]
+    code, errors = job.end()
+    assert code == 0, errors
+    assert errors.count("manyhands: worker") == 1
+    assert "w1 (rank 1)" in errors
+    assert "was killed by SIGKILL" in errors
+    assert job.everybody_gone()
+    assert "w0" in {r["seat"] for r in job.heard if r["what"] == "done"}
+
+
+def waiting(launcher: int, *, other_than: int = 0) -> int:
+    """Wait until a process of this launcher waits, with everything imported; its number."""
     deadline = time.monotonic() + TIMEOUT_S
     while True:
         assert time.monotonic() < deadline, "no process waits"
@@ -391,25 +417,36 @@ def until_spare(launcher: int) -> None:
                 command = (process / "cmdline").read_bytes()
                 parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
                 threads = len(list((process / "task").iterdir()))
-                ours = parent == launcher and b"manyhands.launch.spare" in command
+                ours = parent == launcher and b"manyhands.launch.waiting" in command
                 state = (process / "stat").read_text().rpartition(")")[2].split()[0]
-                if ours and threads == 1 and state == "S":
+                if ours and threads == 1 and state == "S" and int(process.name) != other_than:
                     time.sleep(0.1)  # the launcher looks fifty times a second
-                    return
+                    return int(process.name)
         time.sleep(0.01)
 
 
-def test_nobody_outlives_a_killed_launcher(launched: Callable[..., Job]) -> None:
-    job = launched(elastic={"warm": ["elastic_warm"], "spare_after_s": 0.0})
+@pytest.mark.parametrize("alone", [True, False])
+def test_nobody_outlives_a_killed_launcher(launched: Callable[..., Job], alone: bool) -> None:
+    """Nor where the process that clears up after it was killed before."""
+    job = launched(elastic=WARM)
     job.stepping("w0", "w1")
-    until_spare(job.process.pid)
+    waiting(job.process.pid)
+    if alone:
+        guards = [p for p in children(job.process.pid) if b"guard.py" in (p / "cmdline").read_bytes()]
+        os.kill(int(guards[0].name), signal.SIGKILL)
     job.process.kill()
     assert job.end()[0] == -signal.SIGKILL
     assert job.everybody_gone()
     deadline = time.monotonic() + TIMEOUT_S
-    while list(job.scratch.iterdir()):
+    while not alone and list(job.scratch.iterdir()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def children(of: int) -> list[Path]:
+    """Where the kernel tells of them."""
+    numbers = Path(f"/proc/{of}/task/{of}/children").read_text().split()
+    return [Path(f"/proc/{number}") for number in numbers]
 
 
 def test_a_paused_launch_is_no_hang(launched: Callable[..., Job]) -> None:

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from manyhands.core.errors import (
@@ -46,8 +47,8 @@ def main() -> None:
     work(sys.argv[1])
 
 
-def work(entry: str) -> None:
-    """Be a worker, as the environment says; ends the process."""
+def work(entry: str, tell_code: Callable[[int], None] | None = None) -> None:
+    """Be a worker, as the environment says; ends the process, having told `tell_code` with which exit code."""
     error_file = Path(os.environ.pop("MANYHANDS_ERROR_FILE"))
     signal.signal(
         signal.SIGINT, signal.default_int_handler
@@ -60,7 +61,7 @@ def work(entry: str) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if "MANYHANDS_CONSOLE" in os.environ:
         os.set_inheritable(int(os.environ["MANYHANDS_CONSOLE"]), False)
-    _leave(_run(entry, error_file))
+    _leave(_run(entry, error_file), tell_code)
 
 
 def _run(entry: str, error_file: Path) -> int:
@@ -124,7 +125,7 @@ def _record(error: BaseException, path: Path) -> None:
         print(f"{path} cannot be written: {problem}", file=sys.stderr)
 
 
-def _leave(code: int) -> None:
+def _leave(code: int, tell_code: Callable[[int], None] | None) -> None:
     """End now: exit handlers run, but threads and process groups of libraries do not hold a finished worker."""
     overdue = threading.Timer(LEAVE_S, os._exit, (code,))
     overdue.daemon = True
@@ -134,4 +135,6 @@ def _leave(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
+        if tell_code is not None:
+            tell_code(code)
         os._exit(code)

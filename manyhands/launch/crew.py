@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from manyhands.coordinate.words import during
 from manyhands.core import hardware
 from manyhands.launch import child, guard, place
-from manyhands.launch.spare import Spare, affordable
+from manyhands.launch.spare import Process, Spare, affordable, can_fork
 from manyhands.launch.terminal import Requests
 from manyhands.launch.verdict import End, cause, final, read_record, read_tail
 
@@ -41,7 +41,7 @@ class Worker:
     rank: int
     generation: int
     id: str
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
     log_begin: int  # where this process's part of the log begins: others' may stand before it
     error: Path
@@ -56,7 +56,7 @@ class Worker:
             self._end = End(
                 rank=self.rank,
                 host=hardware.hostname(),
-                code=self.process.returncode,
+                code=self.process.wait(),  # it has ended
                 time_s=self.ended_s or time.time(),
                 record=read_record(self.error),
                 log=self.log,
@@ -109,8 +109,14 @@ class Crew:
         first = f"{self.prefix}{rank}" if self.prefix else f"w{rank}"
         return f"{first}-{generation}" if generation else first
 
+    def prepare(self, variables: Mapping[str, str]) -> None:
+        """Before the first start: import once what all of them need, where they can be forked."""
+        if self.elastic is not None and self.elastic.warm and can_fork():
+            self._spare = self._new_spare(variables, urgent=True)
+            self._spare.await_ready(unless=lambda: self.requests.stop)
+
     def start(self, rank: int, variables: dict[str, str], generation: int = 0) -> None:
-        """Start a worker: the waiting process, if there is one, else a new one."""
+        """Start a worker: of the waiting process, if there is one, else a new interpreter."""
         label = f"{self.prefix or 'rank-'}{rank}"
         log, error = self.logs / f"{label}.log", self.logs / f"{label}.error.json"
         with contextlib.suppress(OSError):
@@ -125,7 +131,7 @@ class Crew:
         if self.control is not None or rank == 0:  # any worker may become the first
             mine["MANYHANDS_CONSOLE"] = str(self.console)
         begin = log.stat().st_size if log.exists() else 0
-        process = self._wake(mine, log) if generation else None
+        process = self._wake(mine, log)
         if process is None:
             with log.open("ab") as sink:
                 process = subprocess.Popen(
@@ -137,7 +143,7 @@ class Crew:
                     pass_fds=[self.console] if "MANYHANDS_CONSOLE" in mine else [],
                     start_new_session=True,  # a Ctrl-C reaches us alone, and we hand it on once
                 )
-            self.tell(f"started {process.pid}")
+        self.tell(f"started {process.pid}")
         self.workers.append(Worker(rank, generation, id, process, log, begin, error))
 
     def watch(self) -> None:
@@ -181,15 +187,13 @@ class Crew:
         """Whatever still runs is killed, with all that the workers had started."""
         for line in self._untold.values():
             print(line, file=sys.stderr, flush=True)
-        if self._spare is not None:
-            self._spare.end()
-            self.tell(f"ended {self._spare.process.pid}")
         self._signal(signal.SIGKILL)
         for worker in self.workers:
             worker.process.wait()
             if not worker.survived:
                 worker.ended_s = worker.ended_s or time.time()
                 self._clear(worker)
+        self._drop_spare()
         if self.servers is not None:
             self.servers.end()
 
@@ -275,7 +279,7 @@ class Crew:
                 for worker in self.workers:
                     if worker.id == happening.seat_id and worker.ended_s is None:
                         with contextlib.suppress(ProcessLookupError):
-                            worker.process.kill()
+                            worker.process.send_signal(signal.SIGKILL)
             elif happening.kind == "lost":
                 for worker in self.workers:
                     if worker.id == happening.seat_id and happening.loss is not None:
@@ -329,32 +333,52 @@ class Crew:
         elastic, control = self.elastic, self.control
         if elastic is None or control is None or not elastic.warm or not elastic.restarts:
             return
-        if self._spare is not None or not control.began or self.requests.stop or self.told_s is not None:
+        if self._spare is not None and self._spare.alive:
+            return
+        if not control.began or self.requests.stop or self.told_s is not None:
             return
         self._began_s = self._began_s or time.monotonic()
         if not self._spent and time.monotonic() - self._began_s < elastic.spare_after_s:
             return
         if not any(w.ended_s is None and self._spent[w.rank] < elastic.restarts for w in self.workers):
             return
-        if not affordable():
-            return
-        variables = {**self._variables[0], **control.variables}
-        self._spare = Spare(
-            elastic.warm,
+        if affordable():
+            self._spare = self._new_spare(
+                {**self._variables[0], **control.variables},
+                urgent=bool(self._spent),  # where one was lost, another may be soon
+            )
+
+    def _new_spare(self, variables: Mapping[str, str], *, urgent: bool) -> Spare:
+        assert self.elastic is not None
+        self._drop_spare()
+        spare = Spare(
+            self.elastic.warm,
             self.entry,
             variables,
             flags=place.flags(),
             files=[self.console],
-            urgent=bool(self._spent),  # where one was lost, another may be soon
+            urgent=urgent,
+            forks=can_fork(),
         )
-        self.tell(f"started {self._spare.process.pid}")
+        self.tell(f"started {spare.process.pid}")
+        return spare
 
-    def _wake(self, variables: Mapping[str, str], log: Path) -> subprocess.Popen[bytes] | None:
+    def _wake(self, variables: Mapping[str, str], log: Path) -> Process | None:
         spare = self._spare
         if spare is None or not spare.ready:
             return None
-        self._spare = None
-        return spare.wake(variables, log)
+        process = spare.wake(variables, log)
+        if not spare.forks:
+            self._spare = None
+        return process
+
+    def _drop_spare(self) -> None:
+        """The workers made of it go with it; but they outlive one that somebody killed."""
+        if self._spare is not None:
+            if self._spare.alive:
+                self._spare.end()
+            self.tell(f"ended {self._spare.process.pid}")
+            self._spare = None
 
     # -- signals
 

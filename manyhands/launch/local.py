@@ -76,6 +76,7 @@ def launch(
                 servers.start(store, {**os.environ, **hardware.cpu_environment(1), **(env or {})}, crew.tell)
             if control is not None:
                 control.expect(*(crew.name(rank, 0) for rank in range(workers)))
+            crew.prepare(place.variables(0, workers, seats[0], store, env or {}))
             for rank, seat in enumerate(seats):
                 if not requests.stop:
                     crew.start(rank, place.variables(rank, workers, seat, store, env or {}))

@@ -1,28 +1,87 @@
-"""A process that has imported what a worker needs and waits for a worker to be lost: its replacement is there at once.
+"""A process that has imported what a worker needs, and from which workers are made.
 
-Imports take seconds and much of a core; here they are done beforehand, in a thread of low priority, so that the workers are not
-disturbed. While it waits it uses memory, and no time.
+Imports take seconds and much of a core. Here they are done once: on Linux each worker is forked from the process that has
+them, in some tens of milliseconds, and shares its pages. Nothing but imports happens before a fork: no thread, no device, no
+random number. Where that cannot be had (a GPU's driver does not outlive a fork, other systems' libraries do not), the
+process waits for a worker to be lost, and then becomes its replacement itself.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from manyhands.core import hardware
 
 NICE = 10  # of the importing thread: about a tenth of a busy core
 LEAST_BYTES = 2 << 30  # of memory that must be available
+LOOK_S = 0.1
+FORK_S = 10.0  # in which a fork has its own process group, unless something is wrong
 
-BOOT = f"import sys; sys.path[:] = sys.argv.pop(1).split({os.pathsep!r}); from manyhands.launch.spare import main; main()"
+BOOT = f"import sys; sys.path[:] = sys.argv.pop(1).split({os.pathsep!r}); from manyhands.launch.waiting import main; main()"
+
+
+class Process(Protocol):
+    """A worker's process, as `subprocess.Popen` has it."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+    def send_signal(self, signum: int) -> None: ...
+
+
+class Forked:
+    """A worker that is a child of the waiting process, which tells how it ended.
+
+    It outlives the waiting process, and then tells itself how it left. Signals go through a descriptor of the process: its
+    number may belong to another one later.
+    """
+
+    def __init__(self, pid: int, spare: Spare) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._spare = spare
+        self._descriptor = os.pidfd_open(pid)
+
+    def poll(self) -> int | None:
+        """Its exit code, a killing signal's number negated; None: it runs."""
+        if self.returncode is None:
+            gone = bool(
+                select.select([self._descriptor], [], [], 0)[0]
+            )  # asked first: what it said before is there
+            self.returncode = self._spare.ended(self.pid, gone)
+            if self.returncode is not None:
+                os.close(self._descriptor)
+        return self.returncode
+
+    def wait(self) -> int:
+        """Until it has ended."""
+        while (code := self.poll()) is None:
+            select.select([self._descriptor], [], [])
+            time.sleep(0.001)  # the waiting process has yet to say how
+        return code
+
+    def send_signal(self, signum: int) -> None:
+        """Nothing where it has ended."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._descriptor, signum)
 
 
 class Spare:
@@ -30,9 +89,10 @@ class Spare:
 
     Args:
         modules: what it imports.
-        entry: what it runs when it is woken.
-        files: numbers of open files that it inherits.
+        entry: what a worker runs.
+        files: numbers of open files that workers inherit.
         urgent: import at full speed.
+        forks: make workers by forking; else it becomes one.
     """
 
     def __init__(
@@ -44,47 +104,103 @@ class Spare:
         flags: Sequence[str],
         files: Sequence[int],
         urgent: bool,
+        forks: bool,
     ) -> None:
-        words = [entry, "0" if urgent else str(NICE), *modules]
+        self.forks = forks
+        line, self._lifeline = os.pipe()  # never written to: it breaks when the launcher ends
+        words = [entry, "0" if urgent else str(NICE), str(line) if forks else "", *modules]
         self.process = subprocess.Popen(
             [sys.executable, *flags, "-c", BOOT, os.pathsep.join(sys.path), *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=dict(variables),
-            pass_fds=list(files),
+            pass_fds=[*files, line],
             start_new_session=True,
         )
+        os.close(line)
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)
         self._ready = False
+        self._said = b""
+        self._begotten = 0  # the process id of the last fork
+        self._ends: dict[int, int] = {}  # how forks ended, by process id
+        self._left: dict[int, int] = {}  # with which code they were about to leave
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
 
     @property
     def ready(self) -> bool:
         """Whether it has imported everything and lives."""
-        if not self._ready and self.process.stdout is not None:
-            with contextlib.suppress(OSError):
-                self._ready = bool(os.read(self.process.stdout.fileno(), 16))
-        return self._ready and self.process.poll() is None
+        self._listen()
+        return self._ready and self.alive
 
-    def wake(self, variables: Mapping[str, str], log: Path) -> subprocess.Popen[bytes] | None:
-        """Let it become a worker: with these variables, writing to `log`. None: it has just died."""
+    def await_ready(self, unless: Callable[[], object]) -> None:
+        """Wait until it is ready, or has died, or `unless` becomes true."""
+        assert self.process.stdout is not None
+        while not self.ready and self.alive and not unless():
+            select.select([self.process.stdout], [], [], LOOK_S)
+
+    def wake(self, variables: Mapping[str, str], log: Path) -> Process | None:
+        """A worker with these variables, writing to `log`. None: the waiting process has just died."""
         order = {"variables": dict(variables), "log": str(log.absolute())}
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         try:
             self.process.stdin.write(json.dumps(order).encode() + b"\n")
-            self._hang_up()
+            self.process.stdin.flush()
+            if not self.forks:
+                self._hang_up()
+                return self.process
+            self._begotten, deadline = 0, time.monotonic() + FORK_S
+            while not self._begotten and self.alive and time.monotonic() < deadline:
+                select.select([self.process.stdout], [], [], LOOK_S)
+                self._listen()
+            if not self._begotten:
+                self.end()
+                return None
+            worker = Forked(self._begotten, self)
+            self.process.stdin.write(b"go\n")  # from now on its number may be given to another process
+            self.process.stdin.flush()
         except OSError:
             return None
-        return self.process
+        return worker
+
+    def ended(self, pid: int, gone: bool) -> int | None:
+        """How a fork ended, which is `gone` or not; None: it runs, or how it ended has yet to be told."""
+        orphan = not self.alive
+        self._listen()
+        if pid in self._ends or not (gone and orphan):
+            return self._ends.get(pid)
+        return self._left.get(pid, -signal.SIGKILL)
 
     def end(self) -> None:
-        """It is not needed any more."""
+        """It is not needed any more; its forks end with it."""
         with contextlib.suppress(OSError):
             self._hang_up()
+        os.close(self._lifeline)
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+
+    def _listen(self) -> None:
+        """Read what it has said since."""
+        if self.process.stdout is None or self.process.stdout.closed:
+            return
+        with contextlib.suppress(BlockingIOError):
+            while piece := os.read(self.process.stdout.fileno(), 4096):
+                self._said += piece
+        *lines, self._said = self._said.split(b"\n")
+        for line in lines:
+            word, *numbers = line.split()
+            if word == b"ready":
+                self._ready = True
+            elif word == b"born":
+                self._begotten = int(numbers[0])
+            else:
+                (self._ends if word == b"ended" else self._left)[int(numbers[0])] = int(numbers[1])
 
     def _hang_up(self) -> None:
         for pipe in (self.process.stdin, self.process.stdout):
@@ -92,39 +208,19 @@ class Spare:
                 pipe.close()
 
 
+PLACES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+
+
+def can_fork() -> bool:
+    """Whether workers can be forked from a process that has imported everything.
+
+    Where the user places threads, each worker loads OpenMP itself: it looks for its cores as it is loaded.
+    """
+    if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
+        return False
+    return not any(name in os.environ for name in PLACES) and not hardware.gpu_count()
+
+
 def affordable() -> bool:
     """Whether there is memory for a process that only waits."""
     return hardware.memory_available_bytes() > max(LEAST_BYTES, hardware.memory_bytes() // 8)
-
-
-def main() -> None:
-    """The waiting process: import, wait for one line, become a worker."""
-    from manyhands.launch import child
-
-    entry, nice, *modules = sys.argv[1:]
-    child.die_with_parent(int(os.environ.pop("MANYHANDS_PARENT")))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    importing = threading.Thread(target=_import, args=(modules, int(nice)), daemon=True)
-    importing.start()
-    line = sys.stdin.readline()
-    if not line:  # the launcher has no use for it
-        os._exit(0)
-    order = json.loads(line)
-    importing.join()
-    with open(order["log"], "ab") as log, open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    os.environ.update(order["variables"])
-    os.environ.pop("MANYHANDS_PARENT", None)
-    child.work(entry)
-
-
-def _import(modules: Sequence[str], nice: int) -> None:
-    if nice and sys.platform == "linux":  # elsewhere it would be the whole process's, for good
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
-    for name in modules:
-        with contextlib.suppress(ImportError):  # the worker will say so, if it needs it
-            importlib.import_module(name)
-    os.write(1, b"ready")
