@@ -38,9 +38,10 @@ def chaos(output: Path, *arguments: object) -> dict[str, Any]:
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path]),
     }
+    report = output / "chaos.json"
+    report.unlink(missing_ok=True)  # an earlier call's
     with (output.parent / f"{output.name}.log").open("w") as log:
         code = subprocess.run(command, cwd=HERE, env=environment, stdout=log, stderr=log).returncode
-    report = output / "chaos.json"
     if not report.exists():
         raise SystemExit(f"no report (exit code {code}): see {log.name}")
     found: dict[str, Any] = json.loads(report.read_text())

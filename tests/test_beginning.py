@@ -95,7 +95,7 @@ def test_losses_before_the_first_step(corpora: Path, tmp_path: Path) -> None:
     told = [line for line in said.splitlines() if line.startswith("manyhands: worker")]
     assert len(told) == 3, said  # each of them once
     words = {  # the first two end at the same time: either may be told first
-        "worker w0 (rank 0) on ": "was killed by SIGKILL (by hand, by a scheduler, or because a container's memory ran out); w0-1 takes",
+        "worker w0 (rank 0) on ": "container's memory ran out); w0-1 takes its place",
         "worker w1 (rank 1) on ": "has left, as a signal asked it to; the others go on",
         "worker w0-1 (rank 1) on ": "it is not replaced (restarts = 1)",
     }

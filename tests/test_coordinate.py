@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from manyhands.coordinate import messages
+from manyhands.coordinate import judge, messages
 from manyhands.coordinate.client import Member
 from manyhands.coordinate.journal import Journal, restore
 from manyhands.coordinate.line import Line
@@ -27,7 +27,7 @@ from manyhands.coordinate.state import BACK_S, State
 from manyhands.coordinate.words import Happening, Note, Rules, Say
 from manyhands.core import tls
 from manyhands.core.errors import CheckpointError, ManyhandsError, PeerLost, UsageError
-from manyhands.core.membership import Epoch, Seat
+from manyhands.core.membership import SUMS, Epoch, Seat
 from manyhands.launch.chaos import cut
 
 WAIT_S = 30.0
@@ -229,6 +229,40 @@ def test_a_newcomer_is_announced_and_comes_last() -> None:
     play.state.suspect("n", epoch=3, rank=None, detail="", now=play.now)
     play.ready("w0", "n")
     assert play.epoch.fresh == frozenset()
+
+
+def test_a_newcomer_that_waits_ends_a_long_step_where_that_costs_nobodys_work() -> None:
+    play = Play("w0", "w1")
+    play.step(5)
+    play.come("n")
+    play.state.ready("n", epoch=0, step=0, now=play.now)
+    play.step(5, "w0", phase=SUMS)
+    play.wait(2 * judge.ENTER_S)
+    play.beat("w1", "n")
+    assert play.heard("w0", "over") == []  # the other one's sums are on their way
+    play.step(5, "w1", phase=SUMS)
+    play.wait(0.1)
+    (over,) = play.heard("w0", "over")
+    assert over["losses"] == []
+    play.ready("w1", "w0")
+    assert ids(play.epoch) == ["w0", "w1", "n"]
+    assert play.state._suspicions == []
+    play.step(5, "w0", "w1", phase=SUMS)
+    play.wait(2 * judge.ENTER_S)
+    play.beat()
+    assert len(play.heard("w0", "over")) == 1  # nobody waits now
+
+
+def test_a_newcomer_waits_for_a_while() -> None:
+    play = Play("w0", "w1")
+    play.step(5, phase=SUMS)
+    play.come("n")
+    play.state.ready("n", epoch=0, step=0, now=play.now)
+    play.wait(judge.ENTER_S - 0.1)
+    play.beat("w0", "w1", phase=SUMS)
+    assert play.heard("w0", "over") == []
+    play.wait(0.2)
+    assert len(play.heard("w0", "over")) == 1
 
 
 def test_a_newcomer_that_dies_is_no_longer_announced() -> None:

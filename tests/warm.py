@@ -26,36 +26,7 @@ from manyhands.launch.control import Elastic, Embedded
 from manyhands.launch.job import WARM
 
 TIMEOUT_S = 300.0
-PRELOAD = [
-    *WARM,
-    *(
-        "pytest",
-        "hypothesis",
-        "hypothesis.strategies",
-        "fsspec",
-        "rich.table",
-        "grpc._channel",
-        "safetensors.torch",
-    ),
-    *(
-        "torch.distributed.tensor",
-        "manyhands.train.replica",
-        "manyhands.train.synchronous",
-        "manyhands.train.session",
-    ),
-    *(
-        "manyhands.data.prepare",
-        "manyhands.train.summary",
-        "manyhands.train.terminal",
-        "manyhands.coordinate.client",
-    ),
-    *(
-        "manyhands.strategy.optimizers",
-        "manyhands.train.sinks",
-        "manyhands.train.ledger",
-        "manyhands.train.explain",
-    ),
-]
+PRELOAD = [*WARM, "pytest", "hypothesis", "hypothesis.strategies"]
 
 
 def context() -> Any:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from manyhands.coordinate.messages import VERSION, Refused
 from manyhands.coordinate.words import BEGINNING, Member, Rules
-from manyhands.core.membership import Epoch, Loss, Seat
+from manyhands.core.membership import SUMS, Epoch, Loss, Seat
 
+ENTER_S = 1.5  # for a newcomer to wait for the end of a step; to re-form costs about half a second
 SUSPICIONS = 3  # epochs that end by suspicion, one after the other without a step, until somebody is evicted
 PATIENCE = 5  # times the longest step so far, before a worker counts as stuck
 UNNAMED = 6  # the same where nobody is suspected by name: the job fails
@@ -78,9 +79,16 @@ def stuck(inside: Sequence[Member], stuck_s: float, now: float) -> Member | None
     return first if passed or all_still else None
 
 
+def let_in(inside: Sequence[Member], newcomers: Sequence[Member], now: float) -> bool:
+    """Whether a long step is interrupted for newcomers: they have waited, and nobody would lose what it has computed."""
+    if not inside or not newcomers or any(member.phase != SUMS for member in inside):
+        return False
+    return now - min(member.moved_s for member in newcomers) >= ENTER_S
+
+
 def still(member: Member, now: float) -> str:
     """How long it has stood still, in words."""
-    of = f"{member.phase} of " if member.phase not in ("", "step") else ""
+    of = f"{member.phase} of " if member.phase not in ("", "step", SUMS) else ""
     where = f"{of}step {member.step + 1}"
     return f"its main thread has stood still in {where} for {now - member.moved_s:.0f} s"
 

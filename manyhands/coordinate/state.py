@@ -10,6 +10,7 @@ any clock in seconds that does not jump (`shift` moves it on where the whole mac
    newcomers that are ready then. A worker whose connection ends is lost when its launcher says so, or when it has not come
    back after `BACK_S`.
 3. A ready newcomer, or a member that wants to leave, is announced (`wanted`); the members end the epoch at a step of theirs.
+   A newcomer that has waited for `judge.ENTER_S` ends it in the middle of a step where that costs nobody's work.
 4. A worker unheard of for `hang_s` is evicted. So is one that stands still for `stuck_s` (or five times the longest step,
    if that is more) while the others passed it, or, where all stand still, the one that did so first.
 5. A step that `faults` workers die of by themselves (or `kills` of any cause) fails the job, as does a collective that
@@ -78,9 +79,7 @@ class State:
         self._say(seat.id, "welcome", facts=dict(self.facts), stopping=self.stopping, wanted=self._wanted)
         self.out.append(Happening(kind="joined", seat_id=seat.id))
         if self.epoch is not None and self._inside(seat.id):
-            if (
-                holding is None or holding.number < self.epoch.number
-            ):  # it was told to nobody, or not to this one, before a restart
+            if holding is None or holding.number < self.epoch.number:  # a restart came before it was told
                 self._say(seat.id, "epoch", **epoch_to(self.epoch))
             if self.over:
                 self._tell_over([seat.id])
@@ -248,7 +247,8 @@ class State:
             if now - since >= EXPLAIN_S:
                 self._explain(id, now)
                 self._form(now)
-        if self._departed is not None and now - self._departed >= LEFT_S and not self.over:
+        departed = self._departed is not None and now - self._departed >= LEFT_S
+        if not self.over and (departed or judge.let_in(self._staying(), self._newcomers(), now)):
             self.over = True
             self._tell_over(self._living())
         for id, member in list(self.members.items()):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from manyhands.core.membership import Epoch, Loss, Seat
+from manyhands.core.membership import SUMS, Epoch, Loss, Seat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,5 +81,5 @@ def during(loss: Loss) -> str:
         return ""
     if loss.phase in BEGINNING and not loss.step:
         return f" while {BEGINNING[loss.phase]}"
-    of = "" if loss.phase == "step" else f"{loss.phase} of "
+    of = "" if loss.phase in ("step", SUMS) else f"{loss.phase} of "
     return f" in {of}step {loss.step + 1}"

@@ -188,7 +188,7 @@ class Left(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Joined(Event):
-    """A worker takes part from `step` on; it fetched `size_bytes` of state in `wall_s` while the others computed."""
+    """A worker takes part from `step` on; `size_bytes` of state came in `wall_s`, or in a step, while the others computed."""
 
     seat: str
     rank: int

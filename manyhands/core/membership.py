@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+SUMS = "sums"  # a phase of a step: micro-batches are added up, and what was added is kept whatever happens
+
 
 @dataclass(frozen=True, kw_only=True)
 class Seat:
@@ -112,7 +114,10 @@ class Membership(Protocol):
         ...
 
     def at(self, phase: str, step: int) -> None:
-        """I am alive and do this now. Costs nothing (it is told with the next heartbeat)."""
+        """I am alive and do this now. Costs nothing (it is told with the next heartbeat).
+
+        `SUMS` says that an interruption would cost nothing: newcomers that have waited may then end the epoch.
+        """
         ...
 
     def suspect(self, rank: int | None, detail: str) -> None:

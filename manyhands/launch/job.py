@@ -76,24 +76,32 @@ def begin(entry: str, argument: str, job: Job) -> int:
     )
 
 
-# What a worker imports until its first step: a waiting replacement has it ready. Of the models any one will do: what is
+# What a worker imports until its first step, or as the first one: it has them ready. Of the models any one will do: what is
 # slow, they have in common. pyarrow imports pandas, where there is one, for its first array.
 WARM = (
-    "torch",
-    "torch._dynamo",
-    "grpc",
-    "pandas",
+    *("torch", "torch._dynamo", "torch.distributed.tensor", "safetensors.torch", "tokenizers"),
+    *("grpc", "grpc._channel", "pandas", "tomli_w"),
+    *("fsspec.implementations.local", "rich.console", "rich.table"),
     "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.loss.loss_utils",
-    "manyhands.train.worker",
-    "manyhands.train.parts",
-    "manyhands.train.loop",
-    "manyhands.train.material",
-    "manyhands.train.enlist",
-    "manyhands.train.crew",
-    "manyhands.wire.form",
-    "manyhands.models.build",
+    *("manyhands.coordinate.client", "manyhands.data.prepare", "manyhands.models.build"),
+    *("manyhands.strategy.optimizers", "manyhands.strategy.presets", "manyhands.tasks.pretrain"),
+    *(
+        "manyhands.balance.balancer",
+        "manyhands.wire.form",
+        "manyhands.wire.transfer",
+        "manyhands.tasks.forward",
+    ),
+    *(
+        f"manyhands.train.{name}"
+        for name in (
+            *("worker", "parts", "loop", "material", "enlist", "crew", "replica", "synchronous", "session"),
+            *("explain", "ledger", "sinks", "summary", "terminal", "evaluate", "generate", "balancing"),
+            *("resume", "voice"),
+        )
+    ),
 )
 
 

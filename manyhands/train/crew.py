@@ -82,7 +82,8 @@ class Crew:
         self.fresh = True
         self.leaving = 0
         self._told_left: set[str] = set()
-        self._offered: tuple[Standing, int, float] | None = None
+        self._offered: tuple[Standing, int, float] | None = None  # for whom, bytes, since when
+        self._fetched_s: float | None = None  # how long it took them, where all waited for it
         self._waiting: Standing | None = None  # I have not fetched the state yet
         self._losses: list[Loss] = []  # since the job last went on: somebody may be lost while it re-forms
 
@@ -243,12 +244,14 @@ class Crew:
             tensors, facts = carried.state_of(loop.replica)
             self._offer.put(self.epoch.number, tensors, {**facts, **loop.facts()})
             size = sum(t.numel() * t.element_size() for t in tensors.values())
-            self._offered = (standing, size, time.perf_counter())
+            self._offered, self._fetched_s = (standing, size, time.perf_counter()), None
         if loop.world.rank in standing.behind:
             self._waiting = standing
         if not standing.resting:
             self.receive(loop)
             loop.world.gather(None)  # nobody moves before everybody has it
+            if self._offered is not None:
+                self._fetched_s = time.perf_counter() - self._offered[2]
 
     def receive(self, loop: Loop) -> bool:
         """Get the state that I am waiting for, if any; whether there was any. Raises `PeerLost`."""
@@ -275,7 +278,7 @@ class Crew:
         self._offer.withdraw()
         for rank in standing.fresh:
             seat = loop.seats[rank]
-            wall_s = time.perf_counter() - begun
+            wall_s = self._fetched_s if self._fetched_s is not None else time.perf_counter() - begun
             loop.emit(
                 Joined(
                     seat=seat.id,

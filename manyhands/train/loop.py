@@ -143,7 +143,8 @@ class Loop:
         self._tell_phase(phase)
         with self.interrupts.phase(phase, interruptible=self._first):
             self._torn = True
-            result = self._step(self.crew.position(self) if self.crew is not None else self.replica.steps)
+            at = self.crew.position(self) if self.crew is not None else self.replica.steps
+            result = self._step(at, phase)
             self._torn = False
         self._first, done = False, self.replica.steps
         if self._due_log(done) and (result.agreed or result.own_tokens):
@@ -196,7 +197,7 @@ class Loop:
         if self.crew is not None:
             self.crew.membership.at(phase, self.replica.steps)
 
-    def _step(self, step: int) -> StepResult:
+    def _step(self, step: int, phase: str) -> StepResult:
         start = time.perf_counter()
         self.division.begin(step, self.seats, self._epoch)
         part = self.division.part(step)
@@ -206,6 +207,7 @@ class Loop:
         before = traffic.communicate_s + traffic.idle_s
         if self.crew is not None and self.crew.receive(self):  # with the others' shares
             self.division.begin(step, self.seats, self._epoch)
+            self._tell_phase(phase)  # the job could go on from me
         stop, change = self._wishes()
         result = self.replica.step(
             part, self.task.loss, stop=stop, save=self._clock_says_save(), change=change, late=True
@@ -295,6 +297,7 @@ class Loop:
             "balancer": self.balancer.state() if self.balancer is not None else None,
             "weights": list(self.feed.weights),
             "attempt": list(self._attempt),
+            "step_s": self.step_s,
         }
 
     def take_facts(self, facts: Mapping[str, Any]) -> None:
@@ -304,7 +307,7 @@ class Loop:
             self.balancer.load(facts["balancer"])
             self.balancer.weights = tuple(facts["weights"])
         self.feed.weights = tuple(facts["weights"])
-        self._attempt = tuple(facts["attempt"])
+        self._attempt, self.step_s = tuple(facts["attempt"]), self.step_s or float(facts["step_s"])
         if self.ledger is None:
             self.ledger = self.open_ledger(*self._attempt)
         self._marked = (self.replica.steps, self.replica.tokens, 0.0)

@@ -12,6 +12,7 @@ A placement may name a method of its own (``Placement.method``).
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ import torch
 
 from manyhands.core import rng
 from manyhands.core.errors import ManyhandsError, PeerLost
+from manyhands.core.membership import SUMS
 from manyhands.core.types import Summed
 from manyhands.train.memory import Torn, split_on_oom
 from manyhands.train.reading import Reading, Stopwatch
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     Loss = Callable[[nn.Module, Batch], "Summed | tuple[Tensor, int | Tensor]"]
 
 MAX_SKIPPED = 10
+LONG_S = 1.0  # a step is worth an interruption
 
 
 @dataclass(frozen=True)
@@ -361,12 +364,19 @@ def _accumulate(
         gradients.start()
     said: list[Reading] = []  # each pass's loss sum and count, known while its backward still runs
     places: list[int] = []
-    whole = True
+    whole, told, begun = True, False, time.perf_counter()
+    keeps = getattr(replica.method, "keeps_sums", False)
     for i, (place, batch) in enumerate(part.micro_batches):
         if replica.interrupted:
             whole = False
             break
-        last = i == len(part.micro_batches) - 1 and announce and by_place is None
+        final = i == len(part.micro_batches) - 1
+        last = final and announce and by_place is None
+        if keeps and not (told or final) and time.perf_counter() - begun > LONG_S:
+            replica.tell_phase(SUMS, replica.steps)  # newcomers may take part in what is left
+            told = True
+        elif told and final:
+            replica.tell_phase("step", replica.steps)
         stopwatch = Stopwatch(replica.device)
         rng.seed_torch(part.seed, part.step, place)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ class Parts:
         job: what to train.
         device: this worker's.
         over: set when somebody was lost.
+        tell_phase: see `Replica`.
         planned_for: how many workers the plan is for, where that is not the number there is (a worker that joins later).
 
     Attributes:
@@ -36,10 +37,15 @@ class Parts:
     """
 
     def __init__(
-        self, job: Job, device: torch.device, over: threading.Event | None, planned_for: int | None = None
+        self,
+        job: Job,
+        device: torch.device,
+        over: threading.Event | None,
+        tell_phase: Callable[[str, int], None],
+        planned_for: int | None = None,
     ) -> None:
         self.job, self.device = job, device
-        self._over, self._planned_for = over, planned_for
+        self._over, self._tell_phase, self._planned_for = over, tell_phase, planned_for
 
     def prepare(self, world: World, emit: Emit) -> None:
         """The rows. Collective."""
@@ -133,6 +139,7 @@ class Parts:
             autocast=session.autocast_for(self.plan.precision, self.device.type),
             forward=self.forward,
             over=self._over,
+            tell_phase=self._tell_phase,
             lost_round=self.job.lost_round,
             compare=compare,
             continues=continues,

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from manyhands.train.method import Loss, Method
 
 
+def _tell_nobody(phase: str, steps: int) -> None:
+    pass
+
+
 class Replica:
     """A model that is kept in agreement with the others'.
 
@@ -44,6 +48,7 @@ class Replica:
         total: length of the schedule, in its unit (steps or target tokens); None: a constant rate.
         autocast: context for forward passes.
         over: set when somebody was lost (see `manyhands.core.membership`).
+        tell_phase: takes what is being done, and after how many steps, for whoever decides when others may come in.
         lost_round: of local steps: whether what a lost worker has done since the last agreement is done again, "redo" (where
             the method can; "auto", too), or left out, "drop".
         compare: whether all workers' models are equal already, which is checked.
@@ -68,6 +73,7 @@ class Replica:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         forward: nn.Module | Callable[..., Any] | None = None,
         over: threading.Event | None = None,
+        tell_phase: Callable[[str, int], None] = _tell_nobody,
         lost_round: str = "auto",
         compare: bool = True,
         continues: Mapping[str, Any] | None = None,
@@ -76,6 +82,7 @@ class Replica:
         self.strategy = strategy
         self.wire = wire
         self.over = over
+        self.tell_phase = tell_phase
         self.lost_round = lost_round
         self.total = total
         self.continues = continues or {}

@@ -150,5 +150,5 @@ def conclude(positions: Sequence[Position], *, still: bool = True) -> Standing:
         dropped=dropped,
         closing=any(p.closing for p in there),
         saved=-1 if orphaned else min(p.saved for p in there),
-        resting=() if chores or there[0].quick or not still else behind,
+        resting=() if chores or not still or any(p.quick for p in there) else behind,
     )

@@ -166,7 +166,7 @@ class _Run:
                     raise
                 self.crew.failed(lost)
                 self.the_world.wire.close()
-                self._at("start")
+                self._tell_phase("start", 0)
 
     @property
     def the_world(self) -> World:
@@ -242,13 +242,13 @@ class _Run:
         if shares is not None and self.crew is not None and len(shares) == asked != self.the_world.size:
             self.job = dataclasses.replace(self.job, shares=None)  # somebody was lost who isn't replaced
         over = self.crew.membership.over if self.crew is not None else None
-        self.parts = parts = Parts(self.job, self.device, over, planned_for)
+        self.parts = parts = Parts(self.job, self.device, over, self._tell_phase, planned_for)
         with self.interrupts.phase("prepare", interruptible=True):
-            self._at("prepare")
+            self._tell_phase("prepare", 0)
             resume = resume_path()
             parts.prepare(self.the_world, self.emit)
         with self.interrupts.phase("build", interruptible=True):
-            self._at("build")
+            self._tell_phase("build", 0)
             parts.build(self.the_world)
             self.effective = parts.effective(planned_for or self.the_world.size)
             if planned_for is None:
@@ -270,9 +270,9 @@ class _Run:
             )
             self.emit(Planned(rows=rows))
 
-    def _at(self, phase: str) -> None:
+    def _tell_phase(self, phase: str, steps: int) -> None:
         if self.crew is not None:
-            self.crew.membership.at(phase, 0)
+            self.crew.membership.at(phase, steps)
 
     # -- parts
 
