@@ -1,0 +1,198 @@
+"""The parameter server's memory: what survives its end, and what the disk holds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pushers
+import pytest
+import torch
+from pushers import WAIT_S, Worker, close_to, gradient, initial, plain, together
+
+from manyhands.core import tls
+from manyhands.core.errors import CheckpointError
+from manyhands.serve import protocol
+from manyhands.serve.client import Endpoint, Link, Servers
+from manyhands.serve.server import Server
+from manyhands.strategy.optimizers import SGD, AdamW
+
+serve = pushers.serve  # the fixture
+
+
+@pytest.mark.parametrize(
+    "rules", [{"consistency": "sync"}, {"consistency": "async", "compensation": 0.1, "accumulate": 2}]
+)
+@pytest.mark.parametrize("durability", ["each", "synced"])
+def test_acknowledged_pushes_survive(serve: Any, tmp_path: Path, durability: Any, rules: Any) -> None:
+    """A server that vanishes without a word, and another that finds its files, give the same bits as one that lives."""
+    runs = []
+    for restart in (False, True):
+        options = {"state": tmp_path / f"{restart}", "durability": durability}
+        server = serve(**options)
+        (worker,) = serve.workers([server], 1)
+        worker.begin(AdamW(0.01, schedule=None), **rules)
+        worker.servers.join(0)
+        worker.servers.pull(worker.out)
+        for step in range(5):
+            worker.push(step, gradient(step, 0))
+        if restart:
+            vanish(server)
+            server = serve(**options)
+            (worker,) = serve.workers([server], 1)
+            assert server.shard.members["worker-0"].clock == 5
+            worker.push(4, gradient(4, 0))  # its answer was lost, say: it is not applied again
+        for step in range(5, 8):
+            worker.push(step, gradient(step, 0))
+        runs.append((worker.params, worker.servers.state()[2], worker.servers.status()[0]["version"]))
+    close_to(runs[0][0], runs[1][0], 0.0)
+    close_to(runs[0][1], runs[1][1], 0.0)
+    assert runs[0][2] == runs[1][2]
+
+
+def vanish(server: Server) -> None:
+    """As after a SIGKILL: nothing more is written. The lock goes with the process."""
+    server._ended.set()
+    server._server.stop(0).wait()
+    keeper: Any = server.shard._keeper
+    keeper._journal.close()
+    server.shard._keeper = None
+
+
+def test_interval_loses_what_it_says(serve: Any, tmp_path: Path) -> None:
+    options = {"state": tmp_path / "state", "durability": "interval"}
+    server = serve(**options)
+    (worker,) = serve.workers([server], 1)
+    worker.begin(SGD(0.1), consistency="async")
+    worker.push(0, gradient(0, 0))
+    log = sum(p.stat().st_size for p in (tmp_path / "state").glob("log-*"))
+    worker.push(1, gradient(1, 0))
+    assert sum(p.stat().st_size for p in (tmp_path / "state").glob("log-*")) == log
+    vanish(server)
+    again = serve(**options)
+    assert again.shard.version == 0
+    assert list(again.shard.members) == ["worker-0"]  # who takes part is never lost
+
+
+def test_a_torn_record_is_left_out(serve: Any, tmp_path: Path) -> None:
+    options = {"state": tmp_path / "state"}
+    server = serve(**options)
+    (worker,) = serve.workers([server], 1)
+    worker.begin(SGD(0.1), consistency="async")
+    worker.push(0, gradient(0, 0))
+    one = worker.params
+    worker.push(1, gradient(1, 0))
+    vanish(server)
+    (log,) = (tmp_path / "state").glob("log-*")
+    os.truncate(log, log.stat().st_size - 3)
+    again = serve(**options)
+    assert again.shard.version == 1
+    close_to({n: p.detach() for n, p in again.shard.store.params.items()}, one, 0.0)
+
+
+def test_failed_writes_and_zeros_at_the_end_leave_the_log_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from manyhands.serve import journal as module
+
+    def full(file: Any, data: memoryview) -> None:
+        file.write(data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    journal = module.Journal(tmp_path, "each")
+    journal.rotate()
+    payload = torch.arange(100, dtype=torch.uint8)
+
+    def record(i: int) -> None:
+        journal.record({"i": i}, protocol.view(payload), "push")
+
+    record(0)
+    for _ in range(3):  # a disk that stays full for a while
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_write_all", full)
+            with pytest.raises(CheckpointError, match="No space left"):
+                record(-1)
+    record(1)
+    journal.close()
+    (log,) = tmp_path.glob("log-*")
+    os.truncate(log, log.stat().st_size + 4096)  # grown, but never written, before a loss of power
+    found = list(module.replayed([log]))
+    assert [header["i"] for header, _ in found] == [0, 1]
+    assert all(torch.equal(body, payload) for _, body in found)
+
+
+def test_two_servers_do_not_share_a_state(serve: Any, tmp_path: Path) -> None:
+    serve(state=tmp_path)
+    with pytest.raises(CheckpointError, match="in use by another server"):
+        serve(state=tmp_path)
+
+
+def test_snapshots_fold_the_log(serve: Any, tmp_path: Path) -> None:
+    server = serve(state=tmp_path, interval_s=1e-9)
+    (worker,) = serve.workers([server], 1)
+    worker.begin(SGD(0.1), consistency="async")
+    for step in range(4):
+        worker.push(step, gradient(step, 0))
+    server.stop(0)
+    assert len(list(tmp_path.glob("snapshot-*"))) == 1
+    assert len(list(tmp_path.glob("log-*"))) == 1
+    again = serve(state=tmp_path)
+    assert again.shard.version == 4
+    close_to({n: p.detach() for n, p in again.shard.store.params.items()}, worker.params, 0.0)
+
+
+def start_alone(tmp_path: Path, *more: str) -> tuple[subprocess.Popen[str], Endpoint]:
+    """`manyhands serve-parameters` as a process of its own, and where it says it is."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "manyhands", "serve-parameters"),
+            *("--token-file", str(tmp_path / "token"), *more),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "serving on" in line:
+            words = line.replace(",", " ").replace(";", " ").split()
+            found = [w for w in words if w.startswith("sha256:")]
+            return process, Endpoint(words[words.index("on") + 1], found[0] if found else "")
+    raise AssertionError(f"it ended with {process.wait()}")
+
+
+def test_a_killed_server_continues_alone(tmp_path: Path) -> None:
+    """The command as a user runs it: TLS, a token made at the start, SIGKILL, and the same address again."""
+    state = ("--state", str(tmp_path / "state"))
+    process, where = start_alone(tmp_path, *state)
+    assert (tmp_path / "token").stat().st_mode & 0o077 == 0
+    token = tls.read_token(str(tmp_path / "token"))
+    servers = Servers([Link(lambda: where, token, patience_s=60.0)], member="me", job="job", lease_s=1000.0)
+    worker = Worker.__new__(Worker)
+    servers.lay_out(initial())
+    worker.servers, worker.version = servers, 0
+    worker.out = [torch.zeros(servers.layouts[0].size_bytes, dtype=torch.uint8)]
+    try:
+        worker.begin(SGD(0.1, momentum=0.9), consistency="sync")
+        servers.join(0)
+        worker.push(0, gradient(0, 0))
+        process.kill()
+        process.communicate()
+        answers = together(
+            lambda: worker.push(1, gradient(1, 0)),  # calls until the server is there again
+            lambda: start_alone(tmp_path, *state, "--listen", where.address),
+        )
+        process, again = answers[1]
+        assert again == where  # the certificate is kept with the state
+        assert answers[0]["version"] == 2
+        means = [{n: g / 4 for n, g in gradient(step, 0).items()} for step in range(2)]
+        close_to(worker.params, plain(SGD(0.1, momentum=0.9), means))
+        servers.close()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0
+    assert "stopped" in said
