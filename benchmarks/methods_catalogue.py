@@ -120,6 +120,11 @@ def peer(
 
 
 BASE = "lr=LR, weight_decay=0.1, schedule='WARM'"
+LATE = {  # used one step late, as they come: nothing is corrected, nothing is copied
+    "int4": "error-feedback(two-phase(int4))",
+    "int2": "error-feedback(two-phase(int2))",
+    "powersgd": "error-feedback(powersgd(rank=8))",
+}
 EVERY = 16  # steps between two conversations of the local methods
 
 
@@ -144,12 +149,22 @@ def catalogue(torchft_python: str | None = None) -> list[Method]:
         ours("ddp, bf16", f"ddp({BASE}, precision='bf16')", DENSE),
         ours("ddp, int8 with feedback", codec % "error-feedback(two-phase(int8))", DENSE),
         ours("ddp, int4 with feedback", codec % "error-feedback(two-phase(int4))", DENSE),
+        ours("ddp, int2 with feedback", codec % "error-feedback(two-phase(int2))", DENSE),
         ours("ddp, top 1% with feedback", codec % "error-feedback(topk(density=0.01))", THIN),
         ours("powersgd", f"powersgd({BASE})", THIN),
         ours("demo", "demo(lr=3e-4, schedule='WARM')", THIN),
         ours("eager", f"eager({BASE})", DENSE, settle=1),
         ours(
             "eager, powersgd", f"eager({BASE}, exchange='error-feedback(powersgd(rank=4))')", THIN, settle=1
+        ),
+        *(
+            ours(
+                f"one step late, {name}",
+                f"eager({BASE}, correct=false, exchange='{exchange}')",
+                THIN,
+                settle=1,
+            )
+            for name, exchange in LATE.items()
         ),
         ours("zero1", f"zero1({BASE})", DENSE),
         local("local-sgd", f"local-sgd({pushes})"),

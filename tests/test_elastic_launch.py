@@ -407,6 +407,23 @@ def test_workers_outlive_the_process_that_they_were_forked_from(launched: Callab
     assert "w0" in {r["seat"] for r in job.heard if r["what"] == "done"}
 
 
+def test_a_waiting_process_that_does_not_answer_is_given_up(launched: Callable[..., Job]) -> None:
+    """It is stopped, then a worker is killed: that is noticed, and replaced, all the same; its other workers go on."""
+    job = launched(elastic=WARM)
+    pids = job.stepping("w0", "w1")
+    first = waiting(job.process.pid)
+    os.kill(first, signal.SIGSTOP)
+    os.kill(pids["w1"], signal.SIGKILL)
+    assert not job.await_("started", lambda r: r["seat"] == "w1-1")["warm"]  # a fresh interpreter
+    assert waiting(job.process.pid, other_than=first) != first
+    job.stepping("w1-1")
+    job.process.send_signal(signal.SIGTERM)
+    code, errors = job.end()
+    assert code == 143, errors
+    assert errors.count("manyhands: worker") == 1
+    assert job.everybody_gone()
+
+
 def waiting(launcher: int, *, other_than: int = 0) -> int:
     """Wait until a process of this launcher waits, with everything imported; its number."""
     deadline = time.monotonic() + TIMEOUT_S

@@ -41,6 +41,7 @@ KINDS = {
     "flips": "flip",
 }
 LASTS = {"stop": 3.0, "slow": 10.0, "full": 5.0}  # seconds
+DYING_S = 5.0  # in which a process that was killed may still be seen
 DEADLY = ("kill", "cut", "full")  # full: also shared memory for a new group is refused then
 DUTY, PERIOD_S = 0.5, 0.1  # a slowed worker's share of the time, and how finely it is cut
 _PIDFD_GETFD = 438  # linux/unistd.h, the same on all architectures
@@ -167,7 +168,11 @@ class Chaos:
                 del self._slowed[pid]
 
     def _inject(self, fault: Fault) -> None:
-        there = sorted(workers_of(self.output).items())
+        recent = [
+            each for each in self.injected if each.outcome == "done" and time.time() - each.at < DYING_S
+        ]
+        dying = {each.pid for each in recent if each.fault.kind == "kill"}
+        there = sorted(each for each in workers_of(self.output).items() if each[1] not in dying)
         if not there:
             self.injected.append(Injected(fault, time.time(), "", 0, "nobody is there"))
             return

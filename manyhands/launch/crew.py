@@ -368,15 +368,18 @@ class Crew:
         if spare is None or not spare.ready:
             return None
         process = spare.wake(variables, log)
-        if not spare.forks:
+        if process is None:
+            self._drop_spare()
+        elif not spare.forks:
             self._spare = None
         return process
 
     def _drop_spare(self) -> None:
-        """The workers made of it go with it; but they outlive one that somebody killed."""
         if self._spare is not None:
-            if self._spare.alive:
+            if all(worker.ended_s is not None for worker in self.workers):
                 self._spare.end()
+            else:
+                self._spare.abandon()
             self.tell(f"ended {self._spare.process.pid}")
             self._spare = None
 

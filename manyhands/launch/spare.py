@@ -25,7 +25,8 @@ from manyhands.core import hardware
 NICE = 10  # of the importing thread: about a tenth of a busy core
 LEAST_BYTES = 2 << 30  # of memory that must be available
 LOOK_S = 0.1
-FORK_S = 10.0  # in which a fork has its own process group, unless something is wrong
+TELL_S = 1.0  # for the waiting process to tell of an end
+FORK_S = 5.0  # in which a fork has its own process group, unless something is wrong
 
 BOOT = f"import sys; sys.path[:] = sys.argv.pop(1).split({os.pathsep!r}); from manyhands.launch.waiting import main; main()"
 
@@ -58,14 +59,15 @@ class Forked:
         self.returncode: int | None = None
         self._spare = spare
         self._descriptor = os.pidfd_open(pid)
+        self._gone_s: float | None = None  # since when it is
 
     def poll(self) -> int | None:
         """Its exit code, a killing signal's number negated; None: it runs."""
         if self.returncode is None:
-            gone = bool(
-                select.select([self._descriptor], [], [], 0)[0]
-            )  # asked first: what it said before is there
-            self.returncode = self._spare.ended(self.pid, gone)
+            if self._gone_s is None and _readable(self._descriptor, 0):
+                self._gone_s = time.monotonic()
+            untold = self._gone_s is not None and time.monotonic() - self._gone_s > TELL_S
+            self.returncode = self._spare.ended(self.pid, gone=self._gone_s is not None, untold=untold)
             if self.returncode is not None:
                 os.close(self._descriptor)
         return self.returncode
@@ -73,7 +75,7 @@ class Forked:
     def wait(self) -> int:
         """Until it has ended."""
         while (code := self.poll()) is None:
-            select.select([self._descriptor], [], [])
+            _readable(self._descriptor, None)
             time.sleep(0.001)  # the waiting process has yet to say how
         return code
 
@@ -141,10 +143,10 @@ class Spare:
         """Wait until it is ready, or has died, or `unless` becomes true."""
         assert self.process.stdout is not None
         while not self.ready and self.alive and not unless():
-            select.select([self.process.stdout], [], [], LOOK_S)
+            _readable(self.process.stdout.fileno(), LOOK_S)
 
     def wake(self, variables: Mapping[str, str], log: Path) -> Process | None:
-        """A worker with these variables, writing to `log`. None: the waiting process has just died."""
+        """A worker with these variables, writing to `log`. None: the waiting process does not answer; it is of no more use."""
         order = {"variables": dict(variables), "log": str(log.absolute())}
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -153,13 +155,13 @@ class Spare:
             self.process.stdin.flush()
             if not self.forks:
                 self._hang_up()
+                os.close(self._lifeline)
                 return self.process
             self._begotten, deadline = 0, time.monotonic() + FORK_S
             while not self._begotten and self.alive and time.monotonic() < deadline:
-                select.select([self.process.stdout], [], [], LOOK_S)
+                _readable(self.process.stdout.fileno(), LOOK_S)
                 self._listen()
-            if not self._begotten:
-                self.end()
+            if not self._begotten:  # stopped, or on its way to the end
                 return None
             worker = Forked(self._begotten, self)
             self.process.stdin.write(b"go\n")  # from now on its number may be given to another process
@@ -168,13 +170,23 @@ class Spare:
             return None
         return worker
 
-    def ended(self, pid: int, gone: bool) -> int | None:
-        """How a fork ended, which is `gone` or not; None: it runs, or how it ended has yet to be told."""
+    def ended(self, pid: int, *, gone: bool, untold: bool) -> int | None:
+        """How a fork ended; None: it runs, or how it ended has yet to be told.
+
+        Args:
+            gone: it does not run.
+            untold: nobody will tell any more.
+        """
         orphan = not self.alive
-        self._listen()
-        if pid in self._ends or not (gone and orphan):
+        self._listen()  # what was said before either's end is there
+        if pid in self._ends or not (untold or (gone and orphan)):
             return self._ends.get(pid)
         return self._left.get(pid, -signal.SIGKILL)
+
+    def abandon(self) -> None:
+        """It is of no more use; its forks go on, and tell how they end."""
+        self.process.kill()
+        self.process.wait()
 
     def end(self) -> None:
         """It is not needed any more; its forks end with it."""
@@ -209,6 +221,12 @@ class Spare:
 
 
 PLACES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+
+
+def _readable(descriptor: int, seconds: float | None) -> bool:
+    poll = select.poll()  # descriptors may have any number
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else seconds * 1000))
 
 
 def can_fork() -> bool:
