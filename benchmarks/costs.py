@@ -1,14 +1,18 @@
-"""What safety costs while nothing goes wrong: checkpoints, fingerprints, membership. Ordinary jobs, held against themselves.
+"""What safety costs while nothing goes wrong, and what tail work would gain. Ordinary jobs, held against themselves.
 
     python benchmarks/costs.py [--work DIRECTORY] [--saves 10] [--checks 40]
 
-Two workers on two cores train the speed comparison's model (setting.py) through the command line, three times:
+Two workers on two cores train the speed comparison's model (setting.py) through the command line, four times:
 
     checkpoints    a save every 16 steps: the eight steps after each save, in which it is taken and written, against the
                    eight after those. Their difference is what a save costs; a minute has one (the goal: below 1% of it)
     fingerprints   a comparison after every second step: the intervals with one against those without
     membership     processor time of all threads but the main one of each worker (signs of life, the coordinator's
                    stream), as a share of all; the same without a coordinator (``--elastic off``)
+    tail           from each step's rows and seconds of each worker: the slowest worker's time / the time in which
+                   both, at the speeds that they had in that step, could have done all rows, ending together to within
+                   half, a quarter and an eighth of a share. That is the most that taking each other's last
+                   micro-batches could gain; beside it, what it costs to run a share in so many passes instead of one
 
 Writes ``results/costs.json``: every interval, medians with 95% intervals (order statistics).
 """
@@ -120,6 +124,60 @@ def membership(place: Path, scratch: Path, steps: int) -> dict[str, Any]:
     return found
 
 
+PARTS = (1, 2, 4, 8)  # of a worker's share
+
+
+def tail(events: list[dict[str, Any]], place: Path, rounds: int) -> dict[str, Any]:
+    """The most that sharing the last micro-batches could gain, and what smaller passes cost."""
+    steps = [e["workers"] for e in events if e["event"] == "balance"][4:]
+    slowest = [max(w["compute_s"] for w in step) for step in steps]
+    together = [
+        sum(w["rows"] for w in step) / sum(w["rows"] / w["compute_s"] for w in step) for step in steps
+    ]
+    row_s = [min(w["compute_s"] / w["rows"] for w in step) for step in steps]
+    share = setting.GLOBAL_BATCH // 2
+    gains = {
+        parts: sum(slowest) / sum(t + s * share / parts / 2 for t, s in zip(together, row_s, strict=True)) - 1
+        for parts in PARTS[1:]
+    }
+    return {
+        "steps": len(steps),
+        "slowest_over_ideal": sum(slowest) / sum(together),
+        "most_gain_by_parts": gains,
+        "passes_cost": passes(place, share, rounds),
+    }
+
+
+def passes(place: Path, rows: int, rounds: int) -> dict[int, float]:
+    """Forward and backward of `rows` rows in so many passes / in one: medians of alternating rounds, one thread."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from manyhands.core import compute
+    from manyhands.core.native import enable_allocator
+    from manyhands.tasks.pretrain import Pretrain
+
+    torch.set_num_threads(1)
+    enable_allocator()
+    compute.enable()
+    model = AutoModelForCausalLM.from_pretrained(place / "init").train()
+    data = torch.from_numpy(np.load(place / "rows.npy", mmap_mode="r")[:rows].astype("int64"))
+    loss, seconds = Pretrain().loss, {parts: list[float]() for parts in PARTS}
+    for turn in range(rounds + 2):
+        for parts in harness.rotated(PARTS, turn, rounds + 2):
+            begun = time.perf_counter()
+            for piece in data.split(rows // parts):
+                batch = {"input_ids": piece[:, :-1], "targets": piece[:, 1:]}
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    loss_sum, _ = loss(model, batch)
+                loss_sum.backward()
+            seconds[parts].append(time.perf_counter() - begun)
+            model.zero_grad()
+    ratios = {p: [a / b for a, b in zip(seconds[p], seconds[1], strict=True)][2:] for p in PARTS[1:]}
+    return {parts: statistics.median(each) for parts, each in ratios.items()}
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
@@ -140,9 +198,16 @@ def main() -> None:
             "checkpoints": checkpoints(place, scratch, given.saves),
             "fingerprints": fingerprints(place, scratch, given.checks),
             "membership": membership(place, scratch, given.checks),
+            "tail": tail(
+                train(place, scratch / "tail", "--steps", 2 * given.checks)[0], place, given.checks // 4
+            ),
         }
     harness.write_json(harness.RESULTS / "costs.json", found)
-    print(json.dumps({name: found[name] for name in ("checkpoints", "fingerprints", "membership")}, indent=1))
+    print(
+        json.dumps(
+            {name: found[name] for name in ("checkpoints", "fingerprints", "membership", "tail")}, indent=1
+        )
+    )
 
 
 if __name__ == "__main__":
