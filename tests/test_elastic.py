@@ -76,6 +76,7 @@ def test_a_replacement_joins_at_an_agreement(corpus: Path, tmp_path: Path, strat
     ("strategy", "dropped"),
     [
         ("local-sgd(lr=0.003, every=6)", False),
+        ("accumulate(lr=0.003, every=4)", False),
         ("eager(lr=0.003)", False),
         ("hogwild(every=10)", False),
         ("streaming-diloco(lr=0.003, every=6, fragments=2, delay=1)", True),
@@ -90,6 +91,7 @@ def test_every_family_goes_on(corpus: Path, tmp_path: Path, strategy: str, dropp
         job.send("w1", signal.SIGKILL)
         job.end()
     assert summary(tmp_path)["steps"] == STEPS
+    assert dropped or summary(tmp_path)["samples"] == (STEPS - 1) * 12 + 9  # an epoch ends with the last one
     assert summary(tmp_path)["world_sizes"] == [3, 2]
     told = warm.manyhands("ledger", tmp_path)
     assert "every sample once" in told

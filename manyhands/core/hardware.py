@@ -135,13 +135,17 @@ def _memory_limits() -> list[tuple[int, int]]:
     return found
 
 
+def gpu_possible() -> bool:
+    """Whether there may be a GPU, as far as is seen without torch."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    signs = (Path("/proc/driver/nvidia/gpus"), Path("/dev/kfd"))
+    return any(sign.exists() for sign in signs) or shutil.which("nvidia-smi") is not None
+
+
 def gpu_count() -> int:
     """GPUs that torch can use; torch is imported only where there may be one."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return 0
-    if not (
-        Path("/proc/driver/nvidia/gpus").exists() or Path("/dev/kfd").exists() or shutil.which("nvidia-smi")
-    ):
+    if not gpu_possible():
         return 0
     import importlib.metadata
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from manyhands.coordinate.words import during
 from manyhands.core import hardware
 from manyhands.launch import child, guard, place
-from manyhands.launch.spare import Process, Spare, affordable, can_fork
+from manyhands.launch.nursery import Nursery
+from manyhands.launch.spare import Process, has_pidfd
 from manyhands.launch.terminal import Requests
 from manyhands.launch.verdict import End, cause, final, read_record, read_tail
 
@@ -99,8 +100,7 @@ class Crew:
     _held: list[tuple[float, Worker, str, str]] = field(
         default_factory=list
     )  # failures until they are replaced
-    _spare: Spare | None = None
-    _began_s: float = 0.0  # when the job's first step was done
+    _nursery: Nursery | None = None
     _kills_before: int = field(default_factory=lambda: place.oom_kills())
     _forwarded: int = 0
 
@@ -111,9 +111,15 @@ class Crew:
 
     def prepare(self, variables: Mapping[str, str]) -> None:
         """Before the first start: import once what all of them need, where they can be forked."""
-        if self.elastic is not None and self.elastic.warm and can_fork():
-            self._spare = self._new_spare(variables, urgent=True)
-            self._spare.await_ready(unless=lambda: self.requests.stop)
+        if self.elastic is not None and self.elastic.warm:
+            self._nursery = Nursery(
+                self.elastic.warm,
+                self.entry,
+                log=self.logs / f"{self.prefix}imports.log",
+                files=[self.console],
+                tell=self.tell,
+            )
+            self._nursery.open(variables, unless=lambda: self.requests.stop)
 
     def start(self, rank: int, variables: dict[str, str], generation: int = 0) -> None:
         """Start a worker: of the waiting process, if there is one, else a new interpreter."""
@@ -131,7 +137,7 @@ class Crew:
         if self.control is not None or rank == 0:  # any worker may become the first
             mine["MANYHANDS_CONSOLE"] = str(self.console)
         begin = log.stat().st_size if log.exists() else 0
-        process = self._wake(mine, log)
+        process = self._nursery.wake(mine, log) if self._nursery is not None else None
         if process is None:
             with log.open("ab") as sink:
                 process = subprocess.Popen(
@@ -160,14 +166,14 @@ class Crew:
             self._serve()
             if self.servers is not None:
                 self.servers.watch()
-            self._keep_spare()
+            self._keep_nursery()
             if self.told_s is not None and time.time() - self.told_s > GRACE_S:
                 self._signal(signal.SIGKILL)
             self._nap()
 
     def _nap(self) -> None:
         """Until a worker ends, for `POLL_S` at most."""
-        if not hasattr(os, "pidfd_open"):
+        if not has_pidfd():
             time.sleep(POLL_S)
             return
         poll, files = select.poll(), []
@@ -193,7 +199,8 @@ class Crew:
             if not worker.survived:
                 worker.ended_s = worker.ended_s or time.time()
                 self._clear(worker)
-        self._drop_spare()
+        if self._nursery is not None:
+            self._nursery.close()
         if self.servers is not None:
             self.servers.end()
 
@@ -326,62 +333,19 @@ class Crew:
         self.tell(f"ended {worker.process.pid}")
         guard.clear([worker.process.pid])
 
-    # -- the waiting process
-
-    def _keep_spare(self) -> None:
+    def _keep_nursery(self) -> None:
         """Once the job runs, have a process ready to replace somebody."""
-        elastic, control = self.elastic, self.control
-        if elastic is None or control is None or not elastic.warm or not elastic.restarts:
+        elastic, control, nursery = self.elastic, self.control, self._nursery
+        if nursery is None or elastic is None or control is None or not control.began:
             return
-        if self._spare is not None and self._spare.alive:
+        if self.requests.stop or self.told_s is not None:
             return
-        if not control.began or self.requests.stop or self.told_s is not None:
-            return
-        self._began_s = self._began_s or time.monotonic()
-        if not self._spent and time.monotonic() - self._began_s < elastic.spare_after_s:
-            return
-        if not any(w.ended_s is None and self._spent[w.rank] < elastic.restarts for w in self.workers):
-            return
-        if affordable():
-            self._spare = self._new_spare(
+        if any(w.ended_s is None and self._spent[w.rank] < elastic.restarts for w in self.workers):
+            nursery.keep(
                 {**self._variables[0], **control.variables},
-                urgent=bool(self._spent),  # where one was lost, another may be soon
+                after_s=elastic.spare_after_s,
+                urgent=bool(self._spent),
             )
-
-    def _new_spare(self, variables: Mapping[str, str], *, urgent: bool) -> Spare:
-        assert self.elastic is not None
-        self._drop_spare()
-        spare = Spare(
-            self.elastic.warm,
-            self.entry,
-            variables,
-            flags=place.flags(),
-            files=[self.console],
-            urgent=urgent,
-            forks=can_fork(),
-        )
-        self.tell(f"started {spare.process.pid}")
-        return spare
-
-    def _wake(self, variables: Mapping[str, str], log: Path) -> Process | None:
-        spare = self._spare
-        if spare is None or not spare.ready:
-            return None
-        process = spare.wake(variables, log)
-        if process is None:
-            self._drop_spare()
-        elif not spare.forks:
-            self._spare = None
-        return process
-
-    def _drop_spare(self) -> None:
-        if self._spare is not None:
-            if all(worker.ended_s is not None for worker in self.workers):
-                self._spare.end()
-            else:
-                self._spare.abandon()
-            self.tell(f"ended {self._spare.process.pid}")
-            self._spare = None
 
     # -- signals
 

@@ -15,6 +15,31 @@ from manyhands.core import hardware
 from manyhands.core.errors import UsageError
 from manyhands.launch import guard
 
+_ours: set[int] = set()
+
+
+def keep_from_forks(descriptor: int) -> None:
+    """Somebody watches for this descriptor's end: a fork of this process, which its user's code may make, must not hold it."""
+    _ours.add(descriptor)
+
+
+def forget_fork(descriptor: int) -> None:
+    """It is about to be closed."""
+    _ours.discard(descriptor)
+
+
+def _after_fork() -> None:
+    if _ours:
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for descriptor in _ours:  # replaced, not closed: objects of the fork hold their numbers
+            os.dup2(nothing, descriptor, inheritable=False)
+        os.close(nothing)
+        _ours.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
 
 def make_logs(output: Path, *, keep: bool = False) -> Path:
     """``output/logs``; records of an earlier run's ends go, unless `keep`. Raises `UsageError`: it cannot be written."""
@@ -44,9 +69,12 @@ def scratch() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        assert watcher.stdin is not None
+        keep_from_forks(watcher.stdin.fileno())
         try:
             yield store, watcher
         finally:
+            forget_fork(watcher.stdin.fileno())
             with contextlib.suppress(OSError):
                 watcher.communicate(b"done\n")
             watcher.wait()

@@ -1,14 +1,15 @@
 """A process that has imported what a worker needs, and from which workers are made.
 
 Imports take seconds and much of a core. Here they are done once: on Linux each worker is forked from the process that has
-them, in some tens of milliseconds, and shares its pages. Nothing but imports happens before a fork: no thread, no device, no
-random number. Where that cannot be had (a GPU's driver does not outlive a fork, other systems' libraries do not), the
+them, in some tens of milliseconds, and shares its pages. Nothing but imports happens before a fork: no thread of ours, no device,
+no random number. Where that cannot be had (a GPU's driver does not outlive a fork, other systems' libraries do not), the
 process waits for a worker to be lost, and then becomes its replacement itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import select
@@ -21,11 +22,13 @@ from pathlib import Path
 from typing import Protocol
 
 from manyhands.core import hardware
+from manyhands.launch.place import forget_fork, keep_from_forks
 
 NICE = 10  # of the importing thread: about a tenth of a busy core
 LEAST_BYTES = 2 << 30  # of memory that must be available
 LOOK_S = 0.1
-TELL_S = 1.0  # for the waiting process to tell of an end
+TELL_S = 5.0  # for the waiting process to tell of an end
+IMPORT_S = 120.0  # then workers are started without it
 FORK_S = 5.0  # in which a fork has its own process group, unless something is wrong
 
 BOOT = f"import sys; sys.path[:] = sys.argv.pop(1).split({os.pathsep!r}); from manyhands.launch.waiting import main; main()"
@@ -93,6 +96,7 @@ class Spare:
         modules: what it imports.
         entry: what a worker runs.
         files: numbers of open files that workers inherit.
+        log: takes what is printed by what it imports.
         urgent: import at full speed.
         forks: make workers by forking; else it becomes one.
     """
@@ -105,29 +109,41 @@ class Spare:
         *,
         flags: Sequence[str],
         files: Sequence[int],
+        log: Path,
         urgent: bool,
         forks: bool,
     ) -> None:
         self.forks = forks
         line, self._lifeline = os.pipe()  # never written to: it breaks when the launcher ends
+        keep_from_forks(self._lifeline)
         words = [entry, "0" if urgent else str(NICE), str(line) if forks else "", *modules]
-        self.process = subprocess.Popen(
-            [sys.executable, *flags, "-c", BOOT, os.pathsep.join(sys.path), *words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=dict(variables),
-            pass_fds=[*files, line],
-            start_new_session=True,
-        )
+        with log.open("ab") as sink:
+            self.process = subprocess.Popen(
+                [sys.executable, *flags, "-c", BOOT, os.pathsep.join(sys.path), *words],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=sink,
+                env=dict(variables),
+                pass_fds=[*files, line],
+                start_new_session=True,
+            )
         os.close(line)
+        assert self.process.stdin is not None
         assert self.process.stdout is not None
-        os.set_blocking(self.process.stdout.fileno(), False)
+        self._orders, self._answers = self.process.stdin.fileno(), self.process.stdout.fileno()
+        for descriptor in (self._orders, self._answers):
+            os.set_blocking(descriptor, False)
         self._ready = False
         self._said = b""
         self._begotten = 0  # the process id of the last fork
         self._ends: dict[int, int] = {}  # how forks ended, by process id
         self._left: dict[int, int] = {}  # with which code they were about to leave
+
+    @property
+    def ready_once(self) -> bool:
+        """Whether it had imported everything."""
+        self._listen()
+        return self._ready
 
     @property
     def alive(self) -> bool:
@@ -136,38 +152,31 @@ class Spare:
     @property
     def ready(self) -> bool:
         """Whether it has imported everything and lives."""
-        self._listen()
-        return self._ready and self.alive
+        return self.ready_once and self.alive
 
     def await_ready(self, unless: Callable[[], object]) -> None:
-        """Wait until it is ready, or has died, or `unless` becomes true."""
-        assert self.process.stdout is not None
-        while not self.ready and self.alive and not unless():
-            _readable(self.process.stdout.fileno(), LOOK_S)
+        """Wait until it is ready, or has died, or `unless` becomes true; for `IMPORT_S` at most."""
+        deadline = time.monotonic() + IMPORT_S
+        while not self.ready and self.alive and not unless() and time.monotonic() < deadline:
+            _readable(self._answers, LOOK_S)
 
     def wake(self, variables: Mapping[str, str], log: Path) -> Process | None:
         """A worker with these variables, writing to `log`. None: the waiting process does not answer; it is of no more use."""
         order = {"variables": dict(variables), "log": str(log.absolute())}
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        try:
-            self.process.stdin.write(json.dumps(order).encode() + b"\n")
-            self.process.stdin.flush()
-            if not self.forks:
-                self._hang_up()
-                os.close(self._lifeline)
-                return self.process
-            self._begotten, deadline = 0, time.monotonic() + FORK_S
-            while not self._begotten and self.alive and time.monotonic() < deadline:
-                _readable(self.process.stdout.fileno(), LOOK_S)
-                self._listen()
-            if not self._begotten:  # stopped, or on its way to the end
-                return None
-            worker = Forked(self._begotten, self)
-            self.process.stdin.write(b"go\n")  # from now on its number may be given to another process
-            self.process.stdin.flush()
-        except OSError:
+        deadline = time.monotonic() + FORK_S
+        if not self._say(json.dumps(order).encode() + b"\n", deadline):
             return None
+        if not self.forks:
+            self._hang_up()
+            return self.process
+        self._begotten = 0
+        while not self._begotten and self.alive and time.monotonic() < deadline:
+            _readable(self._answers, LOOK_S)
+            self._listen()
+        if not self._begotten:  # stopped, or on its way to the end
+            return None
+        worker = Forked(self._begotten, self)
+        self._say(b"go\n", deadline)  # should this reach nobody, the worker ends, and that is seen
         return worker
 
     def ended(self, pid: int, *, gone: bool, untold: bool) -> int | None:
@@ -184,25 +193,35 @@ class Spare:
         return self._left.get(pid, -signal.SIGKILL)
 
     def abandon(self) -> None:
-        """It is of no more use; its forks go on, and tell how they end."""
+        """It is of no more use; its forks go on, and tell how they end. `end` is still to be called, when they have ended."""
         self.process.kill()
         self.process.wait()
 
     def end(self) -> None:
         """It is not needed any more; its forks end with it."""
-        with contextlib.suppress(OSError):
-            self._hang_up()
-        os.close(self._lifeline)
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGKILL)
+        self._hang_up()
+        self.process.kill()
         self.process.wait()
+
+    def _say(self, line: bytes, deadline: float) -> bool:
+        """Whether it could be said in time."""
+        while line:
+            try:
+                line = line[os.write(self._orders, line) :]
+            except BlockingIOError:  # it is stopped, and the pipe is full
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(LOOK_S / 10)
+            except OSError:
+                return False
+        return True
 
     def _listen(self) -> None:
         """Read what it has said since."""
-        if self.process.stdout is None or self.process.stdout.closed:
+        if self._lifeline < 0:
             return
         with contextlib.suppress(BlockingIOError):
-            while piece := os.read(self.process.stdout.fileno(), 4096):
+            while piece := os.read(self._answers, 4096):
                 self._said += piece
         *lines, self._said = self._said.split(b"\n")
         for line in lines:
@@ -211,13 +230,20 @@ class Spare:
                 self._ready = True
             elif word == b"born":
                 self._begotten = int(numbers[0])
+                for known in (self._ends, self._left):  # of an earlier process with this number
+                    known.pop(self._begotten, None)
             else:
                 (self._ends if word == b"ended" else self._left)[int(numbers[0])] = int(numbers[1])
 
     def _hang_up(self) -> None:
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        if self._lifeline >= 0:
+            forget_fork(self._lifeline)
+            os.close(self._lifeline)
+            self._lifeline = -1
 
 
 PLACES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
@@ -234,9 +260,21 @@ def can_fork() -> bool:
 
     Where the user places threads, each worker loads OpenMP itself: it looks for its cores as it is loaded.
     """
-    if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
+    if sys.platform != "linux" or any(name in os.environ for name in PLACES) or hardware.gpu_possible():
         return False
-    return not any(name in os.environ for name in PLACES) and not hardware.gpu_count()
+    return has_pidfd()
+
+
+@functools.lru_cache(maxsize=1)
+def has_pidfd() -> bool:
+    """Whether the kernel has descriptors of processes, and lets us have them."""
+    if not hasattr(os, "pidfd_open"):
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return True
 
 
 def affordable() -> bool:

@@ -22,19 +22,23 @@ def main() -> None:
     entry, nice, lifeline, *modules = sys.argv[1:]
     child.die_with_parent(int(os.environ.pop("MANYHANDS_PARENT")))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    importing = threading.Thread(target=_import, args=(modules, int(nice)), daemon=True)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would take the ends of forks away from us
+    launcher = os.dup(1)  # what is imported may print
+    os.dup2(2, 1)
+    importing = threading.Thread(target=_import, args=(modules, int(nice), launcher), daemon=True)
     importing.start()
     lines, children = _Lines(), dict[int, int]()  # descriptors of forks, and their process ids
-    while (line := _next_line(lines, children)) is not None:
+    while (line := _next_line(lines, children, launcher)) is not None:
         order = json.loads(line)
         importing.join()
         if not lifeline:
             tell_code = None
             break
-        if tell_code := _fork(lines, children, int(lifeline)):
+        if tell_code := _fork(lines, children, launcher, int(lifeline)):
             break
     else:
         os._exit(0)  # the launcher has no use for it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(order["log"], "ab") as log, open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
         os.dup2(log.fileno(), 1)
@@ -65,7 +69,7 @@ class _Lines:
         return self._waiting.pop(0)
 
 
-def _next_line(lines: _Lines, children: dict[int, int]) -> bytes | None:
+def _next_line(lines: _Lines, children: dict[int, int], launcher: int) -> bytes | None:
     """The next order; meanwhile, how forks end is told."""
     poll = select.poll()
     poll.register(0, select.POLLIN | select.POLLHUP)
@@ -78,31 +82,46 @@ def _next_line(lines: _Lines, children: dict[int, int]) -> bytes | None:
                 pid, status = os.waitpid(children.pop(descriptor), 0)
                 poll.unregister(descriptor)
                 os.close(descriptor)
-                os.write(1, b"ended %d %d\n" % (pid, os.waitstatus_to_exitcode(status)))
+                os.write(launcher, b"ended %d %d\n" % (pid, os.waitstatus_to_exitcode(status)))
         if 0 in ready:
             break
     return lines.next()
 
 
-def _fork(lines: _Lines, children: dict[int, int], lifeline: int) -> Callable[[int], None] | None:
-    """None in this process; in the new one, what it calls with its exit code."""
+def _fork(
+    lines: _Lines, children: dict[int, int], launcher: int, lifeline: int
+) -> Callable[[int], None] | None:
+    """None in this process; in the new one, what it calls with its exit code.
+
+    The new one begins when the launcher knows of it. Should this process be gone or given up by then, it ends.
+    """
+    heard, may_go = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", DeprecationWarning
-        )  # BLAS may have threads; it sees to them at a fork
+        )  # BLAS and allocators have threads; they see to them at a fork
         pid = os.fork()
     if pid:
+        os.close(heard)
         children[os.pidfd_open(pid)] = pid
-        lines.next()  # until the launcher has a descriptor of it too
+        if lines.next() is not None:
+            with contextlib.suppress(OSError):  # it has just ended
+                os.write(may_go, b"1")
+        os.close(may_go)
         return None
+    os.close(may_go)
     os.setsid()  # a group of its own, as `guard` expects
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a Ctrl-C may come right now
     _die_with(lifeline)
     for descriptor in children:
         os.close(descriptor)
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed()  # else all begin with the same numbers; `random` sees to itself
-    launcher, pid = os.dup(1), os.getpid()
+    pid = os.getpid()
     os.write(launcher, b"born %d\n" % pid)
+    if not os.read(heard, 1):
+        os._exit(128 + signal.SIGKILL)
+    os.close(heard)
 
     def tell_code(code: int) -> None:
         with contextlib.suppress(OSError):
@@ -122,11 +141,13 @@ def _die_with(lifeline: int) -> None:
         os._exit(128 + signal.SIGKILL)
 
 
-def _import(modules: Sequence[str], nice: int) -> None:
+def _import(modules: Sequence[str], nice: int, launcher: int) -> None:
     if nice and sys.platform == "linux":  # elsewhere it would be the whole process's, for good
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
-    for name in modules:
-        with contextlib.suppress(ImportError):  # the worker will say so, if it needs it
-            importlib.import_module(name)
-    os.write(1, b"ready\n")
+    try:
+        for name in modules:
+            with contextlib.suppress(Exception):  # the worker will say so, if it needs it
+                importlib.import_module(name)
+    finally:
+        os.write(launcher, b"ready\n")

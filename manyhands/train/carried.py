@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from manyhands.train.replica import Replica
 
+FETCH_BYTES_S = 0.3e9  # at least
 PARTS = ("model", "optimizer", "exchange")
 
 
@@ -34,6 +35,11 @@ def state_of(replica: Replica) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for name, tensor in named.items()
     }
     return tensors, {"steps": replica.steps, "tokens": replica.tokens, "skipped": replica.skipped}
+
+
+def fetch_s(replica: Replica) -> float:
+    """Seconds that it takes a newcomer to get this state, between two processes of one machine or over a fast network."""
+    return size_of(replica) / FETCH_BYTES_S
 
 
 def size_of(replica: Replica) -> int:

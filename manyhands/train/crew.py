@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 
 SURVIVORS = "survivors"
-FETCH_BYTES_S = 0.3e9  # at least, between two processes of one machine or over a fast network
 QUICK = 0.1  # of a step: to wait for a newcomer's state costs less than to go without it
 
 
@@ -159,6 +158,7 @@ class Crew:
         if hasattr(old.method, "rewind") and not self.fresh:
             steps, committed = old.steps, old.method.committed
             held = old.method.rewind()
+            loop.tally.take_back(old.steps, loop.feed.order.rows)
             if old.steps == steps and steps > committed and not held:
                 loop.dropped(steps, "a worker was lost before the next agreement")
         applied = applied_by(loop)
@@ -179,7 +179,7 @@ class Crew:
                 closing=loop.closing,
                 saved=loop.saved_step,
                 first=loop.seats[0].id,
-                quick=carried.size_of(loop.replica) / FETCH_BYTES_S < QUICK * loop.step_s,
+                quick=carried.fetch_s(loop.replica) < QUICK * loop.tally.step_s,
             )
             try:
                 self.settle(loop, world, mine, begun=begun)
@@ -216,6 +216,7 @@ class Crew:
             if len(kept) == len(loop.replica.states):  # what I hold back is mine, wherever the parameters are
                 loop.replica.states[:] = kept
             standing = Standing(steps=loop.replica.steps, leader=0, fresh=standing.fresh)
+            loop.tally.take_back(standing.steps, loop.feed.order.rows)
         loop.enter(world, standing, self.epoch)
         if made_of != SURVIVORS:  # steps may be done again
             loop.begin_attempt()

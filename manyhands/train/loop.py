@@ -90,7 +90,7 @@ class Loop:
         self._entered = False  # into a set of workers that had begun
         self.closing, self._attempt, self._save_again, self._begun_at = False, (0, 0), False, 0.0
         self._saved_at, self.saved_step, self._save_due, self._torn = time.monotonic(), -1, False, False
-        self._first, self._warm, self.step_s, self.together = True, False, 0.0, False
+        self.compiling, self.together = True, False
         self._mark = self._begun = time.perf_counter()
         self._marked = (0, 0, 0.0)
 
@@ -139,14 +139,14 @@ class Loop:
 
     def _advance(self) -> None:
         """One step, and its chores."""
-        phase = "compile" if self._first else "step"
+        phase = "compile" if self.compiling else "step"
         self._tell_phase(phase)
-        with self.interrupts.phase(phase, interruptible=self._first):
+        with self.interrupts.phase(phase, interruptible=self.compiling):
             self._torn = True
             at = self.crew.position(self) if self.crew is not None else self.replica.steps
             result = self._step(at, phase)
             self._torn = False
-        self._first, done = False, self.replica.steps
+        self.compiling, done = False, self.replica.steps
         if self._due_log(done) and (result.agreed or result.own_tokens):
             self._log(self.tally.settle(self.emit) or result)
         every, chores = self.schedule, []
@@ -209,23 +209,24 @@ class Loop:
             self.division.begin(step, self.seats, self._epoch)
             self._tell_phase(phase)  # the job could go on from me
         stop, change = self._wishes()
-        result = self.replica.step(
-            part, self.task.loss, stop=stop, save=self._clock_says_save(), change=change, late=True
-        )
+        save = self._clock_says_save()
+        try:
+            result = self.replica.step(part, self.task.loss, stop=stop, save=save, change=change, late=True)
+        except PeerLost:
+            self.tally.interrupted_s += time.perf_counter() - start
+            raise
         now = time.perf_counter()
         self._commit()
         rebalance(self.balancer, self.feed, result, self.replica.steps, self.emit)
         heed(self.feed, self.replica.fits, self.replica.steps, self.emit)
-        self.tally.data_s += loaded - start
-        self.tally.compute_s += now - loaded - (traffic.communicate_s + traffic.idle_s - before)
-        self.tally.samples += sum(len(next(iter(batch.values()))) for _, batch in part.micro_batches)
-        self.tally.tokens += result.own_tokens
-        self.tally.train_s, self.step_s = now - self._begun, now - start
-        self.tally.job_samples += result.rows
-        if self._warm:  # the first step of a run builds kernels and fills caches
-            self.tally.rate_s += now - start
-            self.tally.rate_tokens += result.target_tokens
-        self._warm = True
+        self.tally.add(
+            part,
+            result,
+            data_s=loaded - start,
+            compute_s=now - loaded - (traffic.communicate_s + traffic.idle_s - before),
+            wall_s=now - start,
+        )
+        self.tally.train_s = now - self._begun
         self._loads.add(result.work, result.spent, wall_s=now - start)
         self.tally.take(step + 1, result, self.emit)
         return result
@@ -233,9 +234,7 @@ class Loop:
     def _wishes(self) -> tuple[int, bool]:
         """(signal that asks the job to stop, whether the set of workers is to change)."""
         asked = self.interrupts.requested or 0
-        if self.crew is None:
-            return asked, False
-        return self.crew.wishes(asked)
+        return self.crew.wishes(asked) if self.crew is not None else (asked, False)
 
     def _commit(self) -> None:
         """Steps whose work is in the agreed parameters by now go into the ledger."""
@@ -293,21 +292,23 @@ class Loop:
         """What a newcomer must know beside the replica's state."""
         return {
             "saved_step": self.saved_step,
-            "job_samples": self.tally.job_samples,
+            "job_samples": [self.tally.job_samples, self.tally.counted],
             "balancer": self.balancer.state() if self.balancer is not None else None,
             "weights": list(self.feed.weights),
             "attempt": list(self._attempt),
-            "step_s": self.step_s,
+            "step_s": self.tally.step_s,
         }
 
     def take_facts(self, facts: Mapping[str, Any]) -> None:
         """What `facts` said on another worker."""
-        self.saved_step, self.tally.job_samples = int(facts["saved_step"]), int(facts["job_samples"])
+        self.saved_step = int(facts["saved_step"])
+        self.tally.job_samples, self.tally.counted = facts["job_samples"]
         if self.balancer is not None and facts["balancer"] is not None:
             self.balancer.load(facts["balancer"])
             self.balancer.weights = tuple(facts["weights"])
         self.feed.weights = tuple(facts["weights"])
-        self._attempt, self.step_s = tuple(facts["attempt"]), self.step_s or float(facts["step_s"])
+        self._attempt = tuple(facts["attempt"])
+        self.tally.step_s = self.tally.step_s or float(facts["step_s"])
         if self.ledger is None:
             self.ledger = self.open_ledger(*self._attempt)
         self._marked = (self.replica.steps, self.replica.tokens, 0.0)

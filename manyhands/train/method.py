@@ -22,7 +22,6 @@ import torch
 
 from manyhands.core import rng
 from manyhands.core.errors import ManyhandsError, PeerLost
-from manyhands.core.membership import SUMS
 from manyhands.core.types import Summed
 from manyhands.train.memory import Torn, split_on_oom
 from manyhands.train.reading import Reading, Stopwatch
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     Loss = Callable[[nn.Module, Batch], "Summed | tuple[Tensor, int | Tensor]"]
 
 MAX_SKIPPED = 10
-LONG_S = 1.0  # a step is worth an interruption
 
 
 @dataclass(frozen=True)
@@ -364,19 +362,17 @@ def _accumulate(
         gradients.start()
     said: list[Reading] = []  # each pass's loss sum and count, known while its backward still runs
     places: list[int] = []
-    whole, told, begun = True, False, time.perf_counter()
-    keeps = getattr(replica.method, "keeps_sums", False)
+    whole, begun = True, time.perf_counter()
+    keeps = getattr(replica.method, "keeps_sums", False) and replica.method.committed == replica.steps
     for i, (place, batch) in enumerate(part.micro_batches):
         if replica.interrupted:
             whole = False
             break
         final = i == len(part.micro_batches) - 1
         last = final and announce and by_place is None
-        if keeps and not (told or final) and time.perf_counter() - begun > LONG_S:
-            replica.tell_phase(SUMS, replica.steps)  # newcomers may take part in what is left
-            told = True
-        elif told and final:
-            replica.tell_phase("step", replica.steps)
+        if keeps:
+            spent_s, left = time.perf_counter() - begun, len(part.micro_batches) - i
+            replica.tell_left(0.0 if final else spent_s / max(1, i) * left)
         stopwatch = Stopwatch(replica.device)
         rng.seed_torch(part.seed, part.step, place)
 

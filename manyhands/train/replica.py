@@ -19,7 +19,9 @@ import torch
 
 from manyhands.core.errors import ManyhandsError
 from manyhands.core.events import Emit, ignore
+from manyhands.core.membership import SUMS
 from manyhands.core.registry import resolve_target
+from manyhands.train.carried import fetch_s
 from manyhands.train.memory import Fits
 from manyhands.train.mending import agree_at_start, check_agreement, fingerprint
 from manyhands.train.method import MAX_SKIPPED, Part, StepResult, Wishes, Work
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from manyhands.core.types import Wire
     from manyhands.strategy.base import OptimizerSpec, Strategy
     from manyhands.train.method import Loss, Method
+
+
+LONG_S = 1.5  # an interruption costs half a second at most
 
 
 def _tell_nobody(phase: str, steps: int) -> None:
@@ -83,6 +88,7 @@ class Replica:
         self.wire = wire
         self.over = over
         self.tell_phase = tell_phase
+        self._open = False  # to newcomers, in this step
         self.lost_round = lost_round
         self.total = total
         self.continues = continues or {}
@@ -128,6 +134,13 @@ class Replica:
         """
         result = self.method.step(part, loss, Wishes(stop, save, change))
         return result if late else result.settled()
+
+    def tell_left(self, seconds: float) -> None:
+        """So long will the rest of my passes of this step take: it is told where newcomers may take part in them."""
+        worth = seconds > max(LONG_S, fetch_s(self))
+        if worth != self._open:
+            self._open = worth
+            self.tell_phase(SUMS if worth else "step", self.steps)
 
     @property
     def interrupted(self) -> bool:

@@ -38,6 +38,7 @@ class ShardedOptimizer(Synchronous):
     """ZeRO 1: see the module."""
 
     divided = True  # the optimizer's state is put together collectively
+    keeps_sums = False  # but to divide it anew costs more than a newcomer gains in a part of a step
 
     def __init__(self, replica: Replica) -> None:
         spec = replica.strategy.outer

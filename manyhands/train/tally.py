@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from manyhands.core.events import Emit
-    from manyhands.train.method import StepResult
+    from manyhands.train.method import Part, StepResult
 
 LOSS_STEPS = 20
 
@@ -33,6 +34,7 @@ class Tally:
     samples: int = 0
     tokens: int = 0
     job_samples: int = 0
+    counted: int = 0  # steps that are in it, where any is that can be done again
     compute_s: float = 0.0
     data_s: float = 0.0
     losses: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=LOSS_STEPS))
@@ -40,8 +42,30 @@ class Tally:
     rate_s: float = 0.0
     eval: dict[str, float] = field(default_factory=dict)
     train_s: float = 0.0
+    step_s: float = 0.0  # the last step's
+    interrupted_s: float = 0.0  # attempts at this step that were interrupted
     skipped: bool = False
+    _warm: bool = False
     _late: tuple[int, StepResult] | None = None
+
+    def add(self, part: Part, result: StepResult, *, data_s: float, compute_s: float, wall_s: float) -> None:
+        """A step is done, after `wall_s` in its last attempt."""
+        self.data_s += data_s
+        self.compute_s += compute_s
+        self.samples += sum(len(next(iter(batch.values()))) for _, batch in part.micro_batches)
+        self.tokens += result.own_tokens
+        self.job_samples += result.rows
+        self.counted = part.step + 1
+        if self._warm:  # the first step of a run builds kernels and fills caches
+            self.rate_s += wall_s
+            self.rate_tokens += result.target_tokens
+        self._warm = True
+        self.step_s, self.interrupted_s = self.interrupted_s + wall_s, 0.0
+
+    def take_back(self, steps: int, rows: Callable[[int], int]) -> None:
+        """What was done after `steps` steps is done again; `rows` of a step."""
+        self.job_samples -= sum(rows(step) for step in range(steps, self.counted))
+        self.counted = min(self.counted, steps)
 
     def take(self, step: int, result: StepResult, emit: Emit) -> None:
         """Note step `step`'s loss, or that its update was left out; where that is not known yet, by the next step's end."""

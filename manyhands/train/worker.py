@@ -242,7 +242,7 @@ class _Run:
         if shares is not None and self.crew is not None and len(shares) == asked != self.the_world.size:
             self.job = dataclasses.replace(self.job, shares=None)  # somebody was lost who isn't replaced
         over = self.crew.membership.over if self.crew is not None else None
-        self.parts = parts = Parts(self.job, self.device, over, self._tell_phase, planned_for)
+        self.parts = parts = Parts(self.job, self.device, over, self._tell_in_step, planned_for)
         with self.interrupts.phase("prepare", interruptible=True):
             self._tell_phase("prepare", 0)
             resume = resume_path()
@@ -273,6 +273,10 @@ class _Run:
     def _tell_phase(self, phase: str, steps: int) -> None:
         if self.crew is not None:
             self.crew.membership.at(phase, steps)
+
+    def _tell_in_step(self, phase: str, steps: int) -> None:
+        if self.loop is not None and not self.loop.compiling:  # which may take longer than a step
+            self._tell_phase(phase, steps)
 
     # -- parts
 
@@ -407,13 +411,10 @@ class _Run:
         if loop.world.rank == 0:
             from manyhands.train.durable import write_text
 
-            path = self.output / "summary.json"
-            write_text(path, json.dumps(summary, indent=2) + "\n")
+            write_text(path := self.output / "summary.json", json.dumps(summary, indent=2) + "\n")
             if "served" in summary:
-                told = summary["served"]
                 names = ("consistency", "updates", "discarded", "staleness")
-                self.emit(Served(**{name: told[name] for name in names}))
-            self.emit(
-                Finished(step=loop.replica.steps, reason=reason, wall_s=summary["wall_s"], summary=str(path))
-            )
+                self.emit(Served(**{name: summary["served"][name] for name in names}))
+            step, wall_s = loop.replica.steps, summary["wall_s"]
+            self.emit(Finished(step=step, reason=reason, wall_s=wall_s, summary=str(path)))
         return summary
