@@ -208,8 +208,7 @@ class Loop:
         if self.crew is not None and self.crew.receive(self):  # with the others' shares
             self.division.begin(step, self.seats, self._epoch)
             self._tell_phase(phase)  # the job could go on from me
-        stop, change = self._wishes()
-        save = self._clock_says_save()
+        (stop, change), save = self._wishes(), self._clock_says_save()
         try:
             result = self.replica.step(part, self.task.loss, stop=stop, save=save, change=change, late=True)
         except PeerLost:
