@@ -1,11 +1,11 @@
 """What safety costs while nothing goes wrong, and what tail work would gain. Ordinary jobs, held against themselves.
 
-    python benchmarks/costs.py [--work DIRECTORY] [--saves 10] [--checks 40]
+    python benchmarks/costs.py [--work DIRECTORY] [--saves 40] [--checks 40]
 
 Two workers on two cores train the speed comparison's model (setting.py) through the command line, four times:
 
-    checkpoints    a save every 16 steps: the eight steps after each save, in which it is taken and written, against the
-                   eight after those. Their difference is what a save costs; a minute has one (the goal: below 1% of it)
+    checkpoints    a save every 4 steps: the two steps after each save, in which it is taken and written, against the two
+                   after those. Their difference is what a save costs; a minute has one (the goal: below 1% of it)
     fingerprints   a comparison after every second step: the intervals with one against those without
     membership     processor time of all threads but the main one of each worker (signs of life, the coordinator's
                    stream), as a share of all; the same without a coordinator (``--elastic off``)
@@ -34,7 +34,7 @@ import harness
 import setting
 from efficiency import summary
 
-HALF = 8  # steps: a save every two halves
+HALF = 2  # steps: a save every two halves; the first is longer than it takes to write
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
@@ -185,7 +185,7 @@ def main() -> None:
         type=Path,
         help="where the setting is made, or lies already (default: a temporary directory)",
     )
-    p.add_argument("--saves", type=int, default=10)
+    p.add_argument("--saves", type=int, default=40)
     p.add_argument("--checks", type=int, default=40)
     given = p.parse_args()
     with tempfile.TemporaryDirectory(prefix="costs-") as temporary:
