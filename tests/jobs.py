@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -74,4 +75,20 @@ class Job(Launched):
             return []
 
     def send(self, seat: str, signum: int) -> None:
-        os.kill(workers_of(self.output)[seat], signum)
+        os.kill(self._pids(seat)[seat], signum)
+
+    def kill_all(self, *seats: str) -> None:
+        """All of them at once."""
+        for pid in self._pids(*seats).values():
+            os.kill(pid, signal.SIGKILL)
+
+    def _pids(self, *seats: str) -> dict[str, int]:
+        """A worker is not seen while it begins another ledger."""
+        found: dict[str, int] = {}
+
+        def all_seen() -> bool:
+            found.update({seat: pid for seat, pid in workers_of(self.output).items() if seat in seats})
+            return len(found) == len(seats)
+
+        self.wait_for(all_seen, f"workers {', '.join(seats)}")
+        return found

@@ -72,8 +72,7 @@ def test_where_nobody_holds_a_shard_the_checkpoint_does(
     options = (*COMMON, "--strategy", f"zero3({LR}, shard=2)", "--restarts", 0, "--save-every", 5)
     with Job(tmp_path, corpus, *options, workers=4) as job:
         job.reach(8)
-        job.send("w0", signal.SIGKILL)
-        job.send("w2", signal.SIGKILL)
+        job.kill_all("w0", "w2")
         said = job.end()
     ledger, reformed = watched(tmp_path)
     assert any(Path(each["by"]).name.startswith("checkpoint-") for each in reformed)
