@@ -367,7 +367,7 @@ WARM = {"warm": ["elastic_warm"], "spare_after_s": 0.0}
 
 @pytest.mark.parametrize("forks", [True, False])
 def test_a_waiting_process_takes_the_place(launched: Callable[..., Job], forks: bool) -> None:
-    job = launched(elastic=WARM, env={} if forks else {"OMP_PLACES": "cores"})
+    job = launched(elastic=WARM, env={"MANYHANDS_FORK": "1"} if forks else {})
     pids = job.stepping("w0", "w1")
     assert job.await_("started")["warm"] == forks
     for generation in (1, 2):
@@ -391,7 +391,7 @@ def test_a_waiting_process_takes_the_place(launched: Callable[..., Job], forks: 
 
 def test_workers_outlive_the_process_that_they_were_forked_from(launched: Callable[..., Job]) -> None:
     """It is killed, later a worker that it had made: both are replaced; how its workers end is known all the same."""
-    job = launched(steps=150, elastic=WARM)
+    job = launched(steps=150, elastic=WARM, env={"MANYHANDS_FORK": "1"})
     pids = job.stepping("w0", "w1")
     first = waiting(job.process.pid)
     os.kill(first, signal.SIGKILL)
@@ -409,7 +409,7 @@ def test_workers_outlive_the_process_that_they_were_forked_from(launched: Callab
 
 def test_a_waiting_process_that_does_not_answer_is_given_up(launched: Callable[..., Job]) -> None:
     """It is stopped, then a worker is killed: that is noticed, and replaced, all the same; its other workers go on."""
-    job = launched(elastic=WARM)
+    job = launched(elastic=WARM, env={"MANYHANDS_FORK": "1"})
     pids = job.stepping("w0", "w1")
     first = waiting(job.process.pid)
     os.kill(first, signal.SIGSTOP)

@@ -163,6 +163,11 @@ def told_by_launcher(seat: str) -> bool:
     return prefix is not None and re.fullmatch(rf"{re.escape(prefix)}\d+(-\d+)?", seat) is not None
 
 
+def forks_wanted() -> bool:
+    """Whether a launcher may fork its workers from one process (``MANYHANDS_FORK=1``)."""
+    return os.environ.get("MANYHANDS_FORK") == "1"
+
+
 def chaos_directory() -> str | None:
     """Where workers say what a test of faults must know of them ($MANYHANDS_CHAOS); None: nobody asks."""
     return os.environ.get("MANYHANDS_CHAOS") or None

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from manyhands.core import hardware
+from manyhands.core.environment import forks_wanted
 from manyhands.launch.place import forget_fork, keep_from_forks
 
 NICE = 10  # of the importing thread: about a tenth of a busy core
@@ -256,10 +257,13 @@ def _readable(descriptor: int, seconds: float | None) -> bool:
 
 
 def can_fork() -> bool:
-    """Whether workers can be forked from a process that has imported everything.
+    """Whether workers are forked from a process that has imported everything: where they can be, and it is asked for.
 
+    It is not the default: under heavy load a forked worker was seen to stand still in its first matrix product (docs/log.md).
     Where the user places threads, each worker loads OpenMP itself: it looks for its cores as it is loaded.
     """
+    if not forks_wanted():
+        return False
     if sys.platform != "linux" or any(name in os.environ for name in PLACES) or hardware.gpu_possible():
         return False
     return has_pidfd()
