@@ -26,6 +26,8 @@ from typing import Any
 
 from harness import RESULTS, facts_of_machine, write_json
 
+from manyhands.core.environment import forks_wanted
+
 HERE = Path(__file__).resolve().parent
 EFFICIENCY, SOAK = RESULTS / "faults.json", RESULTS / "faults_soak.json"
 
@@ -80,6 +82,7 @@ def efficiency(given: argparse.Namespace, scratch: Path) -> None:
         "workers": given.workers,
         "step_s": given.step_s,
         "places_a_worker": given.places,
+        "forked": forks_wanted(),
         "steps_between_kills": given.steps_between,
         "kills": sum(f["outcome"] == "done" for f in report["faults"]),
         "machine": facts_of_machine(),
@@ -121,6 +124,7 @@ def soak(given: argparse.Namespace, scratch: Path) -> None:
             {
                 "seed": seed,
                 "workers": given.workers,
+                "forked": forks_wanted(),
                 "steps": report["steps"] + 1,
                 "step_s": report["undisturbed_step_s"],
                 "mtbf_s": given.mtbf,

@@ -1,9 +1,9 @@
 """A process that has imported what a worker needs, and from which workers are made.
 
-Imports take seconds and much of a core. Here they are done once: on Linux each worker is forked from the process that has
-them, in some tens of milliseconds, and shares its pages. Nothing but imports happens before a fork: no thread of ours, no device,
-no random number. Where that cannot be had (a GPU's driver does not outlive a fork, other systems' libraries do not), the
-process waits for a worker to be lost, and then becomes its replacement itself.
+Imports take seconds and much of a core. The process waits for a worker to be lost, and then becomes its replacement. With
+``MANYHANDS_FORK=1`` they are done once for all: on Linux without GPUs each worker, the first ones too, is forked from the
+process that has them, in some tens of milliseconds, and shares its pages. Nothing but imports happens before a fork: no
+thread of ours, no device, no random number.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ LEAST_BYTES = 2 << 30  # of memory that must be available
 LOOK_S = 0.1
 TELL_S = 5.0  # for the waiting process to tell of an end
 IMPORT_S = 120.0  # then workers are started without it
+PLACES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")  # of threads, by the user
 FORK_S = 5.0  # in which a fork has its own process group, unless something is wrong
 
 BOOT = f"import sys; sys.path[:] = sys.argv.pop(1).split({os.pathsep!r}); from manyhands.launch.waiting import main; main()"
@@ -245,9 +246,6 @@ class Spare:
             forget_fork(self._lifeline)
             os.close(self._lifeline)
             self._lifeline = -1
-
-
-PLACES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 
 
 def _readable(descriptor: int, seconds: float | None) -> bool:
