@@ -47,6 +47,16 @@ class Offer(Protocol):
     def withdraw(self) -> None: ...
 
 
+@dataclasses.dataclass
+class _Offered:
+    """The state that I hand out: to whom, since when, and how long it took them where all waited for it."""
+
+    standing: Standing
+    size_bytes: int
+    begun: float
+    wall_s: float | None = None
+
+
 class Crew:
     """One worker's place in the changing set.
 
@@ -81,8 +91,7 @@ class Crew:
         self.fresh = True
         self.leaving = 0
         self._told_left: set[str] = set()
-        self._offered: tuple[Standing, int, float] | None = None  # for whom, bytes, since when
-        self._fetched_s: float | None = None  # how long it took them, where all waited for it
+        self._offered: _Offered | None = None
         self._waiting: Standing | None = None  # I have not fetched the state yet
         self._losses: list[Loss] = []  # since the job last went on: somebody may be lost while it re-forms
 
@@ -158,7 +167,6 @@ class Crew:
         if hasattr(old.method, "rewind") and not self.fresh:
             steps, committed = old.steps, old.method.committed
             held = old.method.rewind()
-            loop.tally.take_back(old.steps, loop.feed.order.rows)
             if old.steps == steps and steps > committed and not held:
                 loop.dropped(steps, "a worker was lost before the next agreement")
         applied = applied_by(loop)
@@ -216,7 +224,6 @@ class Crew:
             if len(kept) == len(loop.replica.states):  # what I hold back is mine, wherever the parameters are
                 loop.replica.states[:] = kept
             standing = Standing(steps=loop.replica.steps, leader=0, fresh=standing.fresh)
-            loop.tally.take_back(standing.steps, loop.feed.order.rows)
         loop.enter(world, standing, self.epoch)
         if made_of != SURVIVORS:  # steps may be done again
             loop.begin_attempt()
@@ -245,14 +252,14 @@ class Crew:
             tensors, facts = carried.state_of(loop.replica)
             self._offer.put(self.epoch.number, tensors, {**facts, **loop.facts()})
             size = sum(t.numel() * t.element_size() for t in tensors.values())
-            self._offered, self._fetched_s = (standing, size, time.perf_counter()), None
+            self._offered = _Offered(standing, size, time.perf_counter())
         if loop.world.rank in standing.behind:
             self._waiting = standing
         if not standing.resting:
             self.receive(loop)
             loop.world.gather(None)  # nobody moves before everybody has it
             if self._offered is not None:
-                self._fetched_s = time.perf_counter() - self._offered[2]
+                self._offered.wall_s = time.perf_counter() - self._offered.begun
 
     def receive(self, loop: Loop) -> bool:
         """Get the state that I am waiting for, if any; whether there was any. Raises `PeerLost`."""
@@ -274,21 +281,14 @@ class Crew:
         """A step was agreed upon: what was offered before it is no longer true."""
         if self._offered is None:
             return
-        standing, size, begun = self._offered
-        self._offered = None
+        offered, self._offered = self._offered, None
         self._offer.withdraw()
-        for rank in standing.fresh:
-            seat = loop.seats[rank]
-            wall_s = self._fetched_s if self._fetched_s is not None else time.perf_counter() - begun
+        wall_s = offered.wall_s if offered.wall_s is not None else time.perf_counter() - offered.begun
+        for rank in offered.standing.fresh:
+            seat, step = loop.seats[rank], offered.standing.steps
+            size = offered.size_bytes
             loop.emit(
-                Joined(
-                    seat=seat.id,
-                    rank=rank,
-                    host=seat.host,
-                    step=standing.steps,
-                    size_bytes=size,
-                    wall_s=wall_s,
-                )
+                Joined(seat=seat.id, rank=rank, host=seat.host, step=step, size_bytes=size, wall_s=wall_s)
             )
 
     # -- words

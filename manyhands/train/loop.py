@@ -291,7 +291,6 @@ class Loop:
         """What a newcomer must know beside the replica's state."""
         return {
             "saved_step": self.saved_step,
-            "job_samples": [self.tally.job_samples, self.tally.counted],
             "balancer": self.balancer.state() if self.balancer is not None else None,
             "weights": list(self.feed.weights),
             "attempt": list(self._attempt),
@@ -301,7 +300,6 @@ class Loop:
     def take_facts(self, facts: Mapping[str, Any]) -> None:
         """What `facts` said on another worker."""
         self.saved_step = int(facts["saved_step"])
-        self.tally.job_samples, self.tally.counted = facts["job_samples"]
         if self.balancer is not None and facts["balancer"] is not None:
             self.balancer.load(facts["balancer"])
             self.balancer.weights = tuple(facts["weights"])

@@ -49,7 +49,7 @@ def summarize(
         "format": FORMAT,
         "reason": reason,
         "steps": replica.steps,
-        "samples": tally.job_samples,
+        "samples": loop.feed.order.seen(replica.steps),
         "target_tokens": replica.tokens,
         "skipped_steps": replica.skipped,
         "wall_s": wall_s,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -29,12 +28,10 @@ class Schedule:
 
 @dataclass
 class Tally:
-    """What this worker and the job have done so far; rank 0's job totals go into checkpoints."""
+    """What this worker has done so far, and how fast."""
 
     samples: int = 0
     tokens: int = 0
-    job_samples: int = 0
-    counted: int = 0  # steps that are in it, where any is that can be done again
     compute_s: float = 0.0
     data_s: float = 0.0
     losses: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=LOSS_STEPS))
@@ -54,18 +51,11 @@ class Tally:
         self.compute_s += compute_s
         self.samples += sum(len(next(iter(batch.values()))) for _, batch in part.micro_batches)
         self.tokens += result.own_tokens
-        self.job_samples += result.rows
-        self.counted = part.step + 1
         if self._warm:  # the first step of a run builds kernels and fills caches
             self.rate_s += wall_s
             self.rate_tokens += result.target_tokens
         self._warm = True
         self.step_s, self.interrupted_s = self.interrupted_s + wall_s, 0.0
-
-    def take_back(self, steps: int, rows: Callable[[int], int]) -> None:
-        """What was done after `steps` steps is done again; `rows` of a step."""
-        self.job_samples -= sum(rows(step) for step in range(steps, self.counted))
-        self.counted = min(self.counted, steps)
 
     def take(self, step: int, result: StepResult, emit: Emit) -> None:
         """Note step `step`'s loss, or that its update was left out; where that is not known yet, by the next step's end."""
