@@ -33,11 +33,12 @@ from manyhands.wire.watch import Watch
 
 NAME = "manyhands"  # of the registered backend: gloo, and breakable
 CONNECT_S = 60.0  # a group whose members are all there connects in milliseconds
-SETTLE_S = 0.05  # in which a broken group's threads come to rest, if they do
+SETTLE_S = 0.05  # in which a broken group's threads come to rest, if they do and the machine is not too busy
+LOOK_S = 0.01  # given at every later leaving to find groups that have come to rest since
 _TAG = 0x6D68  # of the receive that is never answered
 
 _current: Breaker | None = None  # of the default process group, which is one for the whole process as well
-_parked: list[tuple[float, Any]] = []  # groups, and when their threads have given up
+_parked: list[tuple[float, _Gloo]] = []  # groups, and when their threads have given up at the latest
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Breaker:
         with self._fence:
             _unpark()
             for gloo in self._gloos:
-                if not _at_rest(gloo):
+                if not _at_rest(gloo, time.perf_counter() + SETTLE_S):
                     _park(gloo)
             self._gloos.clear()
         if _current is self:
@@ -155,14 +156,13 @@ def _make(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
 # ------------------------------------------------------------------------------------- threads of a broken group
 
 
-def _at_rest(gloo: _Gloo) -> bool:
-    """Whether no thread of a broken group waits any more.
+def _at_rest(gloo: _Gloo, deadline: float) -> bool:
+    """Whether no thread of a broken group waits any more, as far as is seen by `deadline` (of `time.perf_counter`).
 
     A collective that fails at once is given to them again and again: each thread that is free gets one some time, and has
     then slept and woken up meanwhile.
     """
     slept = _sleeps(gloo)
-    deadline = time.perf_counter() + SETTLE_S
     while slept and time.perf_counter() < deadline:
         probe = gloo.group.allreduce([torch.zeros(1)])
         while not probe.is_completed() and time.perf_counter() < deadline:
@@ -197,11 +197,14 @@ def _threads() -> frozenset[str]:
 def _park(gloo: _Gloo) -> None:
     """Keep a group alive until its threads have given up; also when the interpreter ends, which drops all else."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(gloo.group))
-    _parked.append((time.monotonic() + gloo.timeout_s + 1.0, gloo.group))
+    _parked.append((time.monotonic() + gloo.timeout_s + 1.0, gloo))
 
 
 def _unpark() -> None:
-    now = time.monotonic()
-    for entry in [entry for entry in _parked if entry[0] < now]:
-        _parked.remove(entry)
-        ctypes.pythonapi.Py_DecRef(ctypes.py_object(entry[1]))
+    """Let go of the groups whose threads have given up, or only had not been given a processor in time."""
+    deadline, each = time.perf_counter() + LOOK_S, LOOK_S / 4
+    for entry in list(_parked):
+        (until, gloo), now = entry, time.perf_counter()
+        if until < time.monotonic() or (now < deadline and _at_rest(gloo, min(now + each, deadline))):
+            _parked.remove(entry)
+            ctypes.pythonapi.Py_DecRef(ctypes.py_object(gloo.group))
