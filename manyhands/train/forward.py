@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from manyhands.core.errors import UsageError
+from manyhands.models import causal
 
 if TYPE_CHECKING:
     import torch
@@ -56,16 +58,24 @@ def _is_gelu_tanh(module: torch.nn.Module) -> bool:
 
 
 def compiled(model: torch.nn.Module) -> Any:
-    """The compiled model for the shape it meets first; other shapes (a last, smaller batch) run eagerly."""
+    """The compiled model for the shape it meets first; other shapes (a last, smaller batch) run eagerly.
+
+    Attends without masks where they say nothing (``models/causal.py``).
+    """
     import torch
 
     faster = torch.compile(model, dynamic=False)
+    maskless = causal.needs_no_mask(model)
     first: list[Any] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
         if not first:
             first.append(shapes)
-        return faster(*args, **kwargs) if shapes == first[0] else model(*args, **kwargs)
+        if shapes != first[0]:
+            return model(*args, **kwargs)
+        padded = len(args) > 1 or kwargs.get("attention_mask") is not None
+        with causal.without_masks(model) if maskless and not padded else contextlib.nullcontext():
+            return faster(*args, **kwargs)
 
     return forward
