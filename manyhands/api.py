@@ -21,7 +21,7 @@ def join(*, device: str = "auto", transport: str = "auto") -> Hands:
     """Join the other workers of this job, as the launcher's environment says; a world of one without any.
 
     Args:
-        device: "auto" (a GPU of this worker's own if there is one), "cpu" or "cuda".
+        device: "auto" (a GPU if there is one), "cpu", "cuda", or "mixed" (a GPU of my own, or the CPU).
         transport: "auto", "shared" (one host's memory) or "group" (gloo or NCCL).
 
     Raises:

@@ -28,6 +28,7 @@ EVENTS = {
     "left": "seat rank host step detail",
     "joined": "seat rank host step size_bytes wall_s",
     "reformed": "epoch workers step wall_s kept_places redone_places by rebuilt redone_steps",
+    "aligned": "step ranks drift size_bytes wall_s",
     "mended": "seat rank host step what source size_bytes wall_s",
     "balance": "step wall_s workers slowest reason",
     "finished": "step reason wall_s summary",

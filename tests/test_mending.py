@@ -14,13 +14,17 @@ from test_methods import feed_of
 
 from manyhands.core import config
 from manyhands.core.errors import Diverged, UsageError
-from manyhands.core.events import Mended
+from manyhands.core.events import Aligned, Mended
+from manyhands.train import mending
 from manyhands.train.job import Job
 from manyhands.train.mending import fingerprint_of, vote
 from manyhands.train.replica import Replica
 
 WHO = [(f"w{i}", f"host-{i % 2}") for i in range(5)]
 GOOD = ["ddp", "ddp(optimizer=sgd(momentum=0.9))", "powersgd", "diloco(every=2)", "eager", "zero1"]
+
+
+KIND_OF = mending._kind_of
 
 
 def flipping_run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
@@ -136,3 +140,51 @@ def test_any_flipped_bit_changes_both_words() -> None:
                 assert (after != before).all()
                 bits[i] ^= 1 << bit
     assert torch.equal(fingerprint_of(tensors), before)
+
+
+def unlike_run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
+    """Ranks of `case["kinds"]`; where that is not 0 each update is rounded otherwise, as another device does."""
+    torch.set_num_threads(1)
+    replica = Replica(
+        make(), config.from_text("strategies", case["strategy"]), world.wire, targets_per_row=SEQ
+    )
+    mending._kind_of = lambda device: case["kinds"][world.rank]
+    feed, heard, refused = feed_of(world, {}), [], ""
+    try:
+        for step in range(case["steps"]):
+            replica.step(feed.part(step), summed)
+            with torch.no_grad():
+                for param in replica.model.parameters():
+                    param.mul_(1 + 1e-12 * case["kinds"][world.rank])
+            if step + 1 == case.get("at") and world.rank == case["flipped"]:
+                flip(replica, "parameters")
+            if replica.steps % 2 == 0:
+                replica.check_agreement(who=WHO, emit=heard.append)
+    except Diverged as error:
+        refused = str(error)
+    finally:
+        mending._kind_of = KIND_OF
+    state = {k: v.tolist() for k, v in replica.model.state_dict().items()}
+    replica.close()
+    assert all(isinstance(event, Aligned) for event in heard)
+    return {"state": state, "told": [(e.step, e.ranks, e.drift) for e in heard], "refused": refused}
+
+
+def test_replicas_on_other_devices_are_aligned_and_their_likes_still_compared(fleets: Fleets) -> None:
+    fleet = fleets(3, "shared")
+    unlike = {"strategy": "ddp", "steps": 6, "kinds": (0, 7, 0)}
+    alone = fleet.run(unlike_run, {**unlike, "kinds": (0, 0, 0)})
+    assert not alone[0]["told"]
+    found = fleet.run(unlike_run, unlike)
+    assert found[0]["state"] == found[1]["state"] == found[2]["state"]
+    assert [(step, ranks) for step, ranks, _ in found[0]["told"]] == [(2, (1,)), (4, (1,)), (6, (1,))]
+    assert all(1e-12 < drift < 1e-10 for _, _, drift in found[0]["told"])
+    flipped = fleet.run(unlike_run, {**unlike, "at": 4, "flipped": 2})
+    assert "worker 0 (w0 on host-0), worker 2 (w2 on host-0) differ, and no majority" in flipped[0]["refused"]
+
+
+def test_a_job_on_two_kinds_of_device_needs_whole_replicas() -> None:
+    for strategy in ("zero3", "hogwild"):
+        with pytest.raises(UsageError, match="device = 'mixed'"):
+            Job(strategy=config.from_text("strategies", strategy), device="mixed")
+    assert Job(device="mixed").device == "mixed"

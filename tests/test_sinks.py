@@ -76,6 +76,7 @@ def membership() -> list[e.Event]:
         e.Reformed(epoch=2, workers=2, step=2403, wall_s=0.41, kept_places=5, redone_places=3),
         e.Joined(seat="w2-1", step=2404, size_bytes=15 << 20, wall_s=0.8, **who),
         e.Mended(seat="w1", step=2500, what="parameters", source="w0", size_bytes=5 << 20, wall_s=0.2, **who),
+        e.Aligned(step=2500, ranks=(1,), drift=3.1e-9, size_bytes=5 << 20, wall_s=0.1),
         e.Left(seat="w1", step=2501, detail="asked to by SIGTERM", **who),
     ]
 
@@ -149,6 +150,10 @@ def test_a_loss_and_what_came_of_it_are_one_line_each() -> None:
         (
             "mended w1 (rank 2, node-1) after step 2,500: its parameters differed from the majority's; "
             "given w0's (5.0 MiB in 0.2 s)"
+        ),
+        (
+            "worker 1 computes on another kind of device, which rounds differently: after step 2,500 a relative "
+            "3.1e-09 apart, and given the others' state, as at every comparison (--check-every)"
         ),
         "w1 (rank 2, node-1) left after step 2,501: asked to by SIGTERM",
     ]

@@ -243,6 +243,21 @@ class Mended(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Aligned(Event):
+    """Replicas on devices of another kind, which round differently, were given the state of the others.
+
+    Attributes:
+        ranks: those. drift: the largest ‖theirs − the others'‖ / ‖the others'‖ of the parameters before.
+    """
+
+    step: int
+    ranks: tuple[int, ...]
+    drift: float
+    size_bytes: int
+    wall_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Load:
     """How one worker spent the time since the last `Balance`.
 

@@ -32,7 +32,8 @@ def workers_of(job: Job) -> int:
         return job.workers
     if job.shares is not None:
         return len(job.shares)
-    return (hardware.gpu_count() if job.device != "cpu" else 0) or hardware.core_count()
+    gpus = hardware.gpu_count() if job.device != "cpu" else 0
+    return gpus + (job.device == "mixed") if gpus else hardware.core_count()
 
 
 def start(job: Job, origins: Mapping[str, str]) -> int:

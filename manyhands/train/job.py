@@ -95,7 +95,9 @@ class Job:
     seed: int = option(0, help="of the order, the initial model and every random number")
     # on what
     workers: int | None = option(None, help="processes on this machine; none: one per core or GPU")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", help="where the model lives")
+    device: Literal["auto", "cpu", "cuda", "mixed"] = option(
+        "auto", help="where the model lives; mixed: workers take the GPUs first, further ones the CPU"
+    )
     threads: int | None = option(None, help="threads of each worker; none: the cores divided among them")
     transport: Literal["auto", "shared", "group"] = option(
         "auto", help="shared memory, or a gloo/NCCL process group"
@@ -205,9 +207,18 @@ class Job:
         self._check_pairs()
 
     def _check_pairs(self) -> None:
-        if self.reproducible and self.device == "cuda":
+        placement = self.strategy.placement
+        if self.device == "mixed" and any(
+            getattr(placement, f"needs_{what}", False) for what in ("group", "shared_memory")
+        ):
             raise UsageError(
-                "reproducible = true with device = 'cuda'",
+                f"device = 'mixed' with placement = {placement!r}",
+                "a divided or shared model lives on one kind of device",
+                "use a strategy with whole replicas (ddp, diloco, parameter-server), or --device cuda",
+            )
+        if self.reproducible and self.device in ("cuda", "mixed"):
+            raise UsageError(
+                f"reproducible = true with device = {self.device!r}",
                 "the bitwise promise is made for CPU kernels, whose order of additions is fixed",
                 "use --device cpu, or leave out --reproducible",
             )

@@ -68,6 +68,15 @@ def mended(event: e.Mended) -> str:
     )
 
 
+def aligned(event: e.Aligned) -> str:
+    many = len(event.ranks) > 1
+    return (
+        f"worker{'s' * many} {', '.join(map(str, event.ranks))} compute{'s' * (not many)} on another kind of device, which rounds "
+        f"differently: after step {event.step:,} a relative {event.drift:.1e} apart, and given the others' state, "
+        "as at every comparison (--check-every)"
+    )
+
+
 def blamed(event: e.Balance) -> str:
     """Who waits for whom and why; empty where all is well."""
     if event.reason == "network" and not event.slowest:

@@ -5,11 +5,16 @@ Each worker's fingerprint has two words for each of: parameters, the state of th
 the exchange's state all share. More than half of the workers with equal fingerprints are right; the others are
 named, and with ``--on-divergence mend`` get everything from the first of the majority. What a wrong replica had contributed
 to agreements before it was found is in everybody's parameters; that is what ``--check-every`` bounds.
+
+Two kinds of device (a GPU and a CPU, two kinds of GPU) round an update differently and add up a norm in another order, so there
+promise 5 holds among those of one kind; at every comparison the others get the state of the kind that most workers are, and
+`Aligned` says how far they had drifted.
 """
 
 from __future__ import annotations
 
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from manyhands.core.errors import Diverged
-from manyhands.core.events import Emit, Mended, ignore
+from manyhands.core.events import Aligned, Emit, Mended, ignore
+from manyhands.core.hardware import device_name
 from manyhands.core.request import Gather
 from manyhands.exchange.combine import is_own, leaves
 
@@ -74,7 +80,10 @@ def check_agreement(
         return words(parameters)
     shared = _shared(replica)
     mine = torch.cat([parameters, *(fingerprint_of(shared[kind].values()) for kind in KINDS[1:])])
-    table = _gathered(mine, replica.wire)
+    rows = _gathered(torch.cat([mine, torch.tensor([_kind_of(replica.device)])]), replica.wire)
+    table, kinds = [row[:-1] for row in rows], [row[-1] for row in rows]
+    if len(set(kinds)) > 1 and shared["parameters"]:
+        return _align(replica, shared, table, kinds, mend=mend, who=who, emit=emit)
     verdict = vote(table)
     if verdict.minority:
         names = [_name(rank, who) for rank in range(len(table))]
@@ -101,6 +110,64 @@ def check_agreement(
             )
         return check_agreement(replica, who=who)
     return words(parameters)
+
+
+def reference(table: Sequence[Sequence[int]], kinds: Sequence[int]) -> tuple[Vote, tuple[int, ...]]:
+    """(who is right among the kind that most workers are, the first of equals; the ranks of that kind). Pure.
+
+    >>> reference([(1,), (2,), (1,)], [7, 8, 7])
+    (Vote(majority=(0, 2), minority=()), (0, 2))
+    """
+    chosen = Counter(kinds).most_common(1)[0][0]
+    ranks = tuple(r for r, kind in enumerate(kinds) if kind == chosen)
+    among = vote([table[r] for r in ranks])
+    return Vote(*(tuple(ranks[i] for i in side) for side in among)), ranks
+
+
+def _align(
+    replica: Replica,
+    shared: Shared,
+    table: Sequence[Sequence[int]],
+    kinds: Sequence[int],
+    *,
+    mend: bool,
+    who: Sequence[tuple[str, str]],
+    emit: Emit,
+) -> str:
+    """Give everybody the state of the reference kind. Collective. Raises `Diverged`: one of that kind differs from its like."""
+    verdict, like = reference(table, kinds)
+    if verdict.minority and (not mend or not verdict.majority):
+        names = [_name(rank, who) for rank in range(len(table))]
+        if verdict.majority:
+            raise _minority(replica.steps, names, table, verdict)
+        raise _no_majority(replica.steps, [names[r] for r in like], [table[r] for r in like])
+    source = verdict.majority[0]
+    late = tuple(r for r in range(len(table)) if table[r] != table[source])
+    if late:
+        begun = time.perf_counter()
+        before = [t.detach().clone() for t in shared[KINDS[0]].values()]
+        size = _replace(replica, shared, table, Vote((source,), late))
+        drifts = replica.wire.begin(Gather(_distance(before, shared[KINDS[0]].values()), even=True)).wait()
+        drift = max(float(each) for each in drifts)
+        wall_s = time.perf_counter() - begun
+        emit(Aligned(step=replica.steps, ranks=late, drift=drift, size_bytes=size, wall_s=wall_s))
+    with replica.agreed():
+        return words(fingerprint(replica.model))
+
+
+def _distance(before: Iterable[Tensor], after: Iterable[Tensor]) -> Tensor:
+    """‖before − after‖ / ‖after‖ over all floating-point tensors: [1] float64."""
+    apart, whole = 0.0, 0.0
+    for a, b in zip(before, after, strict=True):
+        if b.is_floating_point():
+            apart += float((a.double() - b.detach().double()).square().sum())
+            whole += float(b.detach().double().square().sum())
+    return torch.tensor([(apart / whole) ** 0.5 if whole else 0.0], dtype=torch.float64)
+
+
+def _kind_of(device: torch.device) -> int:
+    """A number for all devices that compute alike."""
+    return zlib.crc32(device_name(str(device)).encode()) if device.type != "cpu" else 0
 
 
 def agree_at_start(model: nn.Module, wire: Wire) -> None:

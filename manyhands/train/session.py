@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 
 
 def choose_device(device: str, env: Env) -> torch.device:
-    """This worker's device: a GPU of its own where there is one, else the CPU. Raises `UsageError`."""
+    """This worker's device: a GPU of its own where there is one, else the CPU. Raises `UsageError`.
+
+    Args:
+        device: "auto", "cpu", "cuda" (several workers may share one), or "mixed" (those without one of their own take the CPU).
+    """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "cuda" and not available:
+    if device in ("cuda", "mixed") and not available:
         raise UsageError(
-            "device = 'cuda'", "PyTorch sees no GPU here", "use --device cpu, or install a CUDA build"
+            f"device = {device!r}", "PyTorch sees no GPU here", "use --device cpu, or install a CUDA build"
         )
-    if device == "cpu" or not available:
+    if device == "cpu" or not available or (device == "mixed" and env.local_rank >= available):
         return torch.device("cpu")
     return torch.device("cuda", env.local_rank % available)
 

@@ -44,6 +44,7 @@ class Terminal:
         self._loads: list[tuple[str, str]] = []  # lines below the bar: (text, style)
         self._shares: tuple[object, ...] = ()  # as said last
         self._shares_at = -math.inf
+        self._told_kinds = False
 
     def __call__(self, event: e.Event) -> None:
         shown = getattr(self, f"_{type(event).__name__.lower()}", None)
@@ -154,6 +155,11 @@ class Terminal:
 
     def _mended(self, event: e.Mended) -> None:
         self._say(membership.mended(event), style="yellow")
+
+    def _aligned(self, event: e.Aligned) -> None:
+        if not self._told_kinds:  # it goes on like this
+            self._told_kinds = True
+            self._say(membership.aligned(event))
 
     def _evaluating(self, event: e.Evaluating) -> None:
         self._progress("evaluate", "evaluate", event.done, event.total, [])
