@@ -2,11 +2,12 @@
 
     python benchmarks/gpu_speed.py [--models gpt2-small llama-1b] [--rounds 6]
 
-Two contenders in one process, each with a model of its own, the same weights and rows, bf16 autocast, compiled, PyTorch's fused
-AdamW, clipping at 1: *bare* is the loop that one writes by hand (it looks at the loss once a window), *manyhands* is
-`Replica.step` in a world of one. They run windows of `--window` steps in turn, the order turning by one every round; a window
-ends when the GPU has done all of it, and ratios are formed within a round. *script* is *bare* with PyTorch's own cross
-entropy compiled into the model, as in nanoGPT.
+Contenders in one process, each with a model of its own, the same weights and rows, bf16 autocast, compiled, PyTorch's fused
+AdamW, clipping at 1: *bare* is a loop written by hand (it looks at the loss once a window) over our model and loss,
+*manyhands* is `Replica.step` in a world of one, with `--residual bf16` or without. They run windows of `--window`
+steps in turn, the order turning by one every round; a window
+ends when the GPU has done all of it, and ratios are formed within a round. *script* is what one writes without us: Transformers'
+model and PyTorch's own cross entropy, compiled together.
 
 MFU is tokens/s · FLOPs a token / peak; FLOPs a token are 6·N + 12·L·d·s (arXiv:2204.02311, appendix B; N without tables
 that are only looked up, recomputation not counted), the peak is the measured rate of bf16 matrix products. Writes
@@ -40,7 +41,7 @@ class Shape:
     vocabulary: int
     seq_len: int
     rows: int
-    contenders: tuple[str, ...] = ("bare", "manyhands", "script")
+    contenders: tuple[str, ...] = ("bare", "manyhands", "manyhands, residual bf16", "script")
 
 
 SHAPES = {
@@ -81,12 +82,11 @@ def by_hand(model: Any, device: str, mean_loss: Callable[[dict[str, Any]], Any])
 
 
 def bare(model: Any, device: str) -> Step:
-    """With our loss, over the compiled model."""
-    import torch
-
+    """With our loss, over the model as we compile it."""
     from manyhands.tasks.pretrain import Pretrain
+    from manyhands.train.forward import compiled
 
-    forward, loss = torch.compile(model, dynamic=False), Pretrain().loss
+    forward, loss = compiled(model), Pretrain().loss
 
     def mean_loss(batch: dict[str, Any]) -> Any:
         summed = loss(forward, batch)
@@ -110,10 +110,9 @@ def script(model: Any, device: str) -> Step:
 
 def layered(model: Any, device: str, seq_len: int) -> Step:
     """Through `Replica.step`, as the main job's loop does: losses are on the host after every step, norms one later."""
-    import torch
-
     from manyhands.strategy.presets import ddp
     from manyhands.tasks.pretrain import Pretrain
+    from manyhands.train.forward import compiled
     from manyhands.train.replica import Part, Replica
     from manyhands.wire.solo import Solo
 
@@ -124,7 +123,7 @@ def layered(model: Any, device: str, seq_len: int) -> Step:
         max_grad_norm=MAX_NORM,
         targets_per_row=seq_len,
         autocast=lambda: autocast(device),
-        forward=torch.compile(model, dynamic=False),
+        forward=compiled(model),
     )
     loss = Pretrain().loss
     earlier: list[Any] = []
@@ -158,7 +157,7 @@ def measure(shape: Shape, device: str, rounds: int, window: int) -> dict[str, An
     from manyhands.core.hardware import peak_flops
     from manyhands.models.build import build
     from manyhands.models.describe import describe
-    from manyhands.train.forward import quicken
+    from manyhands.train.forward import narrow_residual, quicken
 
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(0, shape.vocabulary, (BLOCKS, shape.rows, shape.seq_len + 1), generator=g).to(device)
@@ -171,12 +170,14 @@ def measure(shape: Shape, device: str, rounds: int, window: int) -> dict[str, An
     for name in shape.contenders:
         model = build(shape.name, task="pretrain", vocab_size=shape.vocabulary, seq_len=shape.seq_len, seed=0)
         about = describe(model, seq_len=shape.seq_len)
-        quicken(model)
+        if name != "script":
+            quicken(model)
+        if name.endswith("residual bf16"):
+            narrow_residual(model)
         model.to(device)
         made = {"bare": bare, "script": script}
-        steps[name] = (
-            layered(model, device, shape.seq_len) if name == "manyhands" else made[name](model, device)
-        )
+        ours = name.startswith("manyhands")
+        steps[name] = layered(model, device, shape.seq_len) if ours else made[name](model, device)
         start = time.perf_counter()
         losses[name] = [as_float(steps[name](number, batches[number % BLOCKS])) for number in range(WARMUP)]
         wait(device)
@@ -257,7 +258,7 @@ def main() -> int:
             one = found[contender]
             ratio = one["seconds_over_bare"]
             print(
-                f"{name} {contender:<10} {one['tokens_per_s']:>10,.0f} tokens/s, MFU {one['mfu']:.1%}, "
+                f"{name} {contender:<24} {one['tokens_per_s']:>10,.0f} tokens/s, MFU {one['mfu']:.1%}, "
                 f"{ratio['median']:.4f} ({ratio['min']:.4f} – {ratio['max']:.4f}) of bare's time",
                 flush=True,
             )

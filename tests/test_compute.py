@@ -10,8 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from manyhands.core import compute, hardware
+from manyhands.core.errors import UsageError
+from manyhands.models.build import build
 from manyhands.tasks.loss import cross_entropy_sum
-from manyhands.train.forward import quicken
+from manyhands.train.forward import narrow_residual, quicken
+from manyhands.train.job import Job
+from manyhands.train.plan import Facts, derive
 
 needs_kernels = pytest.mark.skipif(compute.library() is None, reason="no C++ compiler here")
 
@@ -139,3 +143,44 @@ def test_quicken_replaces_the_modules_and_nothing_else() -> None:
     torch.testing.assert_close(model(x), before, rtol=1e-13, atol=1e-13)
     assert list(model.state_dict()) == names
     assert isinstance(model[3], torch.nn.GELU)
+
+
+@pytest.mark.parametrize("name", ["gpt2-nano", "llama-nano"])
+def test_a_narrow_residual_is_bf16_between_layers_and_close(name: str) -> None:
+    seen: list[torch.dtype] = []
+    outputs = []
+    for narrowed in (False, True):
+        model = build(name, task="pretrain", vocab_size=300, seq_len=32)
+        if narrowed:
+            narrow_residual(model)
+        ids = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(1))
+        norm = next(m for n, m in model.named_modules() if n.endswith(("1.ln_1", "1.input_layernorm")))
+        norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+        assert model(input_ids=ids).logits.dtype == torch.float32  # nothing is narrowed without autocast
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs.append(model(input_ids=ids).logits.float())
+        outputs[-1].square().mean().backward()
+        assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
+    assert seen == [torch.float32, torch.float32, torch.float32, torch.bfloat16]
+    wide, narrow = (o.detach() for o in outputs)
+    assert 0 < float((wide - narrow).abs().max()) < 0.03 * float(wide.abs().max())
+
+
+def test_a_narrow_residual_needs_bf16() -> None:
+    facts = Facts(
+        rows=100,
+        world_size=1,
+        hosts=("h",),
+        device_type="cpu",
+        device_name="cpu",
+        threads=1,
+        has_bf16=True,
+        draws_random=False,
+        memory_rows=None,
+        parameters=10,
+        flops_per_token=60.0,
+        peak_flops=1e9,
+    )
+    assert derive(Job(residual="bf16"), facts).precision == "bf16"
+    with pytest.raises(UsageError, match="residual = 'bf16' with precision fp32"):
+        derive(Job(residual="bf16", precision="fp32"), facts)

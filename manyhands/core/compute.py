@@ -26,6 +26,7 @@ SHARES_BYTES = 1 << 24  # of P and dS of the heads that attention's backward tak
 WIDEST_HEAD = 256
 
 _enabled: list[Any] = []
+_gelu: Any = None  # not behind functools.cache, which torch.compile traces through
 _complaint: list[str] = []
 
 
@@ -90,13 +91,19 @@ def gelu_tanh(x: Tensor) -> Tensor:
         import torch.nn.functional as F
 
         return F.gelu(x, approximate="tanh")
-    result: Tensor = _gelu_operator()(x)
+    result: Tensor = gelu_operator()(x)
     return result
 
 
-@functools.lru_cache(maxsize=1)
-def _gelu_operator() -> Any:
-    """The operator ``manyhands::gelu_tanh``: torch.compile takes it as it is."""
+def gelu_operator() -> Any:
+    """The operator ``manyhands::gelu_tanh``: torch.compile takes it as it is, where it was asked for before."""
+    global _gelu
+    if _gelu is None:
+        _gelu = _make_gelu()
+    return _gelu
+
+
+def _make_gelu() -> Any:
     import torch
     import torch.nn.functional as F
 

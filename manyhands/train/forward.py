@@ -30,7 +30,9 @@ def quicken(model: torch.nn.Module) -> int:
     """
     import torch
 
-    from manyhands.core.compute import gelu_tanh
+    from manyhands.core.compute import gelu_operator, gelu_tanh
+
+    gelu_operator()  # made before anything is compiled
 
     class GeluTanh(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -55,6 +57,22 @@ def _is_gelu_tanh(module: torch.nn.Module) -> bool:
         "NewGELUActivation",
         "GELUTanh",
     )
+
+
+def narrow_residual(model: torch.nn.Module) -> None:
+    """Under bf16 autocast have embeddings give bf16, and so all that layers add to it (float32 otherwise: twice the traffic).
+
+    What a layer computes of it stays as it was; each sum is rounded to 8 bits, as Megatron-LM does it by default
+    (``--fp32-residual-connection`` is its option for the other).
+    """
+    import torch
+
+    def narrow(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.to(torch.bfloat16) if torch.is_autocast_enabled(output.device.type) else output
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.register_forward_hook(narrow)
 
 
 def compiled(model: torch.nn.Module) -> Any:

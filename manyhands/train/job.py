@@ -106,6 +106,10 @@ class Job:
         "auto",
         help="of forward and backward (parameters stay float32); auto: bf16 where the device has units for it",
     )
+    residual: Literal["fp32", "bf16"] = option(
+        "fp32",
+        help="of the sum over layers, where precision is bf16; bf16: less exact, a twentieth faster on a GPU",
+    )
     compile: Literal["auto", "on", "off"] = option(
         "auto", help="torch.compile the model", aliases=("torch_compile",)
     )

@@ -66,7 +66,7 @@ class Parts:
     def fresh_model(self) -> torch.nn.Module:
         """The model as training begins with it."""
         from manyhands.models.build import build
-        from manyhands.train.forward import checkpoint_activations, quicken
+        from manyhands.train.forward import checkpoint_activations, narrow_residual, quicken
 
         model = build(
             self.job.model if self.job.model != "auto" else self.material.default_model,
@@ -83,6 +83,8 @@ class Parts:
             model.double()
         model.train()
         quicken(model)
+        if self.job.residual == "bf16":
+            narrow_residual(model)
         return model.to(self.device)
 
     def effective(self, workers: int) -> Job:
@@ -278,6 +280,7 @@ class Parts:
             key={
                 "seq_len": job.seq_len,
                 "precision": precision,
+                "residual": job.residual,
                 "checkpointing": job.gradient_checkpointing,
             },
         )

@@ -86,6 +86,12 @@ def derive(job: Job, facts: Facts) -> Plan:
     steps_per_epoch = -(-facts.rows // job.global_batch)
     steps, reasons["steps"] = choose_steps(job, steps_per_epoch)
     precision, reasons["precision"] = choose_precision(job, facts.device_type, facts.has_bf16)
+    if job.residual == "bf16" and precision != "bf16":
+        raise UsageError(
+            f"residual = 'bf16' with precision {precision}",
+            "what layers add up is rounded to bf16 where they compute in it",
+            "give --precision bf16, or leave out --residual",
+        )
     one_pass = not (facts.draws_random or job.reproducible)
     micro = job.micro_batch or min(job.global_batch, unit_rows(job.global_batch, one_pass=one_pass))
     if job.micro_batch:
