@@ -182,7 +182,7 @@ def table(data: Mapping[str, Any]) -> str:
         f"{data['numel']:,} float32 values, {data['gpu'] or data['machine']['cpu']}, torch {data['machine']['versions']['torch']}, "
         f"{data['rounds']} rounds. Rates in GB/s of input; a plain copy: {copy:.2f} GB/s; `torch.topk` of 1%: "
         f"{topk:.3f} GB/s. Others used {data['others_share']:.1%} of the processors. "
-        f"Quantizers: {'expressions fused by torch.compile' if data['gpu'] else data['quantizer']}."
+        f"Quantizers: {data['quantizer']}."
     )
     lines = [
         f"# Codecs: encode and decode on {'a GPU' if data['gpu'] else 'one core'}",

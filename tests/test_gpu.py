@@ -18,7 +18,13 @@ from torch.nn import functional
 
 from manyhands.core import config, registry
 from manyhands.core.errors import ManyhandsError
+from manyhands.exchange import quantize, quantize_gpu
 from manyhands.exchange.codec import Codec
+from manyhands.exchange.int2 import Int2
+from manyhands.exchange.int4 import Int4
+from manyhands.exchange.int8 import Int8
+from manyhands.exchange.natural import Natural
+from manyhands.exchange.sign import Sign
 from manyhands.strategy.base import Strategy
 from manyhands.strategy.optimizers import SGD, Adagrad, Adam, AdamW
 from manyhands.tasks import loss as loss_module
@@ -186,6 +192,64 @@ def test_a_codec_means_the_same_on_the_gpu(name: str, numel: int) -> None:
     if name not in ("randomk",):  # which may not send that entry
         decoded = codec.decode(codec.encode(poisoned.cuda(), 7), numel, torch.float32)
         assert not bool(decoded.isfinite().all())
+
+
+QUANTIZERS: list[Any] = [
+    *(kind(rounding=r) for kind in (Int8, Int4, Int2, Natural) for r in ("nearest", "stochastic")),
+    *(Sign(), Int8(block=32, rounding="stochastic"), Int4(block=4096), Sign(block=64), Natural(block=1024)),
+]
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit for bit, but that one NaN is as good as another."""
+    nan = a.isnan() & b.isnan()
+    a, b = a.masked_fill(nan, 0), b.masked_fill(nan, 0)
+    return a.dtype is b.dtype and torch.equal(a, b) and torch.equal(a.signbit(), b.signbit())
+
+
+def _trying(numel: int) -> torch.Tensor:
+    """Values of many magnitudes, among them what is zero, not normal, near the largest and not finite."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(numel, generator=generator) * 10 ** torch.randn(numel, generator=generator)
+    x[7000:7400] = 0
+    x[9000:9600] *= 1e-40
+    x[11000:11600] = torch.finfo(torch.float32).max * torch.linspace(-1, 1, 600)
+    x[13000:13300] = 127 / 32  # with int8, a block whose quotient needs no rounding
+    for place, value in ((5, math.nan), (3000, math.inf), (numel - 1, -math.inf), (20_000, -0.0)):
+        x[place] = value
+    return x
+
+
+@gpu
+@pytest.mark.parametrize("codec", QUANTIZERS, ids=repr)
+@pytest.mark.parametrize("numel", [1 << 17, 100_003])
+def test_a_gpus_kernels_give_the_references_bits(codec: Any, numel: int) -> None:
+    """Where codes are moved in whole words; where they begin at any address and end within a byte."""
+    assert numel >= quantize.FUSED_FROM
+    if not quantize_gpu.ready():
+        pytest.skip("there is no Triton")
+    x, key = _trying(numel), 2**64 - 5
+    for values in (x, x.to(torch.bfloat16)):
+        payload = codec.encode(values.cuda(), key)
+        assert torch.equal(payload.cpu(), codec.reference_encode(values, key))
+        assert torch.equal(payload, codec.reference_encode(values.cuda(), key))
+    shifted = torch.cat([payload.new_zeros(1), payload])[1:]  # as in a buffer of many payloads
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        decoded = codec.decode(payload, numel, dtype)
+        assert _same(decoded.cpu(), codec.reference_decode(payload.cpu(), numel, dtype))
+        assert _same(decoded, codec.reference_decode(payload, numel, dtype))
+        assert _same(decoded, codec.decode(shifted, numel, dtype))
+    assert quantize_gpu.ready()  # no launch has failed
+
+
+def test_what_the_kernels_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize_gpu, "ready", lambda: True)
+    there, enough = torch.device("cuda"), quantize.FUSED_FROM
+    assert quantize_gpu.serves(there, enough, 256)
+    assert not quantize_gpu.serves(torch.device("cpu"), enough, 256)
+    assert not quantize_gpu.serves(there, enough - 1, 256)
+    for block in (0, 1, 16, 100, 8192):  # the whole tensor, or what is no tile
+        assert not quantize_gpu.serves(there, enough, block)
 
 
 @pytest.fixture

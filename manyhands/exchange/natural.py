@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from manyhands.core import rng
-from manyhands.exchange import quantize
+from manyhands.exchange import quantize, quantize_gpu
 from manyhands.exchange.codec import gathered, rounds
 from manyhands.exchange.quantize import Rounding
 
@@ -47,9 +47,12 @@ class Natural:
         quantize.validate(self.block, self.rounding)
 
     def encode(self, tensor: Tensor, key: int) -> Tensor:
+        random = self.rounding == "stochastic"
+        made = quantize_gpu.natural_encode(tensor, key, block=self.block, stochastic=random)
+        if made is not None:
+            return made
         flat = quantize.flatten(tensor)
         loops = quantize.kernels_for(flat)
-        random = self.rounding == "stochastic"
         if loops is None:
             expression = quantize.fused(expression_of_encode, flat)
             return expression(flat, quantize.seed(key, flat.device), self.block, random)
@@ -62,6 +65,9 @@ class Natural:
         import torch
 
         payload = quantize.checked(payload, self.size_bytes(numel))
+        made = quantize_gpu.natural_decode(payload, numel, dtype, block=self.block)
+        if made is not None:
+            return made
         loops = quantize.kernels_for(payload)
         if loops is None:
             expression = quantize.fused(expression_of_decode, payload)

@@ -13,8 +13,9 @@ block with NaN or infinity, or a value beyond float32, is NaN as a whole: everyb
 
 `u` is a function of (key, index of the value): equal inputs give equal bytes, for any number of threads. Each reference (plain
 PyTorch, any device) gives what the loops of ``quantize.cpp`` give, bit for bit; decoding multiplies once, so replicas agree
-wherever they decode. Loops need a CPU and, once, a compiler; otherwise the reference computes, on a GPU fused by torch.compile
-where Triton is there (which may fuse a product with a sum: then a code can differ by one from the CPU's).
+wherever they decode. Loops need a CPU and, once, a compiler. On a GPU with Triton, kernels (``quantize_gpu.py``) give the same bits
+for long tensors in blocks of a power of two. Otherwise the reference computes, on a GPU fused by torch.compile where Triton is
+there (which may fuse a product with a sum: then a code can differ by one from the CPU's).
 """
 
 from __future__ import annotations
@@ -87,16 +88,21 @@ def size_bytes(numel: int, per: int, block: int, scale_bytes: int = 2) -> int:
 
 def encode(tensor: Tensor, key: int, *, grid: Grid, block: int, rounding: Rounding) -> Tensor:
     """The payload (uint8 [size_bytes]) of a floating-point tensor of any shape. Deterministic in (tensor, key)."""
+    from manyhands.exchange import quantize_gpu
+
+    stochastic = rounding == "stochastic"
+    payload = quantize_gpu.uniform_encode(tensor, key, grid=grid, block=block, stochastic=stochastic)
+    if payload is not None:
+        return payload
     flat = flatten(tensor)
     loops = kernels_for(flat)
     if loops is None:
-        expression, stochastic = fused(expression_of_encode, flat), rounding == "stochastic"
+        expression = fused(expression_of_encode, flat)
         bits = seed(key, flat.device) if stochastic else no_seed(flat.device)
         return expression(flat, bits, grid.top, grid.per, block, stochastic)
     payload = empty_payload(flat, grid.per, block)
-    random = int(rounding == "stochastic")
     loops.manyhands_uniform_encode(
-        *place(flat, block), payload.data_ptr(), grid.per, grid.top, random, rng.mix(key)
+        *place(flat, block), payload.data_ptr(), grid.per, grid.top, int(stochastic), rng.mix(key)
     )
     return payload
 
@@ -105,7 +111,12 @@ def decode(payload: Tensor, numel: int, dtype: torch.dtype, *, grid: Grid, block
     """The values [numel] of a payload. Raises `Diverged` where its length is another codec's."""
     import torch
 
+    from manyhands.exchange import quantize_gpu
+
     payload = checked(payload, size_bytes(numel, grid.per, block))
+    made = quantize_gpu.uniform_decode(payload, numel, dtype, grid=grid, block=block)
+    if made is not None:
+        return made
     loops = kernels_for(payload)
     if loops is None:
         return as_type(fused(expression_of_decode, payload)(payload, numel, grid.top, grid.per, block), dtype)
@@ -138,7 +149,8 @@ def expression_of_encode(
 
     rows = in_blocks(flat, block)  # [blocks, block]
     largest = rows.abs().amax(1, keepdim=True)  # [blocks, 1]; NaN wins
-    step = _rounded_up(largest / (top / 2)).clamp(SMALLEST_STEP, LARGEST_SCALE)
+    half = torch.full_like(largest, top / 2)  # by a number, a GPU multiplies by its inverse
+    step = _rounded_up(largest / half).clamp(SMALLEST_STEP, LARGEST_SCALE)
     step = torch.where(largest == 0, 0.0, torch.where(largest.isfinite(), step, torch.nan))
     inverse = torch.where(step > 0, 1 / step, 0.0)
     u = dither(rows, seed) if stochastic else 0.5

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from manyhands.exchange import pack, quantize
+from manyhands.exchange import pack, quantize, quantize_gpu
 from manyhands.exchange.codec import gathered, rounds
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ class Sign:
         quantize.validate(self.block)
 
     def encode(self, tensor: Tensor, key: int) -> Tensor:
+        made = quantize_gpu.sign_encode(tensor, block=self.block)
+        if made is not None:
+            return made
         flat = quantize.flatten(tensor)
         loops = quantize.kernels_for(flat)
         if loops is None:
@@ -54,6 +57,9 @@ class Sign:
         import torch
 
         payload = quantize.checked(payload, self.size_bytes(numel))
+        made = quantize_gpu.sign_decode(payload, numel, dtype, block=self.block)
+        if made is not None:
+            return made
         loops = quantize.kernels_for(payload)
         if loops is None:
             expression = quantize.fused(expression_of_decode, payload)
