@@ -69,6 +69,7 @@ def test_padded_rows_keep_their_mask(masks: list[bool]) -> None:
     mask[1, :20] = 0
     faster = forward.compiled(model)
     ours, usual = (f(input_ids=ids, attention_mask=mask, use_cache=False).logits for f in (faster, model))
+    assert masks
     assert all(masks)
     torch.testing.assert_close(ours[mask > 0], usual[mask > 0], rtol=1e-5, atol=1e-6)
 
@@ -83,6 +84,35 @@ def test_a_window_keeps_its_mask() -> None:
         for window in (None, 4096)
     ]
     assert [causal.needs_no_mask(model) for model in made] == [True, False]
+
+
+def test_a_window_in_a_nested_configuration_keeps_its_mask() -> None:
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "vocab_size": WORDS,
+        "head_dim": 8,
+    }
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 40}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(
+        Gemma3Config(
+            text_config={**text, **heads}, vision_config={**vision, "image_size": 28, "patch_size": 14}
+        )
+    )
+    assert not causal.needs_no_mask(model)
+
+
+def test_the_trial_leaves_modes_alone_and_fits_into_short_models() -> None:
+    model: Any = build("gpt2-nano", task="pretrain", vocab_size=WORDS, seq_len=16)
+    model.transformer.drop.eval()
+    assert causal.needs_no_mask(model)
+    assert not model.transformer.drop.training
+    assert model.transformer.h[0].training
+    assert not causal.needs_no_mask(build("gpt2-nano", task="pretrain", vocab_size=WORDS, seq_len=2))
 
 
 def test_what_attends_otherwise_is_left_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -18,13 +19,14 @@ from manyhands.core.events import Aligned, Mended
 from manyhands.train import mending
 from manyhands.train.job import Job
 from manyhands.train.mending import fingerprint_of, vote
+from manyhands.train.order import Order
 from manyhands.train.replica import Replica
 
 WHO = [(f"w{i}", f"host-{i % 2}") for i in range(5)]
 GOOD = ["ddp", "ddp(optimizer=sgd(momentum=0.9))", "powersgd", "diloco(every=2)", "eager", "zero1"]
 
 
-KIND_OF = mending._kind_of
+KIND_OF = mending.kind_of
 
 
 def flipping_run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
@@ -145,46 +147,85 @@ def test_any_flipped_bit_changes_both_words() -> None:
 def unlike_run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
     """Ranks of `case["kinds"]`; where that is not 0 each update is rounded otherwise, as another device does."""
     torch.set_num_threads(1)
+    kind = case["kinds"][world.rank]
     replica = Replica(
         make(), config.from_text("strategies", case["strategy"]), world.wire, targets_per_row=SEQ
     )
-    mending._kind_of = lambda device: case["kinds"][world.rank]
+    mending.kind_of = lambda device: kind
     feed, heard, refused = feed_of(world, {}), [], ""
     try:
         for step in range(case["steps"]):
             replica.step(feed.part(step), summed)
             with torch.no_grad():
-                for param in replica.model.parameters():
-                    param.mul_(1 + 1e-12 * case["kinds"][world.rank])
+                for tensor in replica.method.shared()["parameters"].values():
+                    tensor.mul_(1 + case.get("drift", 1e-12) * kind)
             if step + 1 == case.get("at") and world.rank == case["flipped"]:
                 flip(replica, "parameters")
             if replica.steps % 2 == 0:
-                replica.check_agreement(who=WHO, emit=heard.append)
+                replica.check_agreement(mend=case.get("mend", False), who=WHO, emit=heard.append)
     except Diverged as error:
         refused = str(error)
     finally:
-        mending._kind_of = KIND_OF
-    state = {k: v.tolist() for k, v in replica.model.state_dict().items()}
+        mending.kind_of = KIND_OF
+    shared = {k: v.tolist() for k, v in replica.method.shared()["parameters"].items()}
+    mine = torch.cat([p.detach().flatten() for p in replica.model.parameters()]).tolist()
     replica.close()
-    assert all(isinstance(event, Aligned) for event in heard)
-    return {"state": state, "told": [(e.step, e.ranks, e.drift) for e in heard], "refused": refused}
+    told = [(type(e).__name__, e.step, getattr(e, "ranks", None) or e.rank) for e in heard]
+    drifts = [e.drift for e in heard if isinstance(e, Aligned)]
+    return {"shared": shared, "mine": mine, "told": told, "drifts": drifts, "refused": refused}
 
 
 def test_replicas_on_other_devices_are_aligned_and_their_likes_still_compared(fleets: Fleets) -> None:
     fleet = fleets(3, "shared")
     unlike = {"strategy": "ddp", "steps": 6, "kinds": (0, 7, 0)}
-    alone = fleet.run(unlike_run, {**unlike, "kinds": (0, 0, 0)})
-    assert not alone[0]["told"]
     found = fleet.run(unlike_run, unlike)
-    assert found[0]["state"] == found[1]["state"] == found[2]["state"]
-    assert [(step, ranks) for step, ranks, _ in found[0]["told"]] == [(2, (1,)), (4, (1,)), (6, (1,))]
-    assert all(1e-12 < drift < 1e-10 for _, _, drift in found[0]["told"])
+    assert found[0]["shared"] == found[1]["shared"] == found[2]["shared"]
+    assert found[0]["told"] == [("Aligned", step, (1,)) for step in (2, 4, 6)]
+    assert all(1e-12 < drift < 1e-10 for drift in found[0]["drifts"])
     flipped = fleet.run(unlike_run, {**unlike, "at": 4, "flipped": 2})
     assert "worker 0 (w0 on host-0), worker 2 (w2 on host-0) differ, and no majority" in flipped[0]["refused"]
+    far = fleet.run(unlike_run, {**unlike, "drift": 1e-2})
+    assert len({f["refused"] for f in far}) == 1
+    assert "the parameters of worker 1 are a relative" in far[0]["refused"]
+
+
+def test_a_flipped_bit_is_mended_and_the_other_kind_aligned(fleets: Fleets) -> None:
+    mending_case = {"strategy": "ddp", "steps": 4, "kinds": (0, 7, 7, 7), "at": 3, "flipped": 3, "mend": True}
+    found = fleets(4, "shared").run(unlike_run, mending_case)
+    assert found[0]["told"] == [("Aligned", 2, (0,)), ("Mended", 4, 3), ("Aligned", 4, (0,))]
+    assert all(f["shared"] == found[0]["shared"] and not f["refused"] for f in found)
+    refused = fleets(4, "shared").run(unlike_run, {**mending_case, "mend": False})
+    assert "worker 3 (w3 on host-1): parameters differs from the 2 others" in refused[0]["refused"]
+
+
+@pytest.mark.parametrize("strategy", ["diloco(every=4)", "streaming-diloco(every=4, fragments=2, delay=1)"])
+def test_who_is_aligned_keeps_the_steps_of_his_own(fleets: Fleets, strategy: str) -> None:
+    """Compared in the middle of a round, after the anchors have drifted."""
+    fleet = fleets(3, "shared")
+    case = {"strategy": strategy, "steps": 6, "kinds": (0, 0, 7)}
+    alone = fleet.run(unlike_run, {**case, "drift": 0.0})
+    assert not any(f["refused"] for f in alone)
+    found = fleet.run(unlike_run, case)
+    assert found[0]["shared"] == found[1]["shared"] == found[2]["shared"]
+    assert found[2]["mine"] == pytest.approx(alone[2]["mine"], rel=1e-8, abs=1e-10)
+    flat = [x for values in found[2]["shared"].values() for x in torch.tensor(values).flatten().tolist()]
+    assert found[2]["mine"] != pytest.approx(flat, rel=1e-6, abs=1e-9)  # it has gone on from them
+
+
+def test_what_is_derived_for_one_device_is_not_for_another() -> None:
+    given = Job(device_batch=None)
+    effective = dataclasses.replace(given, device_batch=128, compile="on", precision="bf16", steps=7)
+    order = Order.from_json(Order.running(effective, given, "cuda", {}, 1.0).to_json())
+    assert order.job_on("cuda") == effective
+    assert order.job_on("cpu") == dataclasses.replace(given, steps=7)
+    plain = Order.from_json(Order(given, {}).to_json())
+    assert plain.job_on("cpu") == plain.job_on("cuda") == given
 
 
 def test_a_job_on_two_kinds_of_device_needs_whole_replicas() -> None:
     for strategy in ("zero3", "hogwild"):
         with pytest.raises(UsageError, match="device = 'mixed'"):
             Job(strategy=config.from_text("strategies", strategy), device="mixed")
+    with pytest.raises(UsageError, match="check_every = 0"):
+        Job(device="mixed", check_every=0)
     assert Job(device="mixed").device == "mixed"

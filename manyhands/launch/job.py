@@ -13,7 +13,7 @@ from manyhands.core import config, hardware
 from manyhands.core.environment import read_env
 from manyhands.core.errors import CheckpointError, UsageError
 from manyhands.train.job import Job
-from manyhands.train.order import Order
+from manyhands.train.order import BY_DEVICE, Order
 
 if TYPE_CHECKING:
     from manyhands.launch.control import Elastic
@@ -38,6 +38,12 @@ def workers_of(job: Job) -> int:
 
 def start(job: Job, origins: Mapping[str, str]) -> int:
     """Run the job; returns the exit code."""
+    if job.device == "mixed" and read_env().launcher == "none" and not hardware.gpu_count():
+        raise UsageError(
+            "device = 'mixed'",
+            "PyTorch sees no GPU here",
+            "leave it out: workers with GPUs may join all the same",
+        )
     job = placed(job, origins)
     return begin(ENTRY, Order(job, dict(origins), time.time()).to_json(), job)
 
@@ -167,6 +173,9 @@ def resumed_layer(layers: Sequence[Layer]) -> list[Layer]:
         ) from None
     data.pop("workers", None)  # another number of workers is welcome
     data.pop("shares", None)
+    if data.get("device") == "mixed":  # each worker derives for its device what these say of the first one's
+        for name in BY_DEVICE:
+            data.pop(name, None)
     data["output"] = str(output)
     return [(f"{output}/config.toml", data)]
 

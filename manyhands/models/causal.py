@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "manyhands_causal"  # of the attention, among those of Transformers
-TRIED = 32  # tokens of the row on which both are compared
+TRIED, LEAST = 32, 4  # most and least tokens of the row on which both are compared
 CLOSE = 1e-4
 
 
@@ -50,9 +50,12 @@ def needs_no_mask(model: torch.nn.Module) -> bool:
         model: whole (not sharded), on any device. Its training mode and the random state are left as they are.
     """
     config: Any = getattr(model, "config", None)
-    if getattr(config, "_attn_implementation", None) != "sdpa" or _has_windows(config) or not _register():
+    if getattr(config, "_attn_implementation", None) != "sdpa" or not _is_plain(config) or not _register():
         return False
-    return _computes_the_same(model)
+    length = min(
+        TRIED, *(getattr(config, name, None) or TRIED for name in ("max_position_embeddings", "vocab_size"))
+    )
+    return length >= LEAST and _computes_the_same(model, length)
 
 
 @contextlib.contextmanager
@@ -67,19 +70,21 @@ def without_masks(model: torch.nn.Module) -> Iterator[None]:
         config._attn_implementation = usual
 
 
-def _has_windows(config: Any) -> bool:
-    """Whether some layer sees less than all that is before a token, which a short row would not show."""
+def _is_plain(config: Any) -> bool:
+    """Whether it is a text model all of whose layers see all that is before a token: a short row would not show a window."""
+    if getattr(config, "sub_configs", None) or getattr(config, "vocab_size", None) is None:
+        return False
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return kinds != {"full_attention"} or any(limits)
+    return kinds == {"full_attention"} and not any(limits)
 
 
-def _computes_the_same(model: torch.nn.Module) -> bool:
+def _computes_the_same(model: torch.nn.Module, length: int) -> bool:
     import torch
 
     weight = next(model.parameters())
-    ids = (torch.arange(TRIED, device=weight.device) % min(TRIED, _vocabulary(model))).unsqueeze(0)
-    training = model.training
+    ids = torch.arange(length, device=weight.device).unsqueeze(0)  # no two alike
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
@@ -89,11 +94,7 @@ def _computes_the_same(model: torch.nn.Module) -> bool:
     except Exception:  # whatever another architecture asks for: it keeps its masks
         return False
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
     scale = float(usual.abs().max())
     return bool(((ours - usual).abs() <= CLOSE * scale).all())
-
-
-def _vocabulary(model: torch.nn.Module) -> int:
-    config: Any = model.config
-    return int(getattr(config, "vocab_size", 1))

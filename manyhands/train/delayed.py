@@ -111,6 +111,7 @@ class DelayedSteps:
             told.save,
             int(count),
             change=told.change,
+            check=told.check,
             work=told.work,
             spent=told.spent,
         )

@@ -218,7 +218,13 @@ class Job:
             raise UsageError(
                 f"device = 'mixed' with placement = {placement!r}",
                 "a divided or shared model lives on one kind of device",
-                "use a strategy with whole replicas (ddp, diloco, parameter-server), or --device cuda",
+                "use a strategy with whole replicas (ddp, diloco), or --device cuda",
+            )
+        if self.device == "mixed" and not self.check_every:
+            raise UsageError(
+                "device = 'mixed' with check_every = 0",
+                "replicas on unlike devices drift apart by rounding until they are compared",
+                "leave out --check-every",
             )
         if self.reproducible and self.device in ("cuda", "mixed"):
             raise UsageError(

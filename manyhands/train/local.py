@@ -162,6 +162,18 @@ class LocalSteps:
         """My anchors were replaced: what I had gone from the old ones is dropped."""
         self._adopt()
 
+    def ways(self) -> list[Tensor]:
+        """How far my parameters have gone from their anchors."""
+        pairs = [pair for f in self._fragments for pair in zip(f.params, f.anchors, strict=True)]
+        return [param.detach() - anchor for param, anchor in pairs]
+
+    def follow(self, ways: Sequence[Tensor]) -> None:
+        """My anchors were replaced by what differs from them by rounding: go as far from the new ones."""
+        pairs = [pair for f in self._fragments for pair in zip(f.params, f.anchors, strict=True)]
+        with torch.no_grad():
+            for (param, anchor), way in zip(pairs, ways, strict=True):
+                torch.add(anchor, way, out=param)
+
     def optimizer_state(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = self.outer.state_by_name()
         return found

@@ -153,8 +153,7 @@ class Loop:
         if result.stop:
             self.stop(result.stop)
             return
-        odd = self.tally.take_skipped() and getattr(self.replica.method, "skips_alike", False)
-        if odd or (every.check_every and done % every.check_every == 0):
+        if result.check or (every.check_every and done % every.check_every == 0):
             chores.append("check")
         if every.eval_every and done % every.eval_every == 0 and done < every.total_steps:
             chores.append("evaluate")
@@ -208,9 +207,9 @@ class Loop:
         if self.crew is not None and self.crew.receive(self):  # with the others' shares
             self.division.begin(step, self.seats, self._epoch)
             self._tell_phase(phase)  # the job could go on from me
-        (stop, change), save = self._wishes(), self._clock_says_save()
+        wishes = self._wishes()
         try:
-            result = self.replica.step(part, self.task.loss, stop=stop, save=save, change=change, late=True)
+            result = self.replica.step(part, self.task.loss, late=True, **wishes)
         except PeerLost:
             self.tally.interrupted_s += time.perf_counter() - start
             raise
@@ -230,10 +229,12 @@ class Loop:
         self.tally.take(step + 1, result, self.emit)
         return result
 
-    def _wishes(self) -> tuple[int, bool]:
-        """(signal that asks the job to stop, whether the set of workers is to change)."""
+    def _wishes(self) -> dict[str, Any]:
+        """What I ask of all at the next agreement, as `Replica.step` takes it."""
         asked = self.interrupts.requested or 0
-        return self.crew.wishes(asked) if self.crew is not None else (asked, False)
+        stop, change = self.crew.wishes(asked) if self.crew is not None else (asked, False)
+        odd = self.tally.take_skipped() and getattr(self.replica.method, "skips_alike", False)
+        return {"stop": stop, "save": self._clock_says_save(), "change": change, "check": odd}
 
     def _commit(self) -> None:
         """Steps whose work is in the agreed parameters by now go into the ledger."""

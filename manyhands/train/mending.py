@@ -6,13 +6,12 @@ the exchange's state all share. More than half of the workers with equal fingerp
 named, and with ``--on-divergence mend`` get everything from the first of the majority. What a wrong replica had contributed
 to agreements before it was found is in everybody's parameters; that is what ``--check-every`` bounds.
 
-Two kinds of device (a GPU and a CPU, two kinds of GPU) round an update differently and add up a norm in another order, so there
-promise 5 holds among those of one kind; at every comparison the others get the state of the kind that most workers are, and
-`Aligned` says how far they had drifted.
+Where workers compute on several kinds of device, promise 5 holds within a kind; see ``aligning.py``.
 """
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections import Counter
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from manyhands.core.errors import Diverged
-from manyhands.core.events import Aligned, Emit, Mended, ignore
+from manyhands.core.events import Emit, Mended, ignore
 from manyhands.core.hardware import device_name
 from manyhands.core.request import Gather
 from manyhands.exchange.combine import is_own, leaves
@@ -80,94 +79,64 @@ def check_agreement(
         return words(parameters)
     shared = _shared(replica)
     mine = torch.cat([parameters, *(fingerprint_of(shared[kind].values()) for kind in KINDS[1:])])
-    rows = _gathered(torch.cat([mine, torch.tensor([_kind_of(replica.device)])]), replica.wire)
+    counts = [len(shared[kind]) for kind in KINDS]  # an optimizer's state may not have begun everywhere
+    rows = _gathered(torch.cat([mine, torch.tensor([*counts, kind_of(replica.device)])]), replica.wire)
     table, kinds = [row[:-1] for row in rows], [row[-1] for row in rows]
     if len(set(kinds)) > 1 and shared["parameters"]:
-        return _align(replica, shared, table, kinds, mend=mend, who=who, emit=emit)
+        from manyhands.train.aligning import align
+
+        return align(replica, shared, table, kinds, mend=mend, who=who, emit=emit)
     verdict = vote(table)
     if verdict.minority:
-        names = [_name(rank, who) for rank in range(len(table))]
-        if not verdict.majority:
-            raise _no_majority(replica.steps, names, table)
-        if not mend or not shared["parameters"]:
-            raise _minority(replica.steps, names, table, verdict)
+        refuse(replica.steps, table, range(len(table)), verdict, mend and bool(shared["parameters"]), who)
         begun = time.perf_counter()
-        size = _replace(replica, shared, table, verdict)
-        wall_s = time.perf_counter() - begun
-        for rank in verdict.minority:
-            seat, host = who[rank] if who else (f"worker {rank}", "")
-            emit(
-                Mended(
-                    seat=seat,
-                    rank=rank,
-                    host=host,
-                    step=replica.steps,
-                    what=_what(table, rank, verdict.majority[0]),
-                    source=who[verdict.majority[0]][0] if who else f"worker {verdict.majority[0]}",
-                    size_bytes=size,
-                    wall_s=wall_s,
-                )
-            )
+        size, _ = replace(replica, shared, table, verdict, verdict.minority)
+        tell(replica.steps, table, verdict.majority[0], verdict.minority, who, size, begun, emit)
         return check_agreement(replica, who=who)
     return words(parameters)
 
 
-def reference(table: Sequence[Sequence[int]], kinds: Sequence[int]) -> tuple[Vote, tuple[int, ...]]:
-    """(who is right among the kind that most workers are, the first of equals; the ranks of that kind). Pure.
-
-    >>> reference([(1,), (2,), (1,)], [7, 8, 7])
-    (Vote(majority=(0, 2), minority=()), (0, 2))
-    """
-    chosen = Counter(kinds).most_common(1)[0][0]
-    ranks = tuple(r for r, kind in enumerate(kinds) if kind == chosen)
-    among = vote([table[r] for r in ranks])
-    return Vote(*(tuple(ranks[i] for i in side) for side in among)), ranks
-
-
-def _align(
-    replica: Replica,
-    shared: Shared,
+def refuse(
+    step: int,
     table: Sequence[Sequence[int]],
-    kinds: Sequence[int],
-    *,
+    ranks: Sequence[int],
+    verdict: Vote,
     mend: bool,
     who: Sequence[tuple[str, str]],
+) -> None:
+    """Raises `Diverged` where the minority of these ranks cannot, or shall not, be mended."""
+    names = {rank: _name(rank, who) for rank in ranks}
+    if not verdict.majority:
+        raise _no_majority(step, [names[r] for r in ranks], [table[r] for r in ranks])
+    if not mend:
+        raise _minority(step, names, table, verdict)
+
+
+def tell(
+    step: int,
+    table: Sequence[Sequence[int]],
+    source: int,
+    mended: Sequence[int],
+    who: Sequence[tuple[str, str]],
+    size_bytes: int,
+    begun: float,
     emit: Emit,
-) -> str:
-    """Give everybody the state of the reference kind. Collective. Raises `Diverged`: one of that kind differs from its like."""
-    verdict, like = reference(table, kinds)
-    if verdict.minority and (not mend or not verdict.majority):
-        names = [_name(rank, who) for rank in range(len(table))]
-        if verdict.majority:
-            raise _minority(replica.steps, names, table, verdict)
-        raise _no_majority(replica.steps, [names[r] for r in like], [table[r] for r in like])
-    source = verdict.majority[0]
-    late = tuple(r for r in range(len(table)) if table[r] != table[source])
-    if late:
-        begun = time.perf_counter()
-        before = [t.detach().clone() for t in shared[KINDS[0]].values()]
-        size = _replace(replica, shared, table, Vote((source,), late))
-        drifts = replica.wire.begin(Gather(_distance(before, shared[KINDS[0]].values()), even=True)).wait()
-        drift = max(float(each) for each in drifts)
-        wall_s = time.perf_counter() - begun
-        emit(Aligned(step=replica.steps, ranks=late, drift=drift, size_bytes=size, wall_s=wall_s))
-    with replica.agreed():
-        return words(fingerprint(replica.model))
-
-
-def _distance(before: Iterable[Tensor], after: Iterable[Tensor]) -> Tensor:
-    """‖before − after‖ / ‖after‖ over all floating-point tensors: [1] float64."""
-    apart, whole = 0.0, 0.0
-    for a, b in zip(before, after, strict=True):
-        if b.is_floating_point():
-            apart += float((a.double() - b.detach().double()).square().sum())
-            whole += float(b.detach().double().square().sum())
-    return torch.tensor([(apart / whole) ** 0.5 if whole else 0.0], dtype=torch.float64)
-
-
-def _kind_of(device: torch.device) -> int:
-    """A number for all devices that compute alike."""
-    return zlib.crc32(device_name(str(device)).encode()) if device.type != "cpu" else 0
+) -> None:
+    """Emit a `Mended` for each of these ranks."""
+    for rank in mended:
+        seat, host = who[rank] if who else (f"worker {rank}", "")
+        emit(
+            Mended(
+                seat=seat,
+                rank=rank,
+                host=host,
+                step=step,
+                what=_what(table, rank, source),
+                source=who[source][0] if who else f"worker {source}",
+                size_bytes=size_bytes,
+                wall_s=time.perf_counter() - begun,
+            )
+        )
 
 
 def agree_at_start(model: nn.Module, wire: Wire) -> None:
@@ -180,6 +149,16 @@ def agree_at_start(model: nn.Module, wire: Wire) -> None:
                 "replicas are bitwise equal",
                 "build the model the same everywhere",
             )
+
+
+def same_parameters(replica: Replica, who: Sequence[tuple[str, str]]) -> str:
+    """The parameters' fingerprint in words, which is everybody's. Collective. Raises `Diverged`."""
+    with replica.agreed():
+        mine = fingerprint(replica.model)
+    table = _gathered(mine, replica.wire)
+    if any(row != table[0] for row in table):
+        raise _no_majority(replica.steps, [_name(rank, who) for rank in range(len(table))], table)
+    return words(mine)
 
 
 # -- what all share
@@ -210,12 +189,26 @@ def _shared(replica: Replica) -> Shared:
     return found() if found is not None else {kind: {} for kind in KINDS}
 
 
-def _replace(replica: Replica, shared: Shared, table: Sequence[Sequence[int]], verdict: Vote) -> int:
-    """Overwrite the minority's shared tensors with the first majority rank's; how many bytes that was."""
+def replace(
+    replica: Replica, shared: Shared, table: Sequence[Sequence[int]], verdict: Vote, wrong: Sequence[int]
+) -> tuple[int, float]:
+    """Overwrite the minority's shared tensors with the first majority rank's. Collective.
+
+    Args:
+        wrong: those of the minority whose own way since the last agreement is not to be kept.
+
+    Returns:
+        (how many bytes that was, ‖mine before − theirs‖ / ‖theirs‖ of the parameters; 0 for the majority).
+    """
     wire, source = replica.wire, verdict.majority[0]
-    late, size = wire.rank in verdict.minority, 0
+    late, size, apart, whole = wire.rank in verdict.minority, 0, 0.0, 0.0
+    ways = getattr(replica.method, "ways", None) if late and wire.rank not in wrong else None
+    gone = ways() if ways is not None else None
+    everywhere = [
+        kind for i, kind in enumerate(KINDS) if len({row[2 * len(KINDS) + i] for row in table}) == 1
+    ]
     with torch.no_grad():
-        for kind in KINDS:
+        for kind in everywhere:
             for tensor in shared[kind].values():
                 flat = tensor.detach().contiguous().reshape(-1)
                 nothing = flat[:0]
@@ -224,14 +217,20 @@ def _replace(replica: Replica, shared: Shared, table: Sequence[Sequence[int]], v
                     sent = wire.begin(Gather(piece if wire.rank == source else nothing)).wait()[source]
                     size += piece.numel() * piece.element_size()
                     if late:
-                        piece.copy_(sent)
+                        theirs = sent.to(piece.device)
+                        if kind == KINDS[0] and piece.is_floating_point():
+                            apart += float((piece.double() - theirs.double()).square().sum())
+                            whole += float(theirs.double().square().sum())
+                        piece.copy_(theirs)
                 if late and flat.data_ptr() != tensor.data_ptr():  # it was not contiguous
                     tensor.copy_(flat.reshape(tensor.shape))
-    if late:
+    if gone is not None:
+        replica.method.follow(gone)  # type: ignore[attr-defined]
+    elif late:
         after = getattr(replica.method, "mended", None)
         if after is not None:
             after()
-    return size
+    return size, math.sqrt(apart / whole) if whole else 0.0
 
 
 # -- words
@@ -251,7 +250,7 @@ def _what(table: Sequence[Sequence[int]], rank: int, right: int) -> str:
     return " and ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
 
 
-def _minority(step: int, names: Sequence[str], table: Sequence[Sequence[int]], verdict: Vote) -> Diverged:
+def _minority(step: int, names: Mapping[int, str], table: Sequence[Sequence[int]], verdict: Vote) -> Diverged:
     wrong = ", ".join(f"{names[r]}: {_what(table, r, verdict.majority[0])}" for r in verdict.minority)
     verb = "differs" if len(verdict.minority) == 1 else "differ"
     return Diverged(
@@ -295,6 +294,11 @@ def fingerprint_of(tensors: Iterable[Tensor]) -> Tensor:
         plain += whole
         placed += whole * (2 * i + 1) + (some.cpu() << 20)
     return torch.stack([plain, placed])
+
+
+def kind_of(device: torch.device) -> int:
+    """A number for all devices that compute alike."""
+    return zlib.crc32(device_name(str(device)).encode()) if device.type != "cpu" else 0
 
 
 def words(mine: Tensor) -> str:

@@ -78,11 +78,13 @@ class Wishes:
         stop: the number of the signal that asks for an orderly end; 0: none.
         save: take a checkpoint.
         change: end this set of workers.
+        check: compare the replicas; workers learn at different times that an update was left out.
     """
 
     stop: int = 0
     save: bool = False
     change: bool = False
+    check: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class StepResult:
         own_tokens: valid targets of this worker's part.
         agreed: the workers have spoken in this step, so `loss` is everybody's; else this worker's.
         change: somebody waits to join or to leave: the set of workers changes after this step.
+        check: somebody asks for a comparison of the replicas.
         work: (seconds in forward and backward, rows) of every rank since the last agreement; empty where nobody told.
         spent: (seconds until its rows were there, waiting for others, moving bytes) of every rank, up to its header.
         late: the gradient's norm is still on its way from a GPU; asked for by `settled`, once.
@@ -116,6 +119,7 @@ class StepResult:
     own_tokens: int
     agreed: bool = True
     change: bool = False
+    check: bool = False
     work: tuple[tuple[float, float], ...] = field(default=(), compare=False)
     spent: tuple[tuple[float, float, float], ...] = field(default=(), compare=False)
     late: Callable[[], float] | None = field(default=None, compare=False)
@@ -213,28 +217,30 @@ class Header:
     stop: int
     save: bool
     change: bool
+    check: bool
     work: tuple[tuple[float, float], ...]
     spent: tuple[tuple[float, float, float], ...]
     more: Tensor
 
     @staticmethod
     def row(loss_sum: float, count: float, wishes: Wishes, work: Work, more: Sequence[float] = ()) -> Tensor:
-        """What one worker tells: float64 [10 + len(more)], exact for counts below 2⁵³. Takes what `work` has measured."""
-        said = (loss_sum, count, float(wishes.stop), float(wishes.save), float(wishes.change), *work.take())
-        return torch.tensor([*said, *more], dtype=torch.float64)
+        """What one worker tells: float64 [11 + len(more)], exact for counts below 2⁵³. Takes what `work` has measured."""
+        said = [float(wish) for wish in (wishes.stop, wishes.save, wishes.change, wishes.check)]
+        return torch.tensor([loss_sum, count, *said, *work.take(), *more], dtype=torch.float64)
 
     @staticmethod
     def of(table: Tensor) -> Header:
-        """From everybody's rows [workers, 10 + more]; `more` is [workers, more]."""
+        """From everybody's rows [workers, 11 + more]; `more` is [workers, more]."""
         return Header(
             loss_sum=float(table[:, 0].sum()),
             count=int(table[:, 1].sum()),
             stop=int(table[:, 2].max()),
             save=bool(table[:, 3].max()),
             change=bool(table[:, 4].max()),
-            work=tuple((seconds, rows) for seconds, rows in table[:, 5:7].tolist()),
-            spent=tuple((data_s, wait_s, move_s) for data_s, wait_s, move_s in table[:, 7:10].tolist()),
-            more=table[:, 10:],
+            check=bool(table[:, 5].max()),
+            work=tuple((seconds, rows) for seconds, rows in table[:, 6:8].tolist()),
+            spent=tuple((data_s, wait_s, move_s) for data_s, wait_s, move_s in table[:, 8:11].tolist()),
+            more=table[:, 11:],
         )
 
     @property

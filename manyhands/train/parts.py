@@ -244,19 +244,20 @@ class Parts:
         dtype = {"bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}.get(precision, "float32")
         peak = hardware.peak_flops(str(self.device), dtype, torch.get_num_threads())
         random = draws_random(self.model)
+        everybody = world.gather((peak, hardware.device_name(str(self.device))))
         return Facts(
             rows=len(self.material.train),
             world_size=self._planned_for or world.size,
             hosts=hosts(world.members),
             device_type=self.device.type,
-            device_name=hardware.device_name(str(self.device)),
+            device_name=" and ".join(dict.fromkeys(name for _, name in everybody)),
             threads=torch.get_num_threads(),
             has_bf16=has_bf16,
             draws_random=random,
             memory_rows=None if random else self._memory_rows(world, precision),
             parameters=about.parameters,
             flops_per_token=about.flops_per_token,
-            peak_flops=math.fsum(world.gather(peak)),
+            peak_flops=math.fsum(flops for flops, _ in everybody),
         )
 
     def _memory_rows(self, world: World, precision: str) -> int | None:

@@ -116,6 +116,7 @@ class Replica:
         stop: int = 0,
         save: bool = False,
         change: bool = False,
+        check: bool = False,
         late: bool = False,
     ) -> StepResult:
         """Forward, backward, and what the strategy asks for. Every worker calls it, also with an empty part.
@@ -126,13 +127,14 @@ class Replica:
             stop: nonzero asks all workers to stop; everybody sees the largest at the next agreement.
             save: asks all workers to save then.
             change: asks all workers to form a new set after this step.
+            check: asks all workers to compare their replicas after it.
             late: the result may be `late`, so that a GPU gets the next step before it has done with this one; settle each.
 
         Raises:
             PeerLost: another worker is gone; nothing of this step was applied.
             ManyhandsError: too many successive steps without finite gradients.
         """
-        result = self.method.step(part, loss, Wishes(stop, save, change))
+        result = self.method.step(part, loss, Wishes(stop, save, change, check))
         return result if late else result.settled()
 
     def tell_left(self, seconds: float) -> None:

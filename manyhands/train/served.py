@@ -66,7 +66,9 @@ class Served:
         self._serial = int(replica.continues.get("serial", -1)) + 1
         self._loading: Mapping[str, Tensor] = replica.continues.get("optimizer", {})
         self._job = str(replica.continues.get("job") or self._agree_on(secrets.token_hex(16)))
-        self.gradients = FlatGradients(replica.named, Solo(), bucket_mb=math.inf, on_bucket=lambda *_: None)
+        self.gradients = FlatGradients(
+            replica.named, Solo(str(replica.device)), bucket_mb=math.inf, on_bucket=lambda *_: None
+        )
         self._servers = Servers(
             _links(placement),
             member=f"worker-{replica.wire.rank}",

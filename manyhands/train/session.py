@@ -26,9 +26,9 @@ def choose_device(device: str, env: Env) -> torch.device:
         device: "auto", "cpu", "cuda" (several workers may share one), or "mixed" (those without one of their own take the CPU).
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device in ("cuda", "mixed") and not available:
+    if device == "cuda" and not available:
         raise UsageError(
-            f"device = {device!r}", "PyTorch sees no GPU here", "use --device cpu, or install a CUDA build"
+            "device = 'cuda'", "PyTorch sees no GPU here", "use --device cpu, or install a CUDA build"
         )
     if device == "cpu" or not available or (device == "mixed" and env.local_rank >= available):
         return torch.device("cpu")

@@ -165,6 +165,7 @@ class Synchronous:
             told.save,
             own,
             change=told.change,
+            check=told.check,
             work=told.work,
             spent=told.spent,
             late=late,

@@ -44,7 +44,7 @@ class Terminal:
         self._loads: list[tuple[str, str]] = []  # lines below the bar: (text, style)
         self._shares: tuple[object, ...] = ()  # as said last
         self._shares_at = -math.inf
-        self._told_kinds = False
+        self._told_drift = 0.0
 
     def __call__(self, event: e.Event) -> None:
         shown = getattr(self, f"_{type(event).__name__.lower()}", None)
@@ -157,8 +157,8 @@ class Terminal:
         self._say(membership.mended(event), style="yellow")
 
     def _aligned(self, event: e.Aligned) -> None:
-        if not self._told_kinds:  # it goes on like this
-            self._told_kinds = True
+        if not event.drift <= 10 * self._told_drift:  # it goes on like this, unless something is wrong
+            self._told_drift = event.drift
             self._say(membership.aligned(event))
 
     def _evaluating(self, event: e.Evaluating) -> None:

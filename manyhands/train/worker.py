@@ -201,7 +201,7 @@ class _Run:
 
         write_text(self.output / "config.toml", config.to_toml(self.effective))
         if self.crew is not None:
-            order = Order(self.effective, dict(self.origins), self.started)
+            order = Order.running(self.effective, self._given, self.device.type, self.origins, self.started)
             self.crew.membership.publish("job", order.to_json())
 
     def _catch_up(self) -> Loop:
@@ -211,7 +211,7 @@ class _Run:
 
         assert self.crew is not None
         order = Order.from_json(self.crew.membership.facts()["job"])
-        self.job, self.origins, self.started = order.job, order.origins, order.started
+        self.job, self.origins, self.started = order.job_on(self.device.type), order.origins, order.started
         self.world, self.world_sizes = alone(self.device), []
         loop = self._build_all(lambda: None, planned_for=self.job.workers or 1)
         self.parts.warm_up(loop.replica, loop.feed)
