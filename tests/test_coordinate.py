@@ -20,7 +20,7 @@ from manyhands.coordinate.server import Coordinator
 from manyhands.coordinate.state import BACK_S
 from manyhands.coordinate.words import Rules
 from manyhands.core import tls
-from manyhands.core.errors import ManyhandsError, PeerLost, UsageError
+from manyhands.core.errors import ManyhandsError, PeerLost, Stopped, UsageError
 from manyhands.launch.chaos import cut
 
 
@@ -243,6 +243,18 @@ def test_a_coordinator_that_does_not_come_back_is_given_up() -> None:
         member.next()
     with pytest.raises(PeerLost, match="nobody said it"):
         member.lookup("x", timeout_s=0.1)
+    member.close()
+
+
+def test_one_that_has_told_all_to_stop_is_not_waited_for() -> None:
+    """The others were quicker, and their launcher is gone with its coordinator: that is no failure of mine."""
+    with serving() as coordinator:
+        member = Member.connect(coordinator.address, TOKEN, seat("w0"), patience_s=3600.0)
+        assert ids(member.next()) == ["w0"]
+        assert coordinator.tell_stop(WAIT_S)
+    with pytest.raises(Stopped) as caught:
+        member.next()
+    assert caught.value.exit_code == 143
     member.close()
 
 

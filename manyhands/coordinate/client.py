@@ -7,6 +7,7 @@ times a second with what the main thread does. Training never waits for either.
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 import threading
 import time
@@ -17,12 +18,13 @@ from manyhands.coordinate import messages
 from manyhands.coordinate.line import Line
 from manyhands.core import tls
 from manyhands.core.environment import read_env
-from manyhands.core.errors import ManyhandsError, PeerLost
+from manyhands.core.errors import ManyhandsError, PeerLost, Stopped
 from manyhands.core.membership import Epoch, Seat
 
 BEAT_S = 0.25
 FRAMES = 8  # of the main thread's stack
 LEAVE_S = 2.0
+STOPPED_S = 2.0  # a coordinator that has told everybody to stop is not waited for any longer than this
 
 
 class Member:
@@ -129,6 +131,8 @@ class Member:
                         self._say_ready(waits=False)
                         return None
                     gone = self._line.gone_s
+                    if self._stopping and gone is not None and time.monotonic() - gone > STOPPED_S:
+                        raise Stopped(signal.SIGTERM)  # all were asked to stop, and the others have
                     if gone is not None and time.monotonic() - gone > self._patience_s:
                         raise ManyhandsError(
                             f"the coordinator at {self._line.address} has not been reached for "

@@ -106,6 +106,7 @@ class Membership(Protocol):
 
         Raises:
             ManyhandsError: I was evicted, the job ended or failed, or nobody answers.
+            Stopped: nobody answers since all were asked to stop.
         """
         ...
 
