@@ -16,7 +16,7 @@ or to save is heard at the next one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -162,17 +162,17 @@ class LocalSteps:
         """My anchors were replaced: what I had gone from the old ones is dropped."""
         self._adopt()
 
-    def ways(self) -> list[Tensor]:
-        """How far my parameters have gone from their anchors."""
+    def keep_way(self) -> Callable[[], None]:
+        """Note how far my parameters have gone from their anchors; what is returned goes as far from what these are then."""
         pairs = [pair for f in self._fragments for pair in zip(f.params, f.anchors, strict=True)]
-        return [param.detach() - anchor for param, anchor in pairs]
+        ways = [param.detach() - anchor for param, anchor in pairs]
 
-    def follow(self, ways: Sequence[Tensor]) -> None:
-        """My anchors were replaced by what differs from them by rounding: go as far from the new ones."""
-        pairs = [pair for f in self._fragments for pair in zip(f.params, f.anchors, strict=True)]
-        with torch.no_grad():
-            for (param, anchor), way in zip(pairs, ways, strict=True):
-                torch.add(anchor, way, out=param)
+        def go() -> None:
+            with torch.no_grad():
+                for (param, anchor), way in zip(pairs, ways, strict=True):
+                    torch.add(anchor, way, out=param)
+
+        return go
 
     def optimizer_state(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = self.outer.state_by_name()

@@ -202,8 +202,9 @@ def replace(
     """
     wire, source = replica.wire, verdict.majority[0]
     late, size, apart, whole = wire.rank in verdict.minority, 0, 0.0, 0.0
-    ways = getattr(replica.method, "ways", None) if late and wire.rank not in wrong else None
-    gone = ways() if ways is not None else None
+    forget = getattr(replica.method, "mended", None)
+    keep = getattr(replica.method, "keep_way", None) if wire.rank not in wrong else None
+    after = keep() if late and keep is not None else forget
     everywhere = [
         kind for i, kind in enumerate(KINDS) if len({row[2 * len(KINDS) + i] for row in table}) == 1
     ]
@@ -224,12 +225,8 @@ def replace(
                         piece.copy_(theirs)
                 if late and flat.data_ptr() != tensor.data_ptr():  # it was not contiguous
                     tensor.copy_(flat.reshape(tensor.shape))
-    if gone is not None:
-        replica.method.follow(gone)  # type: ignore[attr-defined]
-    elif late:
-        after = getattr(replica.method, "mended", None)
-        if after is not None:
-            after()
+    if late and after is not None:
+        after()
     return size, math.sqrt(apart / whole) if whole else 0.0
 
 
