@@ -128,6 +128,13 @@ def local(name: str, strategy: str, *, every: int = EVERY, settle: int = 0, note
     return ours(name, strategy, dict.fromkeys(RATES, every), period=every, settle=settle, note=note)
 
 
+def forecast(name: str, every: int, *, delay: int) -> Method:
+    """Gradients of `every` steps in 4 bits, `delay` steps in flight."""
+    strategy = f"forecast({BASE}, every={every}, delay={delay}, exchange='error-feedback(int4)')"
+    timed = dict.fromkeys(RATES, every * (-(-9 // every)))
+    return ours(name, strategy, timed, period=every, settle=every + delay)
+
+
 def catalogue(torchft_python: str | None = None) -> list[Method]:
     """Everybody, in the order of the tables."""
     codec = f"ddp({BASE}, exchange='%s')"
@@ -160,6 +167,8 @@ def catalogue(torchft_python: str | None = None) -> list[Method]:
             settle=1,
             note="nothing is corrected: at this rate it learns worse",
         ),
+        forecast("forecast, int4, every 3", 3, delay=1),
+        forecast("forecast, int4, every 8", 8, delay=6),
         ours("zero1", f"zero1({BASE})", DENSE),
         local("local-sgd", f"local-sgd({pushes})"),
         local("slowmo", f"slowmo({pushes})"),

@@ -78,6 +78,8 @@ def test_a_replacement_joins_at_an_agreement(corpus: Path, tmp_path: Path, strat
         ("local-sgd(lr=0.003, every=6)", False),
         ("accumulate(lr=0.003, every=4)", False),
         ("eager(lr=0.003)", False),
+        ("forecast(lr=0.003, every=6, exchange=error-feedback(int4))", False),
+        ("forecast(lr=0.003, every=6, delay=2)", True),
         ("hogwild(every=10)", False),
         ("streaming-diloco(lr=0.003, every=6, fragments=2, delay=1)", True),
         ("parameter-server(lr=0.003)", False),

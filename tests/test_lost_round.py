@@ -65,7 +65,7 @@ def test_what_would_be_ignored_is_refused(strategy: str, choice: str, message: s
 
 
 @pytest.mark.parametrize(
-    "strategy", ["diloco", "local-sgd", "slowmo", "post-local-sgd", "muloco", "sparseloco"]
+    "strategy", ["diloco", "local-sgd", "slowmo", "post-local-sgd", "muloco", "sparseloco", "forecast"]
 )
 def test_strategies_that_agree_all_at_once_can_do_either(strategy: str) -> None:
     for choice in ("redo", "drop"):

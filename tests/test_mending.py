@@ -23,7 +23,15 @@ from manyhands.train.order import Order
 from manyhands.train.replica import Replica
 
 WHO = [(f"w{i}", f"host-{i % 2}") for i in range(5)]
-GOOD = ["ddp", "ddp(optimizer=sgd(momentum=0.9))", "powersgd", "diloco(every=2)", "eager", "zero1"]
+GOOD = [
+    "ddp",
+    "ddp(optimizer=sgd(momentum=0.9))",
+    "powersgd",
+    "diloco(every=2)",
+    "eager",
+    "forecast(every=2)",
+    "zero1",
+]
 
 
 KIND_OF = mending.kind_of
@@ -198,7 +206,9 @@ def test_a_flipped_bit_is_mended_and_the_other_kind_aligned(fleets: Fleets) -> N
     assert "worker 3 (w3 on host-1): parameters differs from the 2 others" in refused[0]["refused"]
 
 
-@pytest.mark.parametrize("strategy", ["diloco(every=4)", "streaming-diloco(every=4, fragments=2, delay=1)"])
+@pytest.mark.parametrize(
+    "strategy", ["diloco(every=4)", "forecast(every=4)", "streaming-diloco(every=4, fragments=2, delay=1)"]
+)
 def test_who_is_aligned_keeps_the_steps_of_his_own(fleets: Fleets, strategy: str) -> None:
     """Compared in the middle of a round, after the anchors have drifted."""
     fleet = fleets(3, "shared")

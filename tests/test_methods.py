@@ -91,6 +91,7 @@ PLAIN: dict[str, Callable[..., Strategy]] = {
     ),
     "gossip": lambda **k: presets.gossip(every=2, **NEUTRAL, **k),
     "eager": presets.eager,
+    "forecast": lambda **k: presets.forecast(every=3, delay=1, exchange="error-feedback(int4)", **k),
     "hogwild": presets.hogwild,
 }
 
@@ -540,6 +541,7 @@ def nan_run(world: Any, text: str) -> list[Any]:
     [
         "ddp(lr=0.01, exchange=error-feedback(topk(density=0.1)))",
         "eager(lr=0.01)",
+        "forecast(lr=0.01, every=2, delay=1, exchange=error-feedback(int8))",
         "diloco(lr=0.01, every=2, exchange=error-feedback(int8))",
         "powersgd(lr=0.01)",
     ],

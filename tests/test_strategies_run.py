@@ -108,6 +108,7 @@ def test_sigterm_between_agreements_is_heard_at_the_next_one(corpus: Path, tmp_p
     [
         "streaming-diloco(lr=3e-3, every=4, fragments=2, delay=1)",
         "eager(lr=3e-3)",
+        "forecast(lr=3e-3, every=4, delay=2, exchange=error-feedback(int4))",
         "hogwild(lr=0.1, every=3)",
     ],
 )

@@ -73,6 +73,10 @@ REGISTRY: dict[str, dict[str, Entry]] = {
         "eager": Entry(
             "manyhands.strategy.presets:eager", "all-reduce used one step later, with a corrected forecast"
         ),
+        "forecast": Entry(
+            "manyhands.strategy.presets:forecast",
+            "local steps as a forecast: the gradients of several steps agree, and replace them",
+        ),
         "hogwild": Entry(
             "manyhands.strategy.presets:hogwild", "one copy of the parameters, lock-free (arXiv:1106.5730)"
         ),
@@ -172,6 +176,10 @@ REGISTRY: dict[str, dict[str, Entry]] = {
         ),
         "delayed": Entry(
             "manyhands.cadence.delayed:Delayed", "use each agreement one step later, overlapped with it"
+        ),
+        "forecast": Entry(
+            "manyhands.cadence.forecast:Forecast",
+            "agree on the gradients of several steps; walk ahead meanwhile",
         ),
     },
     "placements": {

@@ -90,10 +90,10 @@ class Strategy:
                 "workers that go their own way each hold a whole replica",
                 "use placement = 'replicated', or leave out inner",
             )
-        elif type(self.cadence).__name__ == "Delayed":
+        elif type(self.cadence).__name__ in ("Delayed", "Forecast"):
             raise UsageError(
                 f"cadence = {self.cadence!r} with an inner optimizer",
-                "it delays gradients; steps of one's own are overlapped by fragments in flight",
+                "it agrees on gradients; ways of one's own are overlapped by fragments in flight",
                 "use cadence = 'staggered(fragments=1, delay=1)'",
             )
 
@@ -108,7 +108,9 @@ class Strategy:
                 "a share of a worker's own parameters exists where it makes steps of its own",
                 "give inner = 'adamw', or leave out keep_local",
             )
-        if self.placement.method is None and cadence not in ("EveryStep", "Every", "Delayed"):
+        if cadence == "Forecast":
+            self._check_forecast()
+        if self.placement.method is None and cadence not in ("EveryStep", "Every", "Delayed", "Forecast"):
             raise UsageError(
                 f"cadence = {self.cadence!r} without an inner optimizer",
                 "between such agreements a worker makes steps of its own",
@@ -120,12 +122,27 @@ class Strategy:
                 "it averages models, not gradients",
                 "give inner = 'adamw' and cadence = 'every(32)'",
             )
-        if cadence in ("Delayed", "Every") and getattr(self.exchange, "by_place", False):
+        if cadence in ("Delayed", "Every", "Forecast") and getattr(self.exchange, "by_place", False):
             raise UsageError(
                 f"exchange = ordered with cadence = {self.cadence!r}",
                 "the fixed order adds what one step computed",
                 "use cadence = 'every-step'",
             )
+
+    def _check_forecast(self) -> None:
+        if getattr(self.exchange, "bucket_mb", 25.0) not in (25.0, math.inf):
+            raise UsageError(
+                f"exchange = {self.exchange!r} with cadence = {self.cadence!r}",
+                "the gradients of several steps travel as one, so bucket_mb would be ignored",
+                "leave it out",
+            )
+
+    @property
+    def local(self) -> bool:
+        """Whether workers make steps of their own between agreements."""
+        return self.placement.method is None and (
+            self.inner is not None or type(self.cadence).__name__ == "Forecast"
+        )
 
     @property
     def method(self) -> str:
@@ -136,4 +153,6 @@ class Strategy:
             return "manyhands.train.local:LocalSteps"
         if type(self.cadence).__name__ == "Delayed":
             return "manyhands.train.delayed:DelayedSteps"
+        if type(self.cadence).__name__ == "Forecast":
+            return "manyhands.train.forecast:ForecastSteps"
         return "manyhands.train.synchronous:Synchronous"

@@ -12,6 +12,7 @@ from typing import Any
 
 from manyhands.cadence.delayed import Delayed
 from manyhands.cadence.every import Every, EveryStep, PostLocal
+from manyhands.cadence.forecast import Forecast
 from manyhands.cadence.staggered import Staggered
 from manyhands.core.callform import parse
 from manyhands.core.config import from_choice
@@ -346,6 +347,24 @@ def eager(
     """All-reduce overlapped with the whole next step, whose forecast is corrected when it arrives (arXiv:2502.12996)."""
     return Strategy(
         cadence=Delayed(correct),
+        exchange=_exchange(exchange),
+        outer=_optimizer(optimizer, lr, schedule, weight_decay),
+    )
+
+
+def forecast(
+    *,
+    lr: float | None = None,
+    every: int = 4,
+    delay: int = 0,
+    optimizer: Any = "adamw",
+    schedule: Any = None,
+    weight_decay: float | None = None,
+    exchange: Any = "all-reduce",
+) -> Strategy:
+    """Own steps forecast the agreed ones, which follow from `every` steps' gradients and take their place."""
+    return Strategy(
+        cadence=Forecast(every, delay=delay),
         exchange=_exchange(exchange),
         outer=_optimizer(optimizer, lr, schedule, weight_decay),
     )

@@ -99,6 +99,10 @@ class FlatGradients:
         """The gradients of a bucket as views in their parameters' shapes, in the order of the bucket."""
         return [self._views[i] for i in reversed(range(len(self.params))) if self._bucket_of[i] == position]
 
+    def by_parameter(self) -> list[Tensor]:
+        """The gradients in the buffers as views in their parameters' shapes, in the order of `params`."""
+        return list(self._views)
+
     def zero_gaps(self) -> None:
         """Zero the alignment gaps between parameters, which a lossy exchange may have filled."""
         for gap in self._gaps:

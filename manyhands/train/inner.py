@@ -18,6 +18,7 @@ from manyhands.train.method import Part, Sums, accumulate
 from manyhands.wire.solo import Solo
 
 if TYPE_CHECKING:
+    from manyhands.strategy.base import OptimizerSpec
     from manyhands.train.method import Loss
     from manyhands.train.replica import Replica
 
@@ -35,10 +36,8 @@ class _Added:
 class InnerSteps:
     """The inner optimizer of a replica and the gradients for it."""
 
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: Replica, spec: OptimizerSpec) -> None:
         self._replica = replica
-        spec = replica.strategy.inner
-        assert spec is not None
         self._spec, self._cadence = spec, replica.strategy.cadence
         self.gradients = FlatGradients(
             replica.named, Solo(str(replica.device)), bucket_mb=math.inf, on_bucket=lambda *_: None
@@ -51,6 +50,11 @@ class InnerSteps:
     def pending(self) -> bool:
         """There are gradients that no step has used."""
         return bool(self._added.unit)
+
+    @property
+    def count(self) -> float:
+        """Valid targets of the gradients that no step has used."""
+        return self._added.count
 
     def compute(self, part: Part, loss: Loss, nominal: float) -> Sums:
         """Add my part's gradients to those that no step has used. Where others were lost meanwhile it is not whole."""

@@ -294,12 +294,10 @@ class Job:
                 raise UsageError(
                     f"shares = {list(self.shares)}", "shares are not negative and not all zero", ""
                 )
-        if self.inner_steps == "fixed" and (
-            self.strategy.inner is None or self.strategy.placement.method is not None
-        ):
+        if self.inner_steps == "fixed" and not self.strategy.local:
             raise UsageError(
                 f"inner_steps = 'fixed' with strategy = {self.strategy!r}",
-                "only methods with an inner optimizer take local steps",
+                "only methods between whose agreements workers go their own way take local steps",
                 "leave out --inner-steps, or use a strategy such as diloco",
             )
         if self.order != "shuffled" and self.task_name == "pretrain":
@@ -317,7 +315,7 @@ class Job:
 
     def _check_lost_round(self) -> None:
         strategy = self.strategy
-        if strategy.inner is None or strategy.placement.method is not None:
+        if not strategy.local:
             raise UsageError(
                 f"lost_round = {self.lost_round!r} with strategy = {strategy!r}",
                 "only local steps have rounds",

@@ -35,7 +35,7 @@ from manyhands.wire.drive import Interleave
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from manyhands.core.types import Handle
+    from manyhands.core.types import Agreed, Handle
     from manyhands.train.method import Loss
     from manyhands.train.replica import Replica
 
@@ -48,14 +48,13 @@ class LocalSteps:
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
         strategy = replica.strategy
-        assert strategy.inner is not None
         self._cadence, self._exchange = strategy.cadence, strategy.exchange
         self._pairwise = bool(getattr(self._exchange, "by_model", False))
         self.agrees = not self._pairwise
         whole = self._cadence.fragments == 1 and not self._cadence.delay and not strategy.keep_local
         self.comes_to_rest = whole and not self._pairwise
         self.drops = self.comes_to_rest and replica.lost_round == "drop"
-        self.inner = InnerSteps(replica)
+        self.inner = InnerSteps(replica, strategy.inner or strategy.outer)
         groups = split(replica.named, self._cadence.fragments)
         self._fragments = [Fragment.make(group, replica.wire) for group in groups]
         anchors = [pair for f in self._fragments for pair in zip(f.names, f.anchors, strict=True)]
@@ -63,9 +62,7 @@ class LocalSteps:
         self.states: list[Any] = [self._exchange.init(self._contribution(f)) for f in self._fragments]
         self._sums = [0.0, 0.0]  # loss and targets since the workers last spoke
         self._exact, self._since = 0, 0  # job's targets up to the last agreement, nominal ones since
-        self._late: list[
-            _Flight
-        ] = []  # pairs do not wait for everybody's sums: they are read one round later
+        self._late: list[Flight] = []  # pairs do not wait for everybody's sums: read one round later
         self._lost_in_a_row = 0
         self._met = 0  # the step of the last agreement
         self._held: dict[int, list[int]] = {}  # what I have computed since then: places by step
@@ -270,17 +267,27 @@ class LocalSteps:
             return [*fragment.flats, *fragment.anchor_flats()]
         return list(fragment.views) if getattr(self._exchange, "by_tensor", False) else list(fragment.flats)
 
+    @property
+    def _speaks(self) -> bool:
+        """Whether there is anything to exchange: a codec rounds even alone, as it does among others."""
+        return True
+
+    def _measure(self, fragment: Fragment) -> Sequence[float]:
+        """Put my contribution into the buffers; what else everybody must know of it."""
+        fragment.measure(1.0 if self._pairwise else fragment.targets / (fragment.nominal or 1.0))
+        return ()
+
     def _start(self, i: int, wishes: Wishes) -> None:
         if self.inner.pending:  # the end came before the round's
             self._inner_step()
         fragment = self._fragments[i]
-        weight = 1.0 if self._pairwise else fragment.targets / (fragment.nominal or 1.0)
-        fragment.measure(weight)
-        row = Header.row(self._sums[0], self._sums[1], wishes, self._replica.work, [fragment.targets])
+        more = [fragment.targets, *self._measure(fragment)]
+        row = Header.row(self._sums[0], self._sums[1], wishes, self._replica.work, more)
         header = self._replica.wire.begin(Gather(row, even=True))
         talks = Interleave(self._replica.wire)
-        talks.start(self._exchange.talk(self._contribution(fragment), self.states[i]))
-        fragment.flight = _Flight(
+        if self._speaks:
+            talks.start(self._exchange.talk(self._contribution(fragment), self.states[i]))
+        fragment.flight = Flight(
             talks, header, fragment.nominal, self._since, fragment.targets, list(self._sums)
         )
         self._exact += self._since  # corrected when the header arrives
@@ -294,11 +301,23 @@ class LocalSteps:
         flight = fragment.flight
         if flight is None:
             return None
-        (agreed,) = flight.talks.finish()
+        found = flight.talks.finish()
         told = None if self._pairwise else Header.of(torch.stack(flight.header.wait()))
         fragment.flight = None
         self._met, self._held = replica.steps, {}
-        targets = 1.0 if told is None else float(told.more.sum())
+        keep = replica.strategy.keep_local if keep_local is None else keep_local
+        lost = self._settle(i, flight, found, told, keep)
+        if not self._pairwise:
+            return self._read(flight, lost=lost)
+        self._late.append(flight)
+        return self._read(self._late.pop(0), lost=lost) if len(self._late) > 1 else None
+
+    def _settle(
+        self, i: int, flight: Flight, found: Sequence[Agreed], told: Header | None, keep_local: float
+    ) -> bool:
+        """The outer step with what arrived, from which I go on; whether it was not finite, and so is left out."""
+        fragment, (agreed,) = self._fragments[i], found
+        targets = 1.0 if told is None else float(told.more[:, 0].sum())
         scale = 1.0 if told is None else flight.nominal / targets if targets else math.nan
         means = fragment.shaped(agreed.mean, by_tensor=getattr(self._exchange, "by_tensor", False))
         norm = norm_of(means) * scale
@@ -309,15 +328,12 @@ class LocalSteps:
             finite or self._pairwise
         ):  # the round draws the next pairs: it is everybody's, though a pair was lost
             self.states[i] = agreed.state
-        fragment.mix(replica.strategy.keep_local if keep_local is None else keep_local)
+        fragment.mix(keep_local)
         lost = bool(targets) and not finite
         self._count_lost(lost, norm)
-        if not self._pairwise:
-            return self._read(flight, lost=lost)
-        self._late.append(flight)
-        return self._read(self._late.pop(0), lost=lost) if len(self._late) > 1 else None
+        return lost
 
-    def _read(self, flight: _Flight, *, lost: bool) -> _Told:
+    def _read(self, flight: Flight, *, lost: bool) -> _Told:
         """The header of an exchange: everybody's sums."""
         told = Header.of(torch.stack(flight.header.wait()))
         self._exact += told.count - flight.told_nominal
@@ -373,7 +389,7 @@ class _Told:
 
 
 @dataclass
-class _Flight:
+class Flight:
     """An exchange on its way."""
 
     talks: Interleave

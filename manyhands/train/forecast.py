@@ -1,0 +1,331 @@
+"""Own steps are a forecast: the gradients of H steps agree, and the agreed steps made of them take the place of the own ones.
+
+    θᵢ, sᵢ ← optimizer(θᵢ, sᵢ, gᵢⱼ)                    each step j of a round, on my share; s: the optimizer's state
+    ḡ = exchange(Σⱼ nᵢⱼ gᵢⱼ) / Σ nᵢⱼ                    over workers and the round's steps; nᵢⱼ: my valid targets
+    A, S ← H times optimizer(A, S, ḡ)                   the same on all workers, to the bit
+    θᵢ, sᵢ ← d times optimizer(A, S, ḡᵢ)                 when ḡ is there, d steps after its exchange began;
+                                                        ḡᵢ: the mean of my gradients since then
+
+Where local SGD averages the ways, whose optimizers have each seen the noise of a share, here one optimizer sees the mean of all
+(its state is a function of agreed gradients, as in Mime, arXiv:2008.03606, which has local steps use the state of the
+centralized optimizer), and nothing but one gradient travels, in any codec, once in H steps. That a forecast is made again
+when the agreement arrives is from eager updates (arXiv:2502.12996).
+
+**Second moments.** ḡ has less noise than the gradient of one step of all N workers, so its square is too small a second
+moment. With n terms gᵢⱼ, weighted by targets, and noise of a variance inverse to a term's targets,
+
+    mean |gᵢⱼ|² = s² + σ²        |ḡ|² = s² + σ²/n        |gradient of one step|² = s² + σ² H/n
+
+so each tensor's squares are counted c = (s² + σ² H/n) / |ḡ|² times, 1 ≤ c ≤ H, with s² and σ² from the first two, which
+the workers tell each other (one number per tensor). Of ḡᵢ likewise. Optimizers without a mean of squares take ḡ as it is.
+
+A worker alone has made the agreed steps already: with one worker this is plain training to the bit, and nothing is
+compressed. It costs copies of parameters and optimizer state and two sums of gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from manyhands.exchange.codec import wide
+from manyhands.train.local import LocalSteps
+from manyhands.train.norm import is_finite, norm_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from manyhands.core.types import Agreed
+    from manyhands.train.fragments import Fragment
+    from manyhands.train.local import Flight
+    from manyhands.train.method import Header, Loss, Part, StepResult, Wishes
+    from manyhands.train.replica import Replica
+
+
+@dataclass
+class _Round:
+    """What I have computed since the gradients were last sent.
+
+    Attributes:
+        sums: Σ n g, per parameter.
+        squares: Σ n |g|², per parameter.
+        terms: how many gradients that is.
+        steps: of the job.
+    """
+
+    sums: list[Tensor]
+    squares: list[float] = field(default_factory=list)
+    terms: int = 0
+    steps: int = 0
+
+    def clear(self) -> None:
+        torch._foreach_zero_(self.sums)
+        self.squares, self.terms, self.steps = [0.0] * len(self.sums), 0, 0
+
+    def add(self, other: _Round) -> None:
+        torch._foreach_add_(self.sums, other.sums)
+        self.squares = [a + b for a, b in zip(self.squares, other.squares, strict=True)]
+        self.terms += other.terms
+
+
+class ForecastSteps(LocalSteps):
+    """See the module."""
+
+    def __init__(self, replica: Replica) -> None:
+        super().__init__(replica)
+        (self._fragment,) = self._fragments
+        views = dict(zip((n for n, _ in replica.named), self.inner.gradients.by_parameter(), strict=True))
+        self._gradients = [views[name] for name in self._fragment.names]
+        self._round, self._sent = self._empty(), self._empty()
+        self._apart: tuple[list[Tensor], dict[str, Tensor]] | None = None  # alone: what was sent from
+
+    def _empty(self) -> _Round:
+        made = _Round([torch.zeros(g.shape, dtype=wide(g.dtype), device=g.device) for g in self._gradients])
+        made.clear()
+        return made
+
+    # -- own steps
+
+    def step(self, part: Part, loss: Loss, wishes: Wishes) -> StepResult:
+        self._round.steps += 1
+        return super().step(part, loss, wishes)
+
+    def _inner_step(self) -> tuple[float, float, bool]:
+        count = self.inner.count
+        norm, lr, skipped = super()._inner_step()
+        if count and not skipped:
+            norms = [float(n) for n in torch._foreach_norm(self._gradients)]
+            torch._foreach_add_(self._round.sums, self._gradients, alpha=count)
+            self._round.squares = [s + count * n * n for s, n in zip(self._round.squares, norms, strict=True)]
+            self._round.terms += 1
+        return norm, lr, skipped
+
+    # -- agreements
+
+    @property
+    def _speaks(self) -> bool:
+        return self._replica.wire.size > 1
+
+    def _measure(self, fragment: Fragment) -> Sequence[float]:
+        self._round, self._sent = self._sent, self._round
+        self._round.clear()
+        scale = 1.0 / (fragment.nominal or 1.0)
+        for view, total in zip(fragment.views, self._sent.sums, strict=True):
+            torch.mul(total, scale, out=view)
+        if not self._speaks and self._cadence.delay:
+            state = {n: t.clone() for n, t in self.inner.optimizer.state_by_name().items()}
+            self._apart = [p.detach().clone() for p in fragment.params], state
+        return [float(self._sent.terms), *self._sent.squares]
+
+    def _settle(
+        self, i: int, flight: Flight, found: Sequence[Agreed], told: Header | None, keep_local: float
+    ) -> bool:
+        del keep_local  # what I went on meanwhile is kept whole, nothing else
+        assert told is not None
+        fragment, behind = self._fragment, self._round.steps
+        if not found:  # alone
+            self._take_own(fragment, behind)
+            return False
+        (agreed,) = found
+        targets = float(told.more[:, 0].sum())
+        scale = flight.nominal / targets if targets else math.nan
+        means = fragment.shaped(agreed.mean, by_tensor=getattr(self._exchange, "by_tensor", False))
+        norm = norm_of(means) * scale
+        finite = is_finite(norm)
+        if finite:
+            self._agreed_steps(fragment, means, scale, told.more, behind)
+            self.states[i] = agreed.state
+        self._go_back()
+        if finite:
+            self._go_on(fragment)
+        lost = bool(targets) and not finite
+        self._count_lost(lost, norm)
+        return lost
+
+    def _take_own(self, fragment: Fragment, behind: int) -> None:
+        """What I sent from is what is agreed."""
+        params, state = [p.detach() for p in fragment.params], self.inner.optimizer.state_by_name()
+        if behind and self._apart is not None:
+            params, state = self._apart
+        with torch.no_grad():
+            for anchor, param in zip(fragment.anchors, params, strict=True):
+                anchor.copy_(param)
+        _put(self.outer, state)
+        self._apart = None
+        fragment.drifted = behind > 0
+
+    def _agreed_steps(
+        self, fragment: Fragment, means: Sequence[Tensor], scale: float, told: Tensor, behind: int
+    ) -> None:
+        """A, S ← H times optimizer(A, S, ḡ). `told`: [workers, 2 + tensors], targets, terms and squares."""
+        steps = self._sent.steps
+        means = [m.reshape(a.shape).to(a.dtype) for m, a in zip(means, fragment.anchors, strict=True)]
+        if scale != 1.0:
+            means = [mean * scale for mean in means]
+        targets, terms, *squares = told.sum(0).tolist()
+        squares = [s / targets for s in squares]
+        self._replay(self.outer, fragment.anchors, means, squares, terms, steps=steps, behind=behind)
+
+    def _go_on(self, fragment: Fragment) -> None:
+        """My own steps since the gradients were sent, again, from what is agreed."""
+        done = self._round
+        if not done.terms:
+            return
+        means = self._gradients  # of this step, where no other was made
+        if done.steps > 1:
+            means = [
+                (total / fragment.targets).to(p.dtype)
+                for total, p in zip(done.sums, fragment.params, strict=True)
+            ]
+        squares = [s / fragment.targets for s in done.squares]
+        self._replay(
+            self.inner.optimizer, fragment.params, means, squares, done.terms, steps=done.terms, behind=0
+        )
+        fragment.drifted = True
+
+    def _replay(
+        self,
+        optimizer: Any,
+        params: Sequence[Tensor],
+        means: Sequence[Tensor],
+        squares: Sequence[float],
+        terms: float,
+        *,
+        steps: int,
+        behind: int,
+    ) -> None:
+        """`steps` steps of `optimizer` with the mean of `terms` gradients; `behind`: steps since the last of them."""
+        lengths = [float(n) ** 2 for n in torch._foreach_norm(list(means))]
+        counts = [
+            times(square, length, terms, steps) for square, length in zip(squares, lengths, strict=True)
+        ]
+        for param, mean, square, length in zip(params, means, squares, lengths, strict=True):
+            param.grad = mean if square or length else None  # nobody used it
+        raised = [(p, m, c) for p, m, c in zip(params, means, counts, strict=True) if c > 1.0]
+        if raised:
+            _make_state(optimizer)
+        for j in range(steps):
+            for section in optimizer.sections:
+                _count_squares(section.optimizer, raised)
+            optimizer.set_lr(self._replica.rate(self._replica.strategy.outer, behind=behind + steps - j)[0])
+            optimizer.step()
+        for param in params:
+            param.grad = None
+
+    def _go_back(self) -> None:
+        """θᵢ ← A, sᵢ ← S."""
+        self._adopt()
+        _put(self.inner.optimizer, self.outer.state_by_name())
+
+    # -- state
+
+    def local_state(self) -> dict[str, Tensor]:
+        """Nothing: at rest the inner optimizer's is what is agreed."""
+        return {}
+
+    def load_local_state(self, state: Mapping[str, Tensor]) -> None:
+        del state
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        super().load_optimizer_state(state)
+        _put(self.inner.optimizer, self.outer.state_by_name())
+
+    def mended(self) -> None:
+        """What was agreed was replaced: my forecast is dropped, the gradients that I have computed are not."""
+        self._go_back()
+
+    def restart(self) -> None:
+        super().restart()
+        self._forget()
+
+    def rewind(self) -> dict[int, list[int]]:
+        whole = self.comes_to_rest
+        if whole and self._fragment.flight is not None:
+            self._round.add(self._sent)
+        held = super().rewind()
+        if whole:
+            self._round.steps = 0  # they go by again
+        else:
+            self._forget()
+        return held
+
+    def _forget(self) -> None:
+        self._round.clear()
+        self._apart = None
+        _put(self.inner.optimizer, self.outer.state_by_name())
+
+    def adopt(self, other: LocalSteps) -> None:
+        super().adopt(other)
+        assert isinstance(other, ForecastSteps)
+        self._round.clear()
+        self._round.add(other._round)
+        self._round.steps = other._round.steps
+        _put(self.inner.optimizer, other.inner.optimizer.state_by_name())
+
+
+def times(square: float, length: float, terms: float, steps: int) -> float:
+    """How often the square of a mean gradient counts as a second moment: c of the module, 1 ≤ c ≤ steps.
+
+    Args:
+        square: mean |g|² of the terms, weighted by targets.
+        length: |ḡ|².
+        terms: n, gradients in the mean; `steps` of all workers.
+    """
+    if steps <= 1 or terms <= 1 or not length > 0.0:
+        return 1.0
+    noise = min(max(0.0, (square - length) / (1.0 - 1.0 / terms)), square)
+    return min(max(1.0, (square - noise + noise * steps / terms) / length), float(steps))
+
+
+def _make_state(optimizer: Any) -> None:
+    """PyTorch makes the state of a parameter in its first step: here in one of rate 0 before it, and empty."""
+    for section in optimizer.sections:
+        every = [(p, p.grad) for _, p in section.named]
+        new = [p for p, grad in every if grad is not None and not section.optimizer.state.get(p)]
+        if not new:
+            continue
+        for param, _ in every:
+            param.grad = None
+        for param in new:
+            param.grad = torch.zeros_like(param)
+        optimizer.set_lr(0.0)
+        section.optimizer.step()
+        for value in (v for p in new for v in section.optimizer.state[p].values() if v is not None):
+            value.zero_()
+        for param, grad in every:
+            param.grad = grad
+
+
+def _count_squares(optimizer: torch.optim.Optimizer, raised: Sequence[tuple[Tensor, Tensor, float]]) -> None:
+    """The next step adds (1 − β) ḡ² to β v: v is raised so that it adds c (1 − β) ḡ². `raised`: parameters, ḡ, c."""
+    options = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    with torch.no_grad():
+        for param, mean, count in raised:
+            state = optimizer.state.get(param)
+            if not state or param.grad is None:
+                continue
+            group = options[id(param)]
+            if "exp_avg_sq" in state:
+                key, beta = "exp_avg_sq", group["betas"][1]
+            elif "square_avg" in state:
+                key, beta = "square_avg", group["alpha"]
+            elif "sum" in state:
+                key, beta = "sum", 0.5  # no decay: c ḡ² as it is
+            else:
+                continue
+            state[key].addcmul_(mean, mean, value=(count - 1.0) * (1.0 - beta) / beta)
+
+
+def _put(optimizer: Any, state: Mapping[str, Tensor]) -> None:
+    """Give `optimizer` a copy of another's state of the same kind."""
+    if set(optimizer.state_by_name()) <= set(state):
+        for name, value in optimizer.state_by_name().items():
+            value.copy_(state[name])
+    else:
+        optimizer.replace_state_by_name(state)
+    if missing := {n: t for n, t in state.items() if n not in optimizer.state_by_name()}:
+        optimizer.load_state_by_name(missing)
