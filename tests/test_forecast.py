@@ -14,7 +14,7 @@ from manyhands.core.errors import UsageError
 from manyhands.data.partition import divide
 from manyhands.data.sample import Order
 from manyhands.strategy import presets
-from manyhands.strategy.optimizers import SGD, Adagrad, AdamW, Muon, RMSprop
+from manyhands.strategy.optimizers import SGD, Adagrad, Adam, AdamW, Muon, RMSprop
 from manyhands.train.forecast import times
 
 RATE, BETAS, EPS = 0.01, (0.9, 0.95), 1e-8
@@ -23,7 +23,7 @@ RATE, BETAS, EPS = 0.01, (0.9, 0.95), 1e-8
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(
     "optimizer",
-    [SGD(0.3, momentum=0.9), AdamW(RATE), RMSprop(RATE), Adagrad(RATE), Muon(RATE)],
+    [SGD(0.3, momentum=0.9), AdamW(RATE), Adam(RATE), RMSprop(RATE), Adagrad(RATE), Muon(RATE)],
     ids=lambda o: type(o).__name__,
 )
 def test_a_round_of_one_step_is_all_reduce(fleets: Any, size: int, optimizer: Any) -> None:
@@ -193,3 +193,43 @@ def test_squares_count_once_where_nothing_is_known(
 def test_impossible_pairings_are_refused(make_it: Any, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         make_it()
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("size", [1, 1000, 1024, 5001])
+def test_loops_give_the_bits_of_the_reference(steps: int, size: int, monkeypatch: Any) -> None:
+    from manyhands.train import replay
+
+    assert replay._loops() is not None, "the set-up has a compiler"
+    torch.manual_seed(0)
+
+    def made() -> replay.AdamState:
+        return replay.AdamState(torch.randn(size), torch.randn(size), torch.rand(size), torch.tensor(7.0))
+
+    source, mean = made(), torch.randn(size)
+    rule = replay.AdamRule((0.9, 0.95), 1e-8, 0.1)
+    found = []
+    for loops in (replay._loops, lambda: None):
+        monkeypatch.setattr(replay, "_loops", loops)
+        target = made()
+        replay.adamw(source, target, mean, 2.5, [1e-3 * (j + 1) for j in range(steps)], rule)
+        found.append(target)
+    for name in ("value", "first", "second", "step"):
+        assert torch.equal(getattr(found[0], name), getattr(found[1], name)), name
+    assert float(found[0].step) == 7 + steps
+
+
+def test_a_replay_is_torchs_own_adamw() -> None:
+    from manyhands.train import replay
+
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(50, dtype=torch.float64))
+    param.grad = torch.randn(50, dtype=torch.float64)
+    zero = torch.zeros(50, dtype=torch.float64)
+    state = replay.AdamState(param.detach().clone(), zero, zero.clone(), torch.tensor(0.0))
+    optimizer = torch.optim.AdamW([param], lr=0.01, betas=BETAS, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.step()
+    replay.adamw(state, state, param.grad, 1.0, [0.01] * 3, replay.AdamRule(BETAS, 1e-8, 0.1))
+    assert torch.allclose(state.value, param.detach(), rtol=1e-12, atol=1e-14)
+    assert float(state.step) == 3

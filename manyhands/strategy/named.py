@@ -92,6 +92,13 @@ class NamedOptimizer:
                         found[f"{name}.{key}"] = value.detach()
         return dict(sorted(found.items()))
 
+    def state_of(self, param: Tensor) -> dict[str, Tensor]:
+        """The optimizer's own state of a parameter; empty where it was never stepped."""
+        for section in self.sections:
+            if param in section.optimizer.state:
+                return dict(section.optimizer.state[param])
+        return {}
+
     def replace_state_by_name(self, state: Mapping[str, Tensor]) -> None:
         """Go back to a copy of an earlier `state_by_name` of this same optimizer, in place; what is not in it is dropped."""
         for section in self.sections:

@@ -33,8 +33,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from manyhands.exchange.codec import wide
+from manyhands.strategy.optimizers import AdamW
 from manyhands.train.local import LocalSteps
 from manyhands.train.norm import is_finite, norm_of
+from manyhands.train.replay import AdamRule, AdamState, adamw
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,9 +141,7 @@ class ForecastSteps(LocalSteps):
         if finite:
             self._agreed_steps(fragment, means, scale, told.more, behind)
             self.states[i] = agreed.state
-        self._go_back()
-        if finite:
-            self._go_on(fragment)
+        self._go_on(fragment, anew=finite)
         lost = bool(targets) and not finite
         self._count_lost(lost, norm)
         return lost
@@ -170,10 +170,11 @@ class ForecastSteps(LocalSteps):
         squares = [s / targets for s in squares]
         self._replay(self.outer, fragment.anchors, means, squares, terms, steps=steps, behind=behind)
 
-    def _go_on(self, fragment: Fragment) -> None:
-        """My own steps since the gradients were sent, again, from what is agreed."""
+    def _go_on(self, fragment: Fragment, *, anew: bool) -> None:
+        """From what is agreed; with `anew` my own steps since the gradients were sent are made again from there."""
         done = self._round
-        if not done.terms:
+        if not anew or not done.terms:
+            self._go_back()
             return
         means = self._gradients  # of this step, where no other was made
         if done.steps > 1:
@@ -203,18 +204,58 @@ class ForecastSteps(LocalSteps):
         counts = [
             times(square, length, terms, steps) for square, length in zip(squares, lengths, strict=True)
         ]
-        for param, mean, square, length in zip(params, means, squares, lengths, strict=True):
-            param.grad = mean if square or length else None  # nobody used it
+        used = [bool(square or length) for square, length in zip(squares, lengths, strict=True)]
+        spec = self._replica.strategy.outer
+        factors = [self._replica.rate(spec, behind=behind + steps - j)[0] for j in range(steps)]
+        if isinstance(spec, AdamW):
+            self._replay_adamw(spec, optimizer, params, means, counts, used, factors)
+            return
+        if optimizer is not self.outer:
+            self._go_back()
+        for param, mean, is_used in zip(params, means, used, strict=True):
+            param.grad = mean if is_used else None
         raised = [(p, m, c) for p, m, c in zip(params, means, counts, strict=True) if c > 1.0]
         if raised:
             _make_state(optimizer)
-        for j in range(steps):
+        for factor in factors:
             for section in optimizer.sections:
                 _count_squares(section.optimizer, raised)
-            optimizer.set_lr(self._replica.rate(self._replica.strategy.outer, behind=behind + steps - j)[0])
+            optimizer.set_lr(factor)
             optimizer.step()
         for param in params:
             param.grad = None
+
+    def _replay_adamw(
+        self,
+        spec: AdamW,
+        optimizer: Any,
+        params: Sequence[Tensor],
+        means: Sequence[Tensor],
+        counts: Sequence[float],
+        used: Sequence[bool],
+        factors: Sequence[float],
+    ) -> None:
+        """The same in one pass, of the own steps together with the way back to what is agreed."""
+        anchors, own = self._fragment.anchors, optimizer is not self.outer
+        for param, anchor, mean, is_used in zip(params, anchors, means, used, strict=True):
+            param.grad = mean if is_used or (own and self.outer.state_of(anchor)) else None
+        _make_state(optimizer)
+        for param, anchor, mean, count, is_used in zip(params, anchors, means, counts, used, strict=True):
+            param.grad = None
+            target, source = _adam_state(optimizer, param), _adam_state(self.outer, anchor)
+            if target is None:  # nobody has used it
+                with torch.no_grad():
+                    param.copy_(anchor)
+                continue
+            if source is None:  # only I have, since then
+                with torch.no_grad():
+                    target.value.copy_(anchor)
+                for tensor in (target.first, target.second, target.step):
+                    tensor.zero_()
+                source = target
+            rule = AdamRule(spec.betas, spec.eps, spec.weight_decay if param.dim() >= 2 else 0.0)
+            rates = [spec.lr * factor for factor in factors] if is_used else []
+            adamw(source, target, mean, count, rates, rule)
 
     def _go_back(self) -> None:
         """θᵢ ← A, sᵢ ← S."""
@@ -279,6 +320,12 @@ def times(square: float, length: float, terms: float, steps: int) -> float:
         return 1.0
     noise = min(max(0.0, (square - length) / (1.0 - 1.0 / terms)), square)
     return min(max(1.0, (square - noise + noise * steps / terms) / length), float(steps))
+
+
+def _adam_state(optimizer: Any, param: Tensor) -> AdamState | None:
+    """None where the parameter was never stepped."""
+    state = optimizer.state_of(param)
+    return AdamState(param.detach(), state["exp_avg"], state["exp_avg_sq"], state["step"]) if state else None
 
 
 def _make_state(optimizer: Any) -> None:
