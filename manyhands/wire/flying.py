@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 SMALL_BYTES = 1 << 16  # a request this small measures how long others took to arrive, not the network
 
+PIECE_BYTES = 1 << 20
+MOST_PIECES = 16
+
 
 class Flying:
     wire: GroupWire
@@ -85,7 +88,7 @@ class GatherFlying(Flying):
         if self._source.numel():
             mine[: sizes[self.wire.rank]] = self._source.reshape(-1).view(torch.uint8)
         parts = [torch.empty_like(mine) for _ in shapes]
-        self.wire.ended(dist.all_gather(parts, mine, group=self.wire.group, async_op=True))
+        self.wire.ended(*_all_gather(self.wire, parts, mine))
         self.wire.traffic.count(largest * (self.wire.size - 1), largest * (self.wire.size - 1))
         return [
             part[:size].view(self._tensor.dtype).reshape(shape).to(self._tensor.device)
@@ -100,14 +103,14 @@ class EvenGatherFlying(Flying):
         self.wire, self._tensor = wire, tensor
         self._source = _bytes(wire, tensor)  # gloo does not know every type
         self._parts = [torch.empty_like(self._source) for _ in range(wire.size)]
-        self._work = dist.all_gather(self._parts, self._source, group=wire.group, async_op=True)
+        self._works = _all_gather(wire, self._parts, self._source)
 
     def wait(self) -> list[Tensor]:
         size_bytes = self._source.numel() * (self.wire.size - 1)
         self.wire.traffic.count(size_bytes, size_bytes)
         with self.wire.traffic.communicating():
             try:
-                self.wire.ended(self._work)
+                self.wire.ended(*self._works)
             except RuntimeError as error:
                 raise self.wire.lost(error) from error
         return [_like(part, self._tensor) for part in self._parts]
@@ -132,7 +135,7 @@ class ScatterFlying(Flying):
                 (dist.irecv, self._parts[sender], sender),
             ):
                 if tensor.numel():
-                    operations.append(dist.P2POp(kind, tensor, wire.ranks[peer], group=wire.group))
+                    operations += _messages(wire, kind, tensor, wire.ranks[peer])
                     self._sent += tensor.numel() if kind is dist.isend else 0
                     self._received += tensor.numel() if kind is dist.irecv else 0
         if operations:
@@ -160,8 +163,8 @@ class SwapFlying(Flying):
             peer = wire.ranks[other]
             self._works = dist.batch_isend_irecv(
                 [
-                    dist.P2POp(dist.isend, self._source, peer, group=wire.group),
-                    dist.P2POp(dist.irecv, self._taken, peer, group=wire.group),
+                    *_messages(wire, dist.isend, self._source, peer),
+                    *_messages(wire, dist.irecv, self._taken, peer),
                 ]
             )
 
@@ -175,6 +178,27 @@ class SwapFlying(Flying):
             except RuntimeError as error:
                 raise self.wire.lost(error) from error
         return _like(self._taken, self._tensor)
+
+
+def _pieces(wire: GroupWire, flat: Tensor) -> Sequence[Tensor]:
+    """Gloo sends a long message, and then receives one: in pieces both directions of a link are busy at once."""
+    if wire.nccl or flat.numel() <= PIECE_BYTES:
+        return (flat,)
+    return torch.split(flat, max(PIECE_BYTES, -(-flat.numel() // MOST_PIECES)))  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _all_gather(wire: GroupWire, parts: Sequence[Tensor], source: Tensor) -> list[Any]:
+    """All-gather of bytes into `parts`, which each have the length of `source`."""
+    columns = zip(*(_pieces(wire, part) for part in parts), strict=True)
+    return [
+        dist.all_gather(list(column), piece, group=wire.group, async_op=True)
+        for column, piece in zip(columns, _pieces(wire, source), strict=True)
+    ]
+
+
+def _messages(wire: GroupWire, kind: Any, flat: Tensor, peer: int) -> list[dist.P2POp]:
+    pieces = _pieces(wire, flat)
+    return [dist.P2POp(kind, piece, peer, group=wire.group, tag=i) for i, piece in enumerate(pieces)]
 
 
 def _bytes(wire: GroupWire, tensor: Tensor) -> Tensor:

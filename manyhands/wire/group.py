@@ -217,6 +217,11 @@ class GroupWire:
             return self._watch.ended(self.phase)
         return self._watch.failed(self.phase, None, detail)
 
+    @property
+    def nccl(self) -> bool:
+        """Whether GPU tensors travel by NCCL."""
+        return self._nccl
+
     def ended(self, *works: Any) -> None:
         """Wait for collectives. Raises `RuntimeError`, and `PeerLost` where the epoch's end ends the wait."""
         for work in works:
