@@ -168,7 +168,7 @@ def catalogue(torchft_python: str | None = None) -> list[Method]:
             note="nothing is corrected: at this rate it learns worse",
         ),
         forecast("forecast, int4, every 3", 3, delay=1),
-        forecast("forecast, int4, every 8", 8, delay=6),
+        forecast("forecast, int4, every 4", 4, delay=1),
         ours("zero1", f"zero1({BASE})", DENSE),
         local("local-sgd", f"local-sgd({pushes})"),
         local("slowmo", f"slowmo({pushes})"),

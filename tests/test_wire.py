@@ -273,3 +273,25 @@ def test_a_missing_place_is_found() -> None:
 def test_solo_answers_itself() -> None:
     tensor = torch.ones(3)
     assert torch.equal(run(AllReduce().talk([tensor], ()), Solo()).mean[0], tensor)
+
+
+def _long_messages(world: Any) -> bool:
+    """Every kind of message that is cut into pieces, whose last one is shorter."""
+    wire, numel = world.wire, 5_000_003
+
+    def of(rank: int) -> torch.Tensor:
+        return torch.arange(numel, dtype=torch.int32) * (rank + 1)
+
+    even = wire.begin(Gather(of(wire.rank), even=True))
+    uneven = wire.begin(Gather(of(wire.rank)[: numel - wire.rank]))
+    scattered = wire.begin(Scatter([of(10 * wire.rank + to) for to in range(wire.size)]))
+    good = all(torch.equal(part, of(r)) for r, part in enumerate(even.wait()))
+    good &= all(torch.equal(part, of(r)[: numel - r]) for r, part in enumerate(uneven.wait()))
+    good &= all(torch.equal(part, of(10 * r + wire.rank)) for r, part in enumerate(scattered.wait()))
+    swapped = wire.begin(Swap(of(wire.rank), 0)).wait()
+    return good and torch.equal(swapped, of(partner(wire.rank, wire.size, 0)))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_long_messages_arrive_whole(fleets: Any, size: int) -> None:
+    assert fleets(size, "group").run(_long_messages) == [True] * size

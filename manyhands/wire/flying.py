@@ -184,7 +184,7 @@ def _pieces(wire: GroupWire, flat: Tensor) -> Sequence[Tensor]:
     """Gloo sends a long message, and then receives one: in pieces both directions of a link are busy at once."""
     if wire.nccl or flat.numel() <= PIECE_BYTES:
         return (flat,)
-    return torch.split(flat, max(PIECE_BYTES, -(-flat.numel() // MOST_PIECES)))  # type: ignore[no-untyped-call,no-any-return]
+    return torch.split(flat, max(PIECE_BYTES, -(-flat.numel() // MOST_PIECES)))
 
 
 def _all_gather(wire: GroupWire, parts: Sequence[Tensor], source: Tensor) -> list[Any]:
