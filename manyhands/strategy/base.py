@@ -130,6 +130,15 @@ class Strategy:
             )
 
     def _check_forecast(self) -> None:
+        forgets = (
+            getattr(self.outer, "betas", (1.0, 1.0))[1] == 0.0 or getattr(self.outer, "alpha", 1.0) == 0.0
+        )
+        if forgets and type(self.outer).__name__ != "AdamW":
+            raise UsageError(
+                f"outer = {self.outer!r} with cadence = {self.cadence!r}",
+                "second moments are corrected in what an optimizer remembers of them",
+                "give a decay of squares above 0 (betas, alpha), or use adamw",
+            )
         if getattr(self.exchange, "bucket_mb", 25.0) not in (25.0, math.inf):
             raise UsageError(
                 f"exchange = {self.exchange!r} with cadence = {self.cadence!r}",

@@ -20,7 +20,9 @@ so each tensor's squares are counted c = (s² + σ² H/n) / |ḡ|² times, 1 ≤
 the workers tell each other (one number per tensor). Of ḡᵢ likewise. Optimizers without a mean of squares take ḡ as it is.
 
 A worker alone has made the agreed steps already: with one worker this is plain training to the bit, and nothing is
-compressed. It costs copies of parameters and optimizer state and two sums of gradients.
+compressed. Schedules that count tokens use the rate of a round's end.
+
+It costs copies of parameters and optimizer state and two sums of gradients.
 """
 
 from __future__ import annotations
@@ -84,6 +86,7 @@ class ForecastSteps(LocalSteps):
         self._gradients = [views[name] for name in self._fragment.names]
         self._round, self._sent = self._empty(), self._empty()
         self._apart: tuple[list[Tensor], dict[str, Tensor]] | None = None  # alone: what was sent from
+        self._redone = False  # some of a round's steps were gone twice, each on a part of its rows
 
     def _empty(self) -> _Round:
         made = _Round([torch.zeros(g.shape, dtype=wide(g.dtype), device=g.device) for g in self._gradients])
@@ -129,19 +132,25 @@ class ForecastSteps(LocalSteps):
         del keep_local  # what I went on meanwhile is kept whole, nothing else
         assert told is not None
         fragment, behind = self._fragment, self._round.steps
-        if not found:  # alone
-            self._take_own(fragment, behind)
-            return False
-        (agreed,) = found
         targets = float(told.more[:, 0].sum())
         scale = flight.nominal / targets if targets else math.nan
-        means = fragment.shaped(agreed.mean, by_tensor=getattr(self._exchange, "by_tensor", False))
+        if found:
+            (agreed,) = found
+            means = fragment.shaped(agreed.mean, by_tensor=getattr(self._exchange, "by_tensor", False))
+        elif self._redone:  # alone now, but my way is not the agreed one
+            means = fragment.views
+        else:
+            self._take_own(fragment, behind)
+            return False
         norm = norm_of(means) * scale
         finite = is_finite(norm)
         if finite:
             self._agreed_steps(fragment, means, scale, told.more, behind)
-            self.states[i] = agreed.state
+            if found:
+                self.states[i] = agreed.state
         self._go_on(fragment, anew=finite)
+        self._sent.clear()
+        self._redone = False
         lost = bool(targets) and not finite
         self._count_lost(lost, norm)
         return lost
@@ -156,6 +165,7 @@ class ForecastSteps(LocalSteps):
                 anchor.copy_(param)
         _put(self.outer, state)
         self._apart = None
+        self._sent.clear()
         fragment.drifted = behind > 0
 
     def _agreed_steps(
@@ -186,6 +196,8 @@ class ForecastSteps(LocalSteps):
         self._replay(
             self.inner.optimizer, fragment.params, means, squares, done.terms, steps=done.terms, behind=0
         )
+        if self.inner.pending:  # gradients that no step has used go on being added up
+            self.inner.gradients.attach(self.inner.gradients.used)
         fragment.drifted = True
 
     def _replay(
@@ -285,18 +297,21 @@ class ForecastSteps(LocalSteps):
 
     def rewind(self) -> dict[int, list[int]]:
         whole = self.comes_to_rest
-        if whole and self._fragment.flight is not None:
+        if whole:  # sent, or about to be
             self._round.add(self._sent)
+            self._sent.clear()
         held = super().rewind()
         if whole:
             self._round.steps = 0  # they go by again
+            self._redone = self._redone or self._round.terms > 0
         else:
             self._forget()
         return held
 
     def _forget(self) -> None:
         self._round.clear()
-        self._apart = None
+        self._sent.clear()
+        self._apart, self._redone = None, False
         _put(self.inner.optimizer, self.outer.state_by_name())
 
     def adopt(self, other: LocalSteps) -> None:
@@ -304,8 +319,18 @@ class ForecastSteps(LocalSteps):
         assert isinstance(other, ForecastSteps)
         self._round.clear()
         self._round.add(other._round)
-        self._round.steps = other._round.steps
+        self._round.steps, self._redone = other._round.steps, other._redone
         _put(self.inner.optimizer, other.inner.optimizer.state_by_name())
+
+
+def length(mean: Tensor) -> float:
+    """|ḡ|², added up in float64."""
+    flat = mean.reshape(-1)
+    return sum(float(part.double().square().sum()) for part in torch.split(flat, 1 << 16))
+
+
+def _own_length(mean: Tensor) -> float:
+    return float(mean.norm()) ** 2
 
 
 def times(square: float, length: float, terms: float, steps: int) -> float:
@@ -315,11 +340,14 @@ def times(square: float, length: float, terms: float, steps: int) -> float:
         square: mean |g|² of the terms, weighted by targets.
         length: |ḡ|².
         terms: n, gradients in the mean; `steps` of all workers.
+
+    Rounded to 1/256: processors that add up |ḡ|² in another order shall not differ in what they agree on.
     """
     if steps <= 1 or terms <= 1 or not length > 0.0:
         return 1.0
     noise = min(max(0.0, (square - length) / (1.0 - 1.0 / terms)), square)
-    return min(max(1.0, (square - noise + noise * steps / terms) / length), float(steps))
+    count = (square - noise + noise * steps / terms) / length
+    return min(max(1.0, round(count * 256) / 256), float(steps))
 
 
 def _adam_state(optimizer: Any, param: Tensor) -> AdamState | None:

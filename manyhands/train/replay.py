@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from manyhands.exchange.codec import wide
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -77,7 +79,9 @@ def reference(
 ) -> None:
     """The same in plain PyTorch, on any device and in any type."""
     share1, keep2, share2, eps = _shares(count, rule)
-    value, first, second = source.value, source.first, source.second
+    exact = wide(mean.dtype)  # of half precision only the result is rounded
+    value, first, second = (t.to(exact) for t in (source.value, source.first, source.second))
+    mean = mean.to(exact)
     square = (mean * share2) * mean
     for shrink, rate, root in numbers:
         first = first + (mean - first) * share1
