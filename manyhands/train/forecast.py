@@ -212,11 +212,14 @@ class ForecastSteps(LocalSteps):
         behind: int,
     ) -> None:
         """`steps` steps of `optimizer` with the mean of `terms` gradients; `behind`: steps since the last of them."""
-        lengths = [float(n) ** 2 for n in torch._foreach_norm(list(means))]
-        counts = [
-            times(square, length, terms, steps) for square, length in zip(squares, lengths, strict=True)
-        ]
-        used = [bool(square or length) for square, length in zip(squares, lengths, strict=True)]
+        if optimizer is self.outer:
+            lengths = [length(mean) for mean in means]
+        elif steps > 1:  # what nobody else computes may differ in its last bits
+            lengths = [float(n) ** 2 for n in torch._foreach_norm(list(means))]
+        else:
+            lengths = list(squares)
+        counts = [times(square, short, terms, steps) for square, short in zip(squares, lengths, strict=True)]
+        used = [bool(square or short) for square, short in zip(squares, lengths, strict=True)]
         spec = self._replica.strategy.outer
         factors = [self._replica.rate(spec, behind=behind + steps - j)[0] for j in range(steps)]
         if isinstance(spec, AdamW):
@@ -327,10 +330,6 @@ def length(mean: Tensor) -> float:
     """|ḡ|², added up in float64."""
     flat = mean.reshape(-1)
     return sum(float(part.double().square().sum()) for part in torch.split(flat, 1 << 16))
-
-
-def _own_length(mean: Tensor) -> float:
-    return float(mean.norm()) ** 2
 
 
 def times(square: float, length: float, terms: float, steps: int) -> float:
