@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,13 +23,16 @@ class Launched:
     """A process and what it says. A context manager: it does not outlive the test."""
 
     def __init__(self, words: Sequence[str], **variables: str) -> None:
+        # a file: nobody reads while the job runs, and after 540 lines a pipe is full and the job stands still
+        handle, name = tempfile.mkstemp(suffix=".log")
+        self._log = Path(name)
         self.process = subprocess.Popen(
             list(words),
-            stdout=subprocess.PIPE,
+            stdout=handle,
             stderr=subprocess.STDOUT,
-            text=True,
             env={**environment(), "OMP_NUM_THREADS": "1", **variables},
         )
+        os.close(handle)
 
     def __enter__(self) -> Any:
         return self
@@ -36,18 +40,24 @@ class Launched:
     def __exit__(self, *error: object) -> None:
         if self.process.poll() is None:
             self.process.kill()
-            self.process.communicate()
+            self.process.wait()
+        self._log.unlink()
+
+    def printed(self) -> str:
+        """What it has printed so far."""
+        return self._log.read_text(encoding="utf-8")
 
     def wait_for(self, condition: Callable[[], Any], what: str) -> Any:
         deadline = time.monotonic() + DEADLINE_S
         while not (found := condition()):
-            assert self.process.poll() is None, f"ended before {what}: {self.process.communicate()[0]}"
+            assert self.process.poll() is None, f"ended before {what}: {self.printed()}"
             assert time.monotonic() < deadline, what
             time.sleep(0.005)
         return found
 
     def end(self, code: int = 0) -> str:
-        said, _ = self.process.communicate(timeout=DEADLINE_S)
+        self.process.wait(timeout=DEADLINE_S)
+        said = self.printed()
         assert self.process.returncode == code, said
         return said
 

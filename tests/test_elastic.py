@@ -58,10 +58,6 @@ def test_a_replacement_gets_the_state_from_a_peer(corpus: Path, tmp_path: Path) 
     assert "every sample once" in warm.manyhands("ledger", tmp_path)
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="stands still where the replacement joins within some steps of an epoch's end (docs/log.md, known defects)",
-)
 @pytest.mark.parametrize("strategy", ["hogwild(every=5)"])
 def test_a_replacement_joins_at_an_agreement(corpus: Path, tmp_path: Path, strategy: str) -> None:
     """Methods whose parameters move between agreements: the newcomer has the state before anybody goes on."""
