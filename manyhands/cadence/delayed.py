@@ -26,6 +26,7 @@ class Delayed:
     )
     fragments: ClassVar[int] = 1
     delay: ClassVar[int] = 1
+    method: ClassVar[str] = "manyhands.train.delayed:DelayedSteps"
 
     def due(self, step: int) -> bool:
         return True

@@ -76,3 +76,12 @@ class PostLocal:
 def at_least_one(name: str, value: int) -> None:
     if value < 1:
         raise UsageError(f"{name} = {value}", "it is at least 1", f"give {name} >= 1")
+
+
+def arrives_before_the_next(delay: int, every: int) -> None:
+    if not 0 <= delay < every:
+        raise UsageError(
+            f"delay = {delay} with every = {every}",
+            "an exchange ends before the next one of the same values starts",
+            f"give 0 <= delay < {every}",
+        )

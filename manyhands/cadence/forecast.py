@@ -5,10 +5,11 @@ The gradients of `every` steps are agreed at once, and arrive `delay` steps late
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from manyhands.cadence.every import HELP, at_least_one
+from manyhands.cadence.every import HELP, arrives_before_the_next, at_least_one
 from manyhands.core.config import option
 from manyhands.core.errors import UsageError
 
@@ -20,14 +21,27 @@ class Forecast:
     every: int = option(4, help=HELP)
     delay: int = option(0, help="steps that pass between the start of an exchange and its use")
     fragments: ClassVar[int] = 1
+    method: ClassVar[str] = "manyhands.train.forecast:ForecastSteps"
+    local: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         at_least_one("every", self.every)
-        if not 0 <= self.delay < self.every:
+        arrives_before_the_next(self.delay, self.every)
+
+    def check(self, *, exchange: Any, optimizer: Any) -> None:
+        """Raises `UsageError` where the strategy's other parts do not go with it."""
+        forgets = getattr(optimizer, "betas", (1.0, 1.0))[1] == 0.0 or getattr(optimizer, "alpha", 1.0) == 0.0
+        if forgets and type(optimizer).__name__ != "AdamW":
             raise UsageError(
-                f"delay = {self.delay} with every = {self.every}",
-                "an exchange ends before the next one starts",
-                f"give 0 <= delay < {self.every}",
+                f"outer = {optimizer!r} with cadence = {self!r}",
+                "second moments are corrected in what an optimizer remembers of them",
+                "give a decay of squares above 0 (betas, alpha), or use adamw",
+            )
+        if getattr(exchange, "bucket_mb", 25.0) not in (25.0, math.inf):
+            raise UsageError(
+                f"exchange = {exchange!r} with cadence = {self!r}",
+                "the gradients of several steps travel as one, so bucket_mb would be ignored",
+                "leave it out",
             )
 
     def due(self, step: int) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from manyhands.cadence.every import HELP, at_least_one
+from manyhands.cadence.every import HELP, arrives_before_the_next, at_least_one
 from manyhands.core.config import option
 from manyhands.core.errors import UsageError
 
@@ -30,12 +30,7 @@ class Staggered:
                 "the fragments take turns within `every` steps",
                 f"give fragments <= {self.every}",
             )
-        if not 0 <= self.delay < self.every:
-            raise UsageError(
-                f"delay = {self.delay} with every = {self.every}",
-                "a fragment's exchange ends before its next one starts",
-                f"give 0 <= delay < {self.every}",
-            )
+        arrives_before_the_next(self.delay, self.every)
 
     def offset(self, fragment: int) -> int:
         return fragment * self.every // self.fragments

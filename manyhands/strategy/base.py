@@ -90,7 +90,7 @@ class Strategy:
                 "workers that go their own way each hold a whole replica",
                 "use placement = 'replicated', or leave out inner",
             )
-        elif type(self.cadence).__name__ in ("Delayed", "Forecast"):
+        elif getattr(self.cadence, "method", None) is not None:
             raise UsageError(
                 f"cadence = {self.cadence!r} with an inner optimizer",
                 "it agrees on gradients; ways of one's own are overlapped by fragments in flight",
@@ -108,9 +108,10 @@ class Strategy:
                 "a share of a worker's own parameters exists where it makes steps of its own",
                 "give inner = 'adamw', or leave out keep_local",
             )
-        if cadence == "Forecast":
-            self._check_forecast()
-        if self.placement.method is None and cadence not in ("EveryStep", "Every", "Delayed", "Forecast"):
+        own = getattr(self.cadence, "method", None)
+        if own is not None and hasattr(self.cadence, "check"):
+            self.cadence.check(exchange=self.exchange, optimizer=self.outer)
+        if self.placement.method is None and own is None and cadence not in ("EveryStep", "Every"):
             raise UsageError(
                 f"cadence = {self.cadence!r} without an inner optimizer",
                 "between such agreements a worker makes steps of its own",
@@ -122,35 +123,18 @@ class Strategy:
                 "it averages models, not gradients",
                 "give inner = 'adamw' and cadence = 'every(32)'",
             )
-        if cadence in ("Delayed", "Every", "Forecast") and getattr(self.exchange, "by_place", False):
+        if (cadence == "Every" or own is not None) and getattr(self.exchange, "by_place", False):
             raise UsageError(
                 f"exchange = ordered with cadence = {self.cadence!r}",
                 "the fixed order adds what one step computed",
                 "use cadence = 'every-step'",
             )
 
-    def _check_forecast(self) -> None:
-        forgets = (
-            getattr(self.outer, "betas", (1.0, 1.0))[1] == 0.0 or getattr(self.outer, "alpha", 1.0) == 0.0
-        )
-        if forgets and type(self.outer).__name__ != "AdamW":
-            raise UsageError(
-                f"outer = {self.outer!r} with cadence = {self.cadence!r}",
-                "second moments are corrected in what an optimizer remembers of them",
-                "give a decay of squares above 0 (betas, alpha), or use adamw",
-            )
-        if getattr(self.exchange, "bucket_mb", 25.0) not in (25.0, math.inf):
-            raise UsageError(
-                f"exchange = {self.exchange!r} with cadence = {self.cadence!r}",
-                "the gradients of several steps travel as one, so bucket_mb would be ignored",
-                "leave it out",
-            )
-
     @property
     def local(self) -> bool:
         """Whether workers make steps of their own between agreements."""
         return self.placement.method is None and (
-            self.inner is not None or type(self.cadence).__name__ == "Forecast"
+            self.inner is not None or bool(getattr(self.cadence, "local", False))
         )
 
     @property
@@ -160,8 +144,4 @@ class Strategy:
             return self.placement.method
         if self.inner is not None:
             return "manyhands.train.local:LocalSteps"
-        if type(self.cadence).__name__ == "Delayed":
-            return "manyhands.train.delayed:DelayedSteps"
-        if type(self.cadence).__name__ == "Forecast":
-            return "manyhands.train.forecast:ForecastSteps"
-        return "manyhands.train.synchronous:Synchronous"
+        return getattr(self.cadence, "method", None) or "manyhands.train.synchronous:Synchronous"

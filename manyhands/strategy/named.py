@@ -113,6 +113,40 @@ class NamedOptimizer:
                     if value is not None:
                         value.copy_(state[f"{name}.{key}"])
 
+    def take_state_by_name(self, state: Mapping[str, Tensor]) -> None:
+        """Become a copy of another optimizer of the same kind, in place where there is a state already."""
+        mine = self.state_by_name()
+        if set(mine) <= set(state):
+            for name, value in mine.items():
+                value.copy_(state[name])
+        else:
+            self.replace_state_by_name(state)
+        if missing := {name: value for name, value in state.items() if name not in mine}:
+            self.load_state_by_name(missing)
+
+    def make_state(self) -> None:
+        """Empty state for the parameters that have a gradient and were never stepped.
+
+        PyTorch makes it in a parameter's first step: here in one of rate 0.
+        """
+        import torch
+
+        for section in self.sections:
+            every = [(p, p.grad) for _, p in section.named]
+            new = [p for p, grad in every if grad is not None and not section.optimizer.state.get(p)]
+            if not new:
+                continue
+            for param, _ in every:
+                param.grad = None
+            for param in new:
+                param.grad = torch.zeros_like(param)
+            self.set_lr(0.0)
+            section.optimizer.step()
+            for value in (v for p in new for v in section.optimizer.state[p].values() if v is not None):
+                value.zero_()
+            for param, grad in every:
+                param.grad = grad
+
     def load_state_by_name(self, state: Mapping[str, Tensor]) -> None:
         """Take over a copy of what `state_by_name` gave, from any device; rates and options stay.
 

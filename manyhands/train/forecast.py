@@ -163,7 +163,7 @@ class ForecastSteps(LocalSteps):
         with torch.no_grad():
             for anchor, param in zip(fragment.anchors, params, strict=True):
                 anchor.copy_(param)
-        _put(self.outer, state)
+        self.outer.take_state_by_name(state)
         self._apart = None
         self._sent.clear()
         fragment.drifted = behind > 0
@@ -231,7 +231,7 @@ class ForecastSteps(LocalSteps):
             param.grad = mean if is_used else None
         raised = [(p, m, c) for p, m, c in zip(params, means, counts, strict=True) if c > 1.0]
         if raised:
-            _make_state(optimizer)
+            optimizer.make_state()
         for factor in factors:
             for section in optimizer.sections:
                 _count_squares(section.optimizer, raised)
@@ -254,7 +254,7 @@ class ForecastSteps(LocalSteps):
         anchors, own = self._fragment.anchors, optimizer is not self.outer
         for param, anchor, mean, is_used in zip(params, anchors, means, used, strict=True):
             param.grad = mean if is_used or (own and self.outer.state_of(anchor)) else None
-        _make_state(optimizer)
+        optimizer.make_state()
         for param, anchor, mean, count, is_used in zip(params, anchors, means, counts, used, strict=True):
             param.grad = None
             target, source = _adam_state(optimizer, param), _adam_state(self.outer, anchor)
@@ -275,7 +275,7 @@ class ForecastSteps(LocalSteps):
     def _go_back(self) -> None:
         """θᵢ ← A, sᵢ ← S."""
         self._adopt()
-        _put(self.inner.optimizer, self.outer.state_by_name())
+        self.inner.optimizer.take_state_by_name(self.outer.state_by_name())
 
     # -- state
 
@@ -288,7 +288,7 @@ class ForecastSteps(LocalSteps):
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         super().load_optimizer_state(state)
-        _put(self.inner.optimizer, self.outer.state_by_name())
+        self.inner.optimizer.take_state_by_name(self.outer.state_by_name())
 
     def mended(self) -> None:
         """What was agreed was replaced: my forecast is dropped, the gradients that I have computed are not."""
@@ -315,7 +315,7 @@ class ForecastSteps(LocalSteps):
         self._round.clear()
         self._sent.clear()
         self._apart, self._redone = None, False
-        _put(self.inner.optimizer, self.outer.state_by_name())
+        self.inner.optimizer.take_state_by_name(self.outer.state_by_name())
 
     def adopt(self, other: LocalSteps) -> None:
         super().adopt(other)
@@ -323,7 +323,7 @@ class ForecastSteps(LocalSteps):
         self._round.clear()
         self._round.add(other._round)
         self._round.steps, self._redone = other._round.steps, other._redone
-        _put(self.inner.optimizer, other.inner.optimizer.state_by_name())
+        self.inner.optimizer.take_state_by_name(other.inner.optimizer.state_by_name())
 
 
 def length(mean: Tensor) -> float:
@@ -355,25 +355,6 @@ def _adam_state(optimizer: Any, param: Tensor) -> AdamState | None:
     return AdamState(param.detach(), state["exp_avg"], state["exp_avg_sq"], state["step"]) if state else None
 
 
-def _make_state(optimizer: Any) -> None:
-    """PyTorch makes the state of a parameter in its first step: here in one of rate 0 before it, and empty."""
-    for section in optimizer.sections:
-        every = [(p, p.grad) for _, p in section.named]
-        new = [p for p, grad in every if grad is not None and not section.optimizer.state.get(p)]
-        if not new:
-            continue
-        for param, _ in every:
-            param.grad = None
-        for param in new:
-            param.grad = torch.zeros_like(param)
-        optimizer.set_lr(0.0)
-        section.optimizer.step()
-        for value in (v for p in new for v in section.optimizer.state[p].values() if v is not None):
-            value.zero_()
-        for param, grad in every:
-            param.grad = grad
-
-
 def _count_squares(optimizer: torch.optim.Optimizer, raised: Sequence[tuple[Tensor, Tensor, float]]) -> None:
     """The next step adds (1 − β) ḡ² to β v: v is raised so that it adds c (1 − β) ḡ². `raised`: parameters, ḡ, c."""
     options = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -392,14 +373,3 @@ def _count_squares(optimizer: torch.optim.Optimizer, raised: Sequence[tuple[Tens
             else:
                 continue
             state[key].addcmul_(mean, mean, value=(count - 1.0) * (1.0 - beta) / beta)
-
-
-def _put(optimizer: Any, state: Mapping[str, Tensor]) -> None:
-    """Give `optimizer` a copy of another's state of the same kind."""
-    if set(optimizer.state_by_name()) <= set(state):
-        for name, value in optimizer.state_by_name().items():
-            value.copy_(state[name])
-    else:
-        optimizer.replace_state_by_name(state)
-    if missing := {n: t for n, t in state.items() if n not in optimizer.state_by_name()}:
-        optimizer.load_state_by_name(missing)
