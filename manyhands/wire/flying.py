@@ -139,7 +139,7 @@ class ScatterFlying(Flying):
                     self._sent += tensor.numel() if kind is dist.isend else 0
                     self._received += tensor.numel() if kind is dist.irecv else 0
         if operations:
-            self._works = dist.batch_isend_irecv(operations)
+            self._works = _exchange(operations)
 
     def wait(self) -> list[Tensor]:
         self.wire.traffic.count(self._sent, self._received)
@@ -161,7 +161,7 @@ class SwapFlying(Flying):
         if other != wire.rank and tensor.numel():
             self._taken = torch.empty_like(self._source)
             peer = wire.ranks[other]
-            self._works = dist.batch_isend_irecv(
+            self._works = _exchange(
                 [
                     *_messages(wire, dist.isend, self._source, peer),
                     *_messages(wire, dist.irecv, self._taken, peer),
@@ -199,6 +199,11 @@ def _all_gather(wire: GroupWire, parts: Sequence[Tensor], source: Tensor) -> lis
 def _messages(wire: GroupWire, kind: Any, flat: Tensor, peer: int) -> list[dist.P2POp]:
     pieces = _pieces(wire, flat)
     return [dist.P2POp(kind, piece, peer, group=wire.group, tag=i) for i, piece in enumerate(pieces)]
+
+
+def _exchange(operations: Sequence[dist.P2POp]) -> list[Any]:
+    """Begin them piece by piece, so that none of a message waits for all of another's."""
+    return dist.batch_isend_irecv(sorted(operations, key=lambda operation: operation.tag))
 
 
 def _bytes(wire: GroupWire, tensor: Tensor) -> Tensor:
