@@ -1,13 +1,14 @@
-"""Uneven workers: throughput beside DDP's, steps until a change is answered, and the price where all are equal.
+"""Uneven workers: throughput beside DDP's, and steps until a change is answered.
 
     python benchmarks/balance.py                       # about 12 minutes on two quiet cores; needs Linux, root for cgroups
-    python benchmarks/balance.py --only uneven         # one part: uneven, change or equal; the others' figures are kept
+    python benchmarks/balance.py --only uneven         # one part: uneven or change; the other's figures are kept
 
 * ``uneven``: three workers with 0.2, 0.4 and 0.8 of a processor (speeds 1:2:4). PyTorch's DDP and manyhands with ``--balance off``
   give each a third of the global batch, and wait for the slowest; balanced, 7/3 of that is possible.
 * ``change``: three equal workers; in mid-run one is slowed to a quarter, later let go. How many steps until a step takes as long as
   it will?
-* ``equal``: two workers with a core each: does balancing cost anything?
+
+What balancing costs where all are equal is `balance_equal.py`'s question.
 
 Every run's loss curve is compared with that of one process. Processes are throttled (`throttle.py`) when all have done
 their first step. Rates are tokens over time, all steps counted, after the first `--warmup`. Writes
@@ -19,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import signal
 import statistics
 import subprocess
@@ -267,38 +267,6 @@ def _needed(seconds: Sequence[float], changed_at: int, until: int) -> int:
     return until - changed_at
 
 
-def equal(place: Path, given: argparse.Namespace, first: int) -> Taken:
-    """Two workers with a core each, balanced and not, in turn."""
-    taken = []
-    for round in range(first, first + given.rounds):
-        for balance in ["auto", "off"] if round % 2 else ["off", "auto"]:
-            found = run(f"manyhands, balance {balance}", ours(place, given.steps, 2, balance=balance))
-            taken.append(_taken(found, round, given))
-    return taken
-
-
-def equal_figures(runs: Taken) -> dict[str, Any]:
-    """What balancing costs, within rounds; how often it changed shares, and how long it took to decide."""
-    rates = _rates(runs)
-    ratios = harness.ratios(rates["manyhands, balance auto"], rates["manyhands, balance off"])
-    changes = sum(len(each["redivided"]) for each in runs)
-    step = statistics.median(s for each in runs for s in each["seconds"])
-    return {"auto_over_off": asdict(ratios), "changes": changes, "decision_s": _decision_s(), "step_s": step}
-
-
-def _decision_s() -> float:
-    """Seconds that a step's decision takes, for two workers with noise of 2%: median of 500."""
-    from manyhands.balance.balancer import Balancer
-
-    balancer, draw, took = Balancer(["a", "b"], n_units=ROWS), random.Random(0), []
-    for _ in range(500):
-        work = [(draw.gauss(1.0, 0.02), ROWS / 2) for _ in range(2)]
-        begun = time.perf_counter()
-        balancer.observe(work)
-        took.append(time.perf_counter() - begun)
-    return statistics.median(took)
-
-
 def _taken(found: Run, round: int, given: argparse.Namespace) -> dict[str, Any]:
     rates = rate(found, given.warmup)
     print(f"{found.name:<24} {rates:8,.0f} tokens/s, others used {found.others_share:.0%}", flush=True)
@@ -315,7 +283,6 @@ def _rates(runs: Taken) -> dict[str, dict[int, float]]:
 PARTS = {
     "uneven": (uneven, uneven_figures),
     "change": (change, change_figures),
-    "equal": (equal, equal_figures),
 }
 
 

@@ -53,26 +53,6 @@ def markdown(data: Mapping[str, Any]) -> str:
             f"`{part['command']}`",
             "",
         ]
-    if "equal" in data:
-        part = data["equal"]
-        ratio, both = part["auto_over_off"], part["runs"]
-        apart = [max(r["seconds"][5:]) / min(r["seconds"][5:]) for r in both]
-        lines += [
-            "## Equal workers",
-            "",
-            (
-                f"Shares were changed {part['changes']} times, so both do the same work; deciding takes "
-                f"{part['decision_s'] * 1e6:.0f} µs of a step of "
-                f"{part['step_s']:.2f} s ({part['decision_s'] / part['step_s']:.4%})."
-            ),
-            (
-                f"Tokens/s, balanced over not, within rounds: {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}); "
-                f"the steps of one run differ by up to {max(apart):.2f}, so this says nothing finer"
-                + (", but balanced was slower in every round." if ratio["max"] < 1 else ".")
-            ),
-            f"`{part['command']}`",
-            "",
-        ]
     return "\n".join(lines)
 
 

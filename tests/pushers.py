@@ -64,6 +64,7 @@ class Worker:
         used: dict[str, bool] | None = None,
         stop: int = 0,
         save: bool = False,
+        change: bool = False,
     ) -> dict[str, Any]:
         payloads = []
         for lay in self.servers.layouts:
@@ -84,6 +85,7 @@ class Worker:
             "norm": mean if norm is None else norm,
             "stop": stop,
             "save": save,
+            "change": change,
         }
         answer = self.servers.push(header, used or dict.fromkeys(sums, True), payloads, self.out)
         self.version = answer["version"]

@@ -58,7 +58,14 @@ def test_a_replacement_gets_the_state_from_a_peer(corpus: Path, tmp_path: Path) 
     assert "every sample once" in warm.manyhands("ledger", tmp_path)
 
 
-@pytest.mark.parametrize("strategy", ["hogwild(every=5)"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "hogwild(every=5)",
+        "parameter-server(lr=0.003)",
+        "parameter-server(consistency=async, servers=2, lr=0.003, exchange=error-feedback(int8))",
+    ],
+)
 def test_a_replacement_joins_at_an_agreement(corpus: Path, tmp_path: Path, strategy: str) -> None:
     """Methods whose parameters move between agreements: the newcomer has the state before anybody goes on."""
     given = ("--strategy", strategy, "--steps", 100000)
@@ -83,6 +90,8 @@ def test_a_replacement_joins_at_an_agreement(corpus: Path, tmp_path: Path, strat
         ("hogwild(every=10)", False),
         ("streaming-diloco(lr=0.003, every=6, fragments=2, delay=1)", True),
         ("parameter-server(lr=0.003)", False),
+        ("parameter-server(consistency=async, lr=0.003)", False),
+        ("parameter-server(consistency=bounded(2), servers=2, lr=0.003, optimizer=sgd)", False),
         ("zero3(lr=0.003)", False),
     ],
 )
@@ -110,8 +119,15 @@ def test_a_process_group_is_formed_anew(corpus: Path, tmp_path: Path) -> None:
     assert "every sample once" in warm.manyhands("ledger", tmp_path)
 
 
-def test_one_that_is_asked_to_leave_leaves_alone(corpus: Path, tmp_path: Path) -> None:
-    strategy = "ddp(exchange='error-feedback(int4)')"
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "ddp(exchange='error-feedback(int4)')",
+        "parameter-server(exchange=error-feedback(int4))",
+        "parameter-server(consistency=async)",
+    ],
+)
+def test_one_that_is_asked_to_leave_leaves_alone(corpus: Path, tmp_path: Path, strategy: str) -> None:
     with Job(tmp_path, corpus, "--strategy", strategy, "--restarts", 0) as job:
         job.reach(7)
         job.send("w0", signal.SIGTERM)
@@ -120,6 +136,7 @@ def test_one_that_is_asked_to_leave_leaves_alone(corpus: Path, tmp_path: Path) -
     assert summary(tmp_path)["world_sizes"] == [3, 2]
     assert [e["seat"] for e in events(tmp_path, "left")] == ["w0"]
     assert not events(tmp_path, "lost")
+    assert "every sample once" in warm.manyhands("ledger", tmp_path)
 
 
 def test_one_that_hangs_is_given_up(corpus: Path, tmp_path: Path) -> None:
@@ -153,6 +170,13 @@ def test_the_job_goes_on_from_the_furthest_agreement() -> None:
         assert standing.held == {5: {"a": (3,)}}
     with pytest.raises(ManyhandsError, match="no worker"):
         conclude([positions[1]])
+
+
+def test_of_two_at_one_step_the_one_with_more_agreements_is_ahead() -> None:
+    """A peer was lost when one had an agreement that came with their last step, the other not."""
+    told = [Position(seat=seat, fresh=False, steps=5, agreements=n) for seat, n in (("a", 2), ("b", 3))]
+    standing = conclude([Position.of(p.to_data()) for p in told])
+    assert (standing.leader, standing.behind) == (1, (0,))
 
 
 def test_what_nobody_holds_is_divided() -> None:

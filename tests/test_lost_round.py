@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import warm
 from jobs import Job as Running
 from runs import events, losses, summary
+from test_exactness import SEQ, make, summed
+from test_methods import feed_of
 
 from manyhands.core.config import from_text
-from manyhands.core.errors import UsageError
+from manyhands.core.errors import PeerLost, UsageError
 from manyhands.core.membership import Seat
+from manyhands.core.request import Gather
+from manyhands.train import carried
 from manyhands.train.division import Division
 from manyhands.train.job import Job
+from manyhands.train.replica import Replica
 from manyhands.train.standing import Position, conclude
 
 STEPS = 30
@@ -72,6 +81,71 @@ def test_strategies_that_agree_all_at_once_can_do_either(strategy: str) -> None:
         Job(strategy=from_text("strategies", strategy), lost_round=choice)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="elastic"):
         Job(strategy=from_text("strategies", strategy), lost_round="drop", elastic="off")
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "streaming-diloco(every=4, fragments=2, delay=1)",
+        "forecast(every=3, delay=2, exchange=error-feedback(int4))",
+    ],
+)
+def test_who_has_the_last_agreement_gives_it_to_the_others(fleets: Any, strategy: str) -> None:
+    """A third worker is lost when an agreement has arrived at one worker and not at another, in one step of both."""
+    behind, apart, together = zip(*fleets(2, "shared").run(_lost_as_it_arrives, strategy), strict=True)
+    assert behind == ((1,), (1,))
+    assert apart[0] != apart[1]
+    assert together[0] == together[1]
+
+
+def _lost_as_it_arrives(world: Any, strategy: str) -> tuple[tuple[int, ...], Any, Any]:
+    model = make()
+    replica = Replica(model, from_text("strategies", strategy), world.wire, targets_per_row=SEQ)
+    feed, method = feed_of(world, {}), replica.method
+
+    def parameters() -> list[Any]:
+        with replica.agreed(collective=False):
+            return [p.tolist() for p in model.parameters()]
+
+    def step() -> None:
+        replica.step(feed.part(replica.steps), summed)
+
+    def flying() -> list[Any]:
+        due = method._cadence.finishes(replica.steps + 1)
+        return [f.flight for i, f in enumerate(method._fragments) if f.flight and i in due]
+
+    for _ in range(10):
+        step()
+    while not flying():
+        step()
+    if world.rank == 1:
+        (flight,) = flying()
+        talks, arrive = flight.talks, flight.talks.finish
+
+        def lost() -> None:
+            arrive()
+            flight.header.wait()
+            raise PeerLost(2, "an agreement", "killed")
+
+        talks.finish = lost
+    with pytest.raises(PeerLost) if world.rank == 1 else contextlib.nullcontext():
+        step()
+    method.rewind()
+    mine = Position(seat=f"w{world.rank}", fresh=False, steps=replica.steps, agreements=method.agreements)
+    standing = conclude([Position.of(p) for p in world.gather(mine.to_data())])
+    before = parameters()
+    file = io.BytesIO()
+    torch.save(carried.state_of(replica), file)
+    told = world.wire.begin(Gather(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))).wait()
+    if world.rank in standing.behind:
+        state = torch.load(io.BytesIO(told[standing.leader].numpy().tobytes()), weights_only=True)
+        carried.load(replica, *state, standing.leader)
+    for _ in range(5):
+        step()
+    replica.meet()
+    after = parameters()
+    replica.close()
+    return standing.behind, before, after
 
 
 def test_what_is_dropped_is_given_to_nobody_and_told_once() -> None:

@@ -269,6 +269,44 @@ def test_a_wish_to_stop_reaches_all_at_the_same_step(serve: Any) -> None:
     assert [s["save"] for s in stops] == [True, False, False, False, False, True]
 
 
+def test_after_a_halt_it_is_known_which_pushes_count(serve: Any) -> None:
+    """One worker is lost, another one does not know yet: nothing is taken any more until the job begins anew."""
+    servers = [serve(), serve()]
+    a, b, c = serve.workers(servers, 3)
+    a.begin(SGD(0.1), consistency="async")
+    for worker in (a, b, c):
+        worker.servers.join(0)
+        worker.servers.serial = 0
+    for step in range(3):
+        a.push(step, gradient(step, 0))
+    b.push(0, gradient(0, 1))
+    b.servers.close()
+    status = servers[0].shard.status()
+    assert a.servers.halt() == {"worker-0": 3, "worker-1": 1, "worker-2": 0}
+    header = {"step": 0, "version": 0, "share": 0.5, "nominal": 8.0, "loss": 1.0, "count": 4, "norm": 1.0}
+    payloads = [torch.zeros(lay.size_bytes, dtype=torch.uint8) for lay in c.servers.layouts]
+    used = dict.fromkeys(SHAPES, True)
+    assert c.servers.push(header, used, payloads, c.out) == {"halted": True}
+    assert servers[0].shard.status() == {**status, "members": {"worker-0": 3, "worker-2": 0}}
+    a.begin(SGD(0.1), serial=1, steps=1, consistency="async")
+    a.servers.serial = 1
+    assert a.servers.join(1, exact=True) == 1
+    assert c.servers.push(header, used, payloads, c.out) == {"halted": True}  # of the beginning before
+    assert a.push(1, gradient(1, 0))["applied"] == [True, True]
+
+
+def test_a_wish_to_change_the_set_reaches_all_at_the_same_step(serve: Any) -> None:
+    a, b = serve.workers([serve()], 2)
+    a.begin(SGD(0.1), consistency="async")
+    for worker in (a, b):
+        worker.servers.join(0)
+    for step in range(3):
+        a.push(step, gradient(step, 0))
+    changes = [b.push(0, gradient(0, 1), change=True)["change"], a.push(3, gradient(3, 0))["change"]]
+    changes += [b.push(step, gradient(step, 1))["change"] for step in (1, 2, 3, 4)]
+    assert changes == [False, True, False, False, True, False]
+
+
 def test_a_late_worker_saves_and_stops_with_the_others(serve: Any) -> None:
     """It pushes an old step, is told where the others are, and hears what they do after that step: they wait for it."""
     server = serve()

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import TINY, command, environment, events, summary
+import warm
+from runs import TINY, command, environment, events, manyhands, summary
 from test_exactness import SEQ, N, Rows, make, summed
 
 from manyhands.core.errors import Stopped, UsageError
@@ -143,6 +144,21 @@ def test_without_order_workers_still_end_with_the_same_bits(fleets: Any, serving
         assert figures["updates"] > 0
         assert figures["consistency"] == fields["consistency"]
         assert all(np.isfinite(t).all() for t in found[0]["weights"].values())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_pushes_that_are_too_stale_are_told(tmp_path: Path, workers: int) -> None:
+    """Of two workers that push one after the other, one is an update late."""
+    corpus, output = tmp_path / "corpus.txt", tmp_path / "run"
+    corpus.write_text("many hands make light work\n" * 300)
+    strategy = "parameter-server(consistency=async, discard=0, lr=1e-3)"
+    given = ["--data", corpus, *TINY, "--steps", 20, "--workers", workers, "--output", output]
+    manyhands("train", *given, "--strategy", strategy)
+    discarded = summary(output)["served"]["discarded"]
+    told = warm.manyhands("ledger", output)
+    assert bool(discarded) == (workers > 1)
+    assert ("its push was staler than the servers take (discard)" in told) == (workers > 1)
+    assert "every sample once" in told
 
 
 @pytest.mark.parametrize("served_first", [True, False])

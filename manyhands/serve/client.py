@@ -165,6 +165,7 @@ class Servers:
         self._pool = ThreadPoolExecutor(len(links), thread_name_prefix="server")
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, args=(lease_s / 3,), name="heart", daemon=True)
+        self.serial: int | None = None  # of the job's beginning that I push to
         self.layouts: list[Layout] = []
         self._entries: list[list[protocol.Entry]] = []
 
@@ -183,8 +184,13 @@ class Servers:
         serial: int,
         steps: int,
         tokens: int,
+        progress: float | None = None,
     ) -> None:
-        """Give the servers the job's rules, parameters and (of a checkpoint) optimizer state by name."""
+        """Give the servers the job's rules, parameters and (of a checkpoint) optimizer state by name.
+
+        Args:
+            progress: global batches done, parts of them included; None: `steps`.
+        """
         owners = {e.name: server for server, part in enumerate(self._entries) for e in part}
         unknown = sorted({name.rpartition(".")[0] for name in optimizer} - set(owners))
         if unknown:
@@ -205,6 +211,7 @@ class Servers:
                 "serial": serial,
                 "steps": steps,
                 "tokens": tokens,
+                "progress": float(steps) if progress is None else progress,
                 "rules": {**rules, "alone": len(self._links) == 1},
                 "tensors": described,
             }
@@ -212,9 +219,10 @@ class Servers:
 
         self._all(one)
 
-    def join(self, step: int) -> int:
-        """Take part from now on; the step to take part in next."""
-        answers = self._all(lambda i: self._links[i].call({**self._who("join"), "step": step}))
+    def join(self, step: int, *, exact: bool = False) -> int:
+        """Take part from now on; the step to take part in next (`exact`: this one)."""
+        ask = {**self._who("join"), "step": step, "exact": exact}
+        answers = self._all(lambda i: self._links[i].call(ask))
         if not self._heart.is_alive() and not self._ended.is_set():
             self._heart.start()
         return max(int(a.header["step"]) for a in answers)
@@ -233,15 +241,18 @@ class Servers:
             payloads: for each server uint8, raw or encoded.
 
         Returns:
-            The first server's answer; `applied` in it is a list: whether each server has used its payload.
+            The first server's answer; `applied` in it is a list: whether each server has used its payload. ``{"halted":
+            True}``: the job's workers meet anew, and the push counts for nothing.
         """
 
         def one(server: int) -> Answer:
             flags = "".join("1" if used[e.name] else "0" for e in self.layouts[server].entries)
-            full = {**header, **self._who("push"), "used": flags}
+            full = {**header, **self._who("push"), "used": flags, "serial": self.serial}
             return self._links[server].call(full, [protocol.view(payloads[server])], out=out[server])
 
         answers = self._all(one)
+        if any(a.header.get("halted") for a in answers):
+            return {"halted": True}
         if any("version" not in a.header for a in answers):  # a round over several servers is complete
             answers = self._agree(answers, int(header["step"]), out, one)
         return {**answers[0].header, "applied": [bool(a.header.get("applied")) for a in answers]}
@@ -250,6 +261,12 @@ class Servers:
         """The parameters as they are now, into `out`; with `flush`, gathered pushes are applied before."""
         ask = {**self._who("pull"), "flush": flush}
         return self._all(lambda i: self._links[i].call(ask, out=out[i]))[0].header
+
+    def halt(self) -> dict[str, int]:
+        """No push is taken any more until the job begins anew; by member, which step is the next that not all servers have."""
+        told = [a.header["clocks"] for a in self._all(lambda i: self._links[i].call(self._who("halt")))]
+        everywhere = set(told[0]).intersection(*told)
+        return {who: min(int(clocks[who]) for clocks in told) for who in everywhere}
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
         """(the first server's answer, parameters, optimizer state), by name."""
@@ -279,6 +296,11 @@ class Servers:
             link._patience_s = 0.0
             with contextlib.suppress(ManyhandsError):
                 link.call(self._who("leave"))
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        self._ended.set()
+        for link in self._links:
             link.close()
         if self._heart.is_alive():
             self._heart.join()

@@ -34,6 +34,7 @@ FIGURES = (
     "skipped",
     "last",
     "applied",
+    "left",
 )
 
 
@@ -120,6 +121,7 @@ def state_of(shard: Shard) -> dict[str, Any]:
         **{name: getattr(shard, name) for name in FIGURES},
         "staleness": {str(k): n for k, n in shard.staleness.items()},
         "applied": dict(shard.applied),  # copies: these change while the snapshot is written
+        "left": dict(shard.left),
         "wishes": dict(vars(shard.wishes)),
         "order": list(shard.ready().params),
         "members": {who: [m.clock, m.loss, m.count] for who, m in shard.members.items()},
@@ -158,15 +160,14 @@ def replay(shard: Shard, event: Mapping[str, Any], payload: Tensor) -> None:
     if op == "join":
         shard.members[event["member"]] = Member(event["step"], loss=shard.loss, count=shard.count)
     elif op == "leave":
-        shard.members.pop(event["member"], None)
-        store.backups.pop(event["member"], None)
+        shard.forget(event["member"])
     elif op == "pull":
         store.keep_backup(event["member"])
     elif op == "flush":
         flush(shard)
     elif op == "push":
         push = Push.read(event, len(store.layout.entries))
-        shard.wishes.hear(push.step, stop=push.stop, save=push.save)
+        shard.wishes.hear(push.step, stop=push.stop, save=push.save, change=push.change)
         shard.wishes.answered = max(shard.wishes.answered, push.step)
         if store.rules.sync:
             shard.pending[push.member] = (push, payload)

@@ -29,31 +29,38 @@ def slowest(members: Mapping[str, Member]) -> int:
 
 @dataclass
 class Wishes:
-    """A wish to stop or to save, of one worker, is fulfilled by all after the same step of theirs.
+    """A wish to stop, to save or to change the set of workers, of one, is fulfilled by all after the same step of theirs.
 
     That step is one that no worker has been answered yet: every worker hears of it in the answer to that very step.
 
     Attributes:
         answered: the latest step that any worker was answered.
         stop: the signal's number; `stop_at` the step after which all stop.
-        save_at: the step after which all save.
+        save_at, change_at: the step after which all save, or meet to change their set.
     """
 
     answered: int = -1
     stop: int = 0
     stop_at: int = -1
     save_at: int = -1
+    change_at: int = -1
 
-    def hear(self, step: int, *, stop: int, save: bool) -> None:
+    def hear(self, step: int, *, stop: int, save: bool, change: bool) -> None:
         """A worker pushes `step` with its wishes."""
         after = max(self.answered + 1, step)
         if stop and not self.stop:
             self.stop, self.stop_at = stop, after
         if save and step > self.save_at:
             self.save_at = after
+        if change and step > self.change_at:
+            self.change_at = after
 
     def answer(self, step: int) -> dict[str, object]:
         """What the answer to a push of `step` says."""
         self.answered = max(self.answered, step)
         due = self.stop and step >= self.stop_at
-        return {"stop": self.stop if due else 0, "save": step == self.save_at}
+        return {
+            "stop": self.stop if due else 0,
+            "save": step == self.save_at,
+            "change": step == self.change_at,
+        }

@@ -98,6 +98,7 @@ class Push:
     used: str
     stop: int
     save: bool
+    change: bool
 
     @staticmethod
     def read(data: Mapping[str, Any], n_parameters: int) -> Push:
@@ -117,6 +118,7 @@ class Push:
             used=used,
             stop=integer(data, "stop", 0),
             save=bool(data.get("save", False)),
+            change=bool(data.get("change", False)),
         )
         if not (0 <= push.share <= 1 and 0 < push.nominal < math.inf):
             raise Garbage(f"a push of share {push.share}, nominal {push.nominal}", "0 … 1, and positive", "")

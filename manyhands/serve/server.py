@@ -145,7 +145,8 @@ class Server:
         if op == "push":
             push, payload = self._push(header, size, requests)
             received = time.perf_counter()
-            return _timed(shard.push(push, payload, header.get("job"), alive), received)
+            job, serial = header.get("job"), header.get("serial")
+            return _timed(shard.push(push, payload, job, serial, alive), received)
         if op == "begin":
             tensors = self._tensors(header, size, requests)
             return shard.begin(header, tensors), ()
@@ -156,6 +157,7 @@ class Server:
             "join": shard.join,
             "leave": shard.leave,
             "beat": shard.beat,
+            "halt": shard.halt,
             "status": lambda _: shard.status(),
         }
         if op in plain:
@@ -169,7 +171,7 @@ class Server:
             entries, parts = protocol.described(tensors)
             return {**answer, "tensors": entries}, parts
         raise Garbage(
-            f"op = {str(op)[:40]!r}", "push, pull, agree, begin, join, leave, beat, state, status", ""
+            f"op = {str(op)[:40]!r}", "push, pull, agree, begin, join, leave, beat, halt, state, status", ""
         )
 
     def _push(self, header: Mapping[str, Any], size: int, requests: Iterator[bytes]) -> tuple[Push, Tensor]:

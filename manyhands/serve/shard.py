@@ -62,11 +62,13 @@ class Shard:
             with self.cond:
                 self._gather()  # a round that was complete when the server before died
 
-    def _reset(self, steps: int, tokens: int) -> None:
+    def _reset(self, steps: int, tokens: int, progress: float | None = None) -> None:
         self.members: dict[str, Member] = {}
+        self.left: dict[str, int] = {}  # the clocks of those who are no longer waited for
+        self._halted = False  # no push is taken until the job begins anew
         self.version = 0  # updates applied
         self.step = steps  # sync: the round that is being gathered
-        self.progress = float(steps)  # in global batches
+        self.progress = float(steps) if progress is None else progress  # in global batches
         self.tokens = tokens
         self.loss, self.count = 0.0, 0
         self.staleness: Counter[int] = Counter()
@@ -99,7 +101,8 @@ class Shard:
                 )
             self.store = Store(rules, params, state)
             self.header = {**key, "rules": header.get("rules")}
-            self._reset(integer(header, "steps", 0), integer(header, "tokens", 0))
+            steps = integer(header, "steps", 0)
+            self._reset(steps, integer(header, "tokens", 0), number(header, "progress", float(steps)))
             if self._keeper is not None:
                 self._keeper.snapshot(self, wait=True)
             self.cond.notify_all()
@@ -112,7 +115,7 @@ class Shard:
         with self.cond:
             self.ready(header)
             if who not in self.members:
-                self._enter(who, self._first_step(header))
+                self._enter(who, integer(header, "step") if header.get("exact") else self._first_step(header))
             self.members[who].seen = time.monotonic()
             return {"step": self.members[who].clock, "version": self.version}
 
@@ -123,6 +126,18 @@ class Shard:
             self.expire(name(header))
         return {}
 
+    def halt(self, header: Mapping[str, Any]) -> Answer:
+        """Take no push any more until the job begins anew; which step is everybody's next, also of those who have left.
+
+        Where pushes are applied as they come, that tells which of them are in the parameters: of a worker that was
+        lost, and of one whose answer is still on its way.
+        """
+        with self.cond:
+            self.ready(header)
+            self._halted = True
+            self.cond.notify_all()
+            return {"clocks": {**self.left, **{who: m.clock for who, m in self.members.items()}}}
+
     def beat(self, header: Mapping[str, Any]) -> Answer:
         """A worker is still there, though it computes."""
         with self.cond:
@@ -131,24 +146,29 @@ class Shard:
                 self.members[name(header)].seen = time.monotonic()
         return {}
 
-    def push(self, push: Push, payload: Tensor, job: Any, alive: Alive) -> tuple[Answer, Tensor | None]:
+    def push(
+        self, push: Push, payload: Tensor, job: Any, serial: Any, alive: Alive
+    ) -> tuple[Answer, Tensor | None]:
         """Apply a worker's push (or keep it for the round) and answer with fresh parameters when it may go on.
 
         Args:
             payload: uint8, of `Store.payload_bytes`.
-            job: the worker's.
+            job, serial: the worker's: which job, and which of its beginnings (None: whichever).
             alive: whether the worker still waits for the answer.
 
         Returns:
-            The answer, and the parameters (None after the first half of a round over several servers: see `agree`).
+            The answer, and the parameters (None after the first half of a round over several servers: see `agree`; and
+            where the push came after `halt`).
         """
         with self.cond:
             store = self.ready({"job": job})
+            if self._halted or serial not in (None, self.header["serial"]):
+                return {"halted": True}, None
             if push.member not in self.members:
                 self._enter(push.member, push.step)
             member = self.members[push.member]
             member.seen = time.monotonic()
-            self.wishes.hear(push.step, stop=push.stop, save=push.save)
+            self.wishes.hear(push.step, stop=push.stop, save=push.save, change=push.change)
             if store.rules.sync:
                 return self._push_round(push, payload, member, alive)
             if push.step >= member.clock:
@@ -157,7 +177,11 @@ class Shard:
                 self.cond.notify_all()
                 self._snapshot_if_due()
             bound = store.rules.bound
-            self._wait(lambda: bound is None or push.step + 1 - slowest(self.members) <= bound, member, alive)
+            self._wait(
+                lambda: self._halted or bound is None or push.step + 1 - slowest(self.members) <= bound,
+                member,
+                alive,
+            )
             return answer_alone(self, push, member), self._pulled(push.member)
 
     def agree(self, header: Mapping[str, Any]) -> tuple[Answer, Tensor | None]:
@@ -186,7 +210,8 @@ class Shard:
         with self.cond:
             tensors = self.ready().tensors()
             tensors = {n: t for n, t in tensors.items() if not n.startswith("backup/")}
-            return {"version": self.version, "tokens": self.tokens, "skipped": self.skipped}, tensors
+            figures = {"version": self.version, "tokens": self.tokens, "skipped": self.skipped}
+            return {**figures, "progress": self.progress}, tensors
 
     def status(self) -> Answer:
         """Figures for people."""
@@ -328,13 +353,18 @@ class Shard:
         if who not in self.members:
             return
         self._record({"op": "leave", "member": who}, "member")
-        del self.members[who]
-        if self.store is not None:
-            self.store.backups.pop(who, None)
+        self.forget(who)
         self.log(f"{who} is no longer waited for: {why}")
         if self.store is not None and self.store.rules.sync:
             self._gather()
         self.cond.notify_all()
+
+    def forget(self, who: str) -> None:
+        """It has no part in the work any more; how far it came is kept."""
+        if who in self.members:
+            self.left[who] = self.members.pop(who).clock
+        if self.store is not None:
+            self.store.backups.pop(who, None)
 
     def _wait(self, until: Callable[[], bool], member: Member, alive: Alive) -> None:
         """Raises `ManyhandsError` where the worker has gone meanwhile; what it pushed stays."""

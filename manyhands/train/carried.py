@@ -34,7 +34,8 @@ def state_of(replica: Replica) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for part, named in zip(PARTS, found, strict=True)
         for name, tensor in named.items()
     }
-    return tensors, {"steps": replica.steps, "tokens": replica.tokens, "skipped": replica.skipped}
+    facts = {"steps": replica.steps, "tokens": replica.tokens, "skipped": replica.skipped}
+    return tensors, {**facts, "agreements": getattr(replica.method, "agreements", 0)}
 
 
 def fetch_s(replica: Replica) -> float:
@@ -69,6 +70,8 @@ def load(replica: Replica, tensors: Mapping[str, Tensor], facts: Mapping[str, An
     replica.steps, replica.tokens = int(facts["steps"]), int(facts["tokens"])
     replica.skipped = int(facts["skipped"])
     replica.method.restart()
+    if hasattr(replica.method, "agreements"):
+        replica.method.agreements = int(facts["agreements"])
 
 
 def hand_over(replica: Replica, leaving: Sequence[bool]) -> None:

@@ -164,11 +164,15 @@ class Crew:
             self.failed(cause)
         self.membership.at("re-forming", old.steps)
         held: dict[int, list[int]] = {}
+        undone = 0  # up to this step, work that is in no agreement is lost
         if hasattr(old.method, "rewind") and not self.fresh:
             steps, committed = old.steps, old.method.committed
             held = old.method.rewind()
+            if getattr(old.method, "alone", False):  # and what I had pushed when the last set met
+                for step, places in loop.division.held().get(self.membership.me.id, {}).items():
+                    held.setdefault(step, []).extend(places)
             if old.steps == steps and steps > committed and not held:
-                loop.dropped(steps, "a worker was lost before the next agreement")
+                undone = steps
         applied = applied_by(loop)
         dropped = loop.division.begun() if getattr(old.method, "drops", False) else {}
         while True:
@@ -180,6 +184,7 @@ class Crew:
                 seat=self.membership.me.id,
                 fresh=self.fresh,
                 steps=loop.replica.steps,
+                agreements=getattr(loop.replica.method, "agreements", 0),
                 chores=loop.chores_at(loop.replica.steps),
                 held=held,
                 gone={seat: by for seat, by in applied.items() if seat not in staying},
@@ -190,17 +195,19 @@ class Crew:
                 quick=carried.fetch_s(loop.replica) < QUICK * loop.tally.step_s,
             )
             try:
-                self.settle(loop, world, mine, begun=begun)
+                self.settle(loop, world, mine, begun=begun, undone=undone)
                 return
             except PeerLost as lost:
                 world.wire.close()
                 self.failed(lost)
 
-    def settle(self, loop: Loop, world: World, mine: Position, *, begun: float) -> None:
+    def settle(self, loop: Loop, world: World, mine: Position, *, begun: float, undone: int = 0) -> None:
         """Agree on where the job stands, and take over. Collective. Raises `PeerLost`."""
         assert self.epoch is not None
         still = bool(getattr(loop.replica.method, "still", False))
         standing = conclude([Position.of(data) for data in world.gather(mine.to_data())], still=still)
+        if undone and world.rank not in standing.behind:  # the others do not know of the last agreement
+            loop.books.dropped(loop.division, undone, "a worker was lost before the next agreement")
         made_of, rebuilt = SURVIVORS, ""
         traffic = loop.replica.wire.traffic
         world.wire.traffic = traffic  # type: ignore[misc]  # the counters of the whole run
@@ -223,10 +230,13 @@ class Crew:
             loop.replica, made_of = self._rebuild(world, salvaged, standing.steps)
             if len(kept) == len(loop.replica.states):  # what I hold back is mine, wherever the parameters are
                 loop.replica.states[:] = kept
-            standing = Standing(steps=loop.replica.steps, leader=0, fresh=standing.fresh)
+            if loop.replica.steps == standing.steps:
+                standing = dataclasses.replace(standing, leader=0, behind=(), resting=())
+            else:
+                standing = Standing(steps=loop.replica.steps, leader=0, fresh=standing.fresh)
         loop.enter(world, standing, self.epoch)
         if made_of != SURVIVORS:  # steps may be done again
-            loop.begin_attempt()
+            loop.begin_attempt(standing)
         if made_of != SURVIVORS or redivided is not None:
             loop.take_facts(world.gather(loop.facts())[standing.leader])  # shares, too, are the leader's
             self.fresh = False
@@ -345,8 +355,9 @@ def applied_by(loop: Loop) -> Mapping[str, Held]:
     if not counts:
         return {}
     found = loop.division.held()  # also of those who were lost before the last set
+    first = getattr(loop.replica.method, "known_from", loop.replica.steps)
     for rank, seat in enumerate(loop.seats[: len(counts)]):
-        steps = range(loop.replica.steps, loop.replica.steps + counts[rank])
+        steps = range(first, loop.replica.steps + counts[rank])
         for step, places in loop.division.of_rank(rank, steps).items():
             found.setdefault(seat.id, {}).setdefault(step, []).extend(places)
     return found

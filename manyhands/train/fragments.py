@@ -32,6 +32,7 @@ class Fragment:
     nominal: float = 0.0
     drifted: bool = False
     flight: Any = None
+    met: int = 0  # the steps whose work is in the anchors
     places: list[tuple[int, int]] = field(default_factory=list)  # (flat, offset) of each view
 
     @staticmethod

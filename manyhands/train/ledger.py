@@ -12,7 +12,7 @@ of any survivor tells all. Lines::
 Steps are counted from 1, as in checkpoints' names and the log: step s takes the batch ``Order.ids(s - 1)``. ``epoch`` is
 the membership epoch; ``who`` maps seats to half-open ranges of places (micro-batches). An attempt that continues from
 checkpoint N voids what earlier attempts committed after step N. ``"alone": true`` marks what a worker says of
-itself only, where workers do not wait for each other.
+itself (and of those who are gone) only, where workers do not wait for each other.
 
 A line is one `write`, after the update: SIGKILL leaves it whole or cuts it off at the end of the file, where readers
 ignore it. Files are synced when a checkpoint is taken (`Ledger.sync`, *before* the checkpoint becomes durable), so a

@@ -64,12 +64,12 @@ class LocalSteps:
         self._exact, self._since = 0, 0  # job's targets up to the last agreement, nominal ones since
         self._late: list[Flight] = []  # pairs do not wait for everybody's sums: read one round later
         self._lost_in_a_row = 0
-        self._met = 0  # the step of the last agreement
+        self.agreements = 0  # a peer may be lost when some have the last one already
         self._held: dict[int, list[int]] = {}  # what I have computed since then: places by step
 
     @property
     def committed(self) -> int:
-        return self._met
+        return min(f.met for f in self._fragments)
 
     @property
     def at_rest(self) -> bool:
@@ -197,9 +197,9 @@ class LocalSteps:
                 for anchor, param in zip(fragment.anchors, fragment.params, strict=True):
                     anchor.copy_(param)
                 fragment.rest()
-                fragment.flight = None
+                fragment.flight, fragment.met = None, self._replica.steps
         self._exact, self._since, self._sums, self._late = self._replica.tokens, 0, [0.0, 0.0], []
-        self._met, self._held = self._replica.steps, {}
+        self._held = {}
         self.inner.forget()
 
     def rewind(self) -> dict[int, list[int]]:
@@ -214,7 +214,7 @@ class LocalSteps:
             self._adopt()
             for fragment in self._fragments:
                 fragment.rest()
-                fragment.flight = None
+                fragment.flight, fragment.met = None, replica.steps
             replica.tokens = self._exact + self._since
             self._exact, self._since, self._sums, self._late, self._held = (
                 replica.tokens,
@@ -223,7 +223,6 @@ class LocalSteps:
                 [],
                 {},
             )
-            self._met = replica.steps
             return {}
         if self.inner.pending:  # what I have computed is in my parameters, and stays there
             self._inner_step()
@@ -234,7 +233,7 @@ class LocalSteps:
             fragment.targets += fragment.flight.targets
             fragment.flight, fragment.drifted = None, True
         fragment.nominal, self._since = 0.0, 0  # counted again as the steps go by again
-        replica.steps, replica.tokens = self._met, self._exact
+        replica.steps, replica.tokens = fragment.met, self._exact
         return {step: list(places) for step, places in self._held.items()}
 
     def adopt(self, other: LocalSteps) -> None:
@@ -242,8 +241,9 @@ class LocalSteps:
             for mine, theirs in zip(self._fragments, other._fragments, strict=True):
                 for anchor, old in zip(mine.anchors, theirs.anchors, strict=True):
                     anchor.copy_(old)
-                mine.targets, mine.drifted = theirs.targets, theirs.drifted
-        self._sums, self._exact, self._met, self._held = other._sums, other._exact, other._met, other._held
+                mine.targets, mine.drifted, mine.met = theirs.targets, theirs.drifted, theirs.met
+        self._sums, self._exact, self._held = other._sums, other._exact, other._held
+        self.agreements = other.agreements
         self.states[:] = other.states
         self.load_optimizer_state(other.optimizer_state())
         self.load_local_state(other.local_state())
@@ -288,7 +288,13 @@ class LocalSteps:
         if self._speaks:
             talks.start(self._exchange.talk(self._contribution(fragment), self.states[i]))
         fragment.flight = Flight(
-            talks, header, fragment.nominal, self._since, fragment.targets, list(self._sums)
+            talks,
+            header,
+            fragment.nominal,
+            self._since,
+            fragment.targets,
+            list(self._sums),
+            self._replica.steps,
         )
         self._exact += self._since  # corrected when the header arrives
         self._since = 0
@@ -303,12 +309,12 @@ class LocalSteps:
             return None
         found = flight.talks.finish()
         told = None if self._pairwise else Header.of(torch.stack(flight.header.wait()))
-        fragment.flight = None
-        self._met, self._held = replica.steps, {}
+        fragment.flight, fragment.met, self._held = None, flight.step, {}
         keep = replica.strategy.keep_local if keep_local is None else keep_local
         lost = self._settle(i, flight, found, told, keep)
-        if not self._pairwise:
-            return self._read(flight, lost=lost)
+        if told is not None:
+            self.agreements += 1
+            return self._told(flight, told, lost=lost)
         self._late.append(flight)
         return self._read(self._late.pop(0), lost=lost) if len(self._late) > 1 else None
 
@@ -334,8 +340,11 @@ class LocalSteps:
         return lost
 
     def _read(self, flight: Flight, *, lost: bool) -> _Told:
-        """The header of an exchange: everybody's sums."""
-        told = Header.of(torch.stack(flight.header.wait()))
+        """The header of an exchange, which may still be under way."""
+        return self._told(flight, Header.of(torch.stack(flight.header.wait())), lost=lost)
+
+    def _told(self, flight: Flight, told: Header, *, lost: bool) -> _Told:
+        """Everybody's sums."""
         self._exact += told.count - flight.told_nominal
         self._replica.tokens = self._exact + self._since
         return _Told(told.loss_sum / told.count if told.count else math.nan, flight.told_nominal, told, lost)
@@ -398,3 +407,4 @@ class Flight:
     told_nominal: int
     targets: float
     sums: list[float]
+    step: int

@@ -28,16 +28,15 @@ if TYPE_CHECKING:
     from manyhands.core.membership import Epoch
     from manyhands.core.signals import Interrupts
     from manyhands.core.types import Rows, Task
+    from manyhands.train.books import Books
     from manyhands.train.checkpoint import AsyncSaver
     from manyhands.train.crew import Crew
     from manyhands.train.feed import Feed
-    from manyhands.train.ledger import Ledger
     from manyhands.train.replica import Replica, StepResult
     from manyhands.train.standing import Standing
     from manyhands.wire.world import World
 
 LOG_S = 2.0
-DROPPED = "its worker was lost before the round's end (--lost-round drop)"
 SAVE_S = 600.0
 
 
@@ -48,8 +47,7 @@ class Loop:
     Attributes:
         state: what a checkpoint needs beyond the replica, as a function (rank 0's is written).
         promote: told of each set of workers; its rank 0 speaks for all, and gets what saves.
-        next_attempt: the number of the ledger's next attempt, asked of rank 0.
-        open_ledger: (attempt, the step that it goes on from) -> the ledger.
+        books: what this worker tells the ledger.
         crew: how the loop passes from one set of workers to the next; None: the set never changes.
         seats: the workers, in rank order; division: who of them computes what.
         mend: mend replicas that differ (else stop); flops_per_token, peak_flops (of all workers): for MFU.
@@ -71,13 +69,11 @@ class Loop:
     tokenizer: Path | None
     flops_per_token: float
     peak_flops: float
-    next_attempt: Callable[[], int]
-    open_ledger: Callable[[int, int], Ledger]
+    books: Books
     crew: Crew | None = None
     mend: bool = False
     tally: Tally = field(default_factory=Tally)
     saver: AsyncSaver | None = None
-    ledger: Ledger | None = None
 
     def __post_init__(self) -> None:
         self.seats: tuple[Seat, ...] = tuple(
@@ -88,7 +84,7 @@ class Loop:
         self._chores: list[str] = []
         self._chores_of = -1  # the step that they belong to
         self._entered = False  # into a set of workers that had begun
-        self.closing, self._attempt, self._save_again, self._begun_at = False, (0, 0), False, 0.0
+        self.closing, self._save_again, self._begun_at = False, False, 0.0
         self._saved_at, self.saved_step, self._save_due, self._torn = time.monotonic(), -1, False, False
         self.compiling, self.together = True, False
         self._mark = self._begun = time.perf_counter()
@@ -127,15 +123,7 @@ class Loop:
         if self.crew is not None and self.crew.epoch is not None:
             self.seats, self._epoch = self.crew.epoch.seats, self.crew.epoch.number
         if not self._entered:  # else the others are in the middle of an attempt
-            self.begin_attempt()
-
-    def begin_attempt(self) -> None:
-        """From here on the ledger counts anew: what was committed after this step before is void. Collective."""
-        number = self.next_attempt() if self.world.rank == 0 else 0
-        self._attempt = (int(self.world.gather(number)[0]), self.replica.steps)
-        if self.ledger is not None:
-            self.ledger.close()
-        self.ledger = self.open_ledger(*self._attempt)
+            self.books.begin_attempt(self.world, self.replica.steps)
 
     def _advance(self) -> None:
         """One step, and its chores."""
@@ -238,13 +226,7 @@ class Loop:
 
     def _commit(self) -> None:
         """Steps whose work is in the agreed parameters by now go into the ledger."""
-        me, alone = self.seats[self.world.rank].id, bool(getattr(self.replica.method, "alone", False))
-        for step, epoch, who, rows in self.division.committed(self.replica.method.committed):
-            if self.ledger is not None:
-                said = {me: who[me]} if alone else who
-                self.ledger.commit(step + 1, epoch=epoch, who=said, rows=rows, alone=alone)
-                if left_out := self.division.take_dropped(step):
-                    self.ledger.dropped(step + 1, epoch=epoch, who=left_out, rows=rows, why=DROPPED)
+        self.books.commit(self.division, self.replica.method, self.seats)
         if self.crew is not None:
             self.crew.committed(self)
 
@@ -254,11 +236,11 @@ class Loop:
         """What is still to be done after `steps` steps."""
         return list(self._chores) if self._chores_of == steps else []
 
-    def dropped(self, steps: int, why: str) -> None:
-        """What was computed up to step `steps` and is in no agreement is lost."""
-        for step, epoch, who, rows in self.division.committed(steps):
-            if self.ledger is not None:
-                self.ledger.dropped(step + 1, epoch=epoch, who=who, rows=rows, why=why)
+    def begin_attempt(self, standing: Standing) -> None:
+        """Steps may be done again: the ledger counts anew from where the job stands. Collective."""
+        self.books.begin_attempt(self.world, self.replica.steps)
+        rows = self.feed.order.rows(max(0, standing.steps - 1))
+        self.books.tell_of_gone(standing, self.replica.method, self.seats, epoch=self._epoch, rows=rows)
 
     def enter(self, world: World, standing: Standing, epoch: Epoch) -> None:
         """Go on in another set of workers."""
@@ -294,7 +276,7 @@ class Loop:
             "saved_step": self.saved_step,
             "balancer": self.balancer.state() if self.balancer is not None else None,
             "weights": list(self.feed.weights),
-            "attempt": list(self._attempt),
+            "attempt": list(self.books.attempt),
             "step_s": self.tally.step_s,
         }
 
@@ -305,10 +287,8 @@ class Loop:
             self.balancer.load(facts["balancer"])
             self.balancer.weights = tuple(facts["weights"])
         self.feed.weights = tuple(facts["weights"])
-        self._attempt = tuple(facts["attempt"])
         self.tally.step_s = self.tally.step_s or float(facts["step_s"])
-        if self.ledger is None:
-            self.ledger = self.open_ledger(*self._attempt)
+        self.books.take_part(facts["attempt"])
         self._marked = (self.replica.steps, self.replica.tokens, 0.0)
 
     def _clock_says_save(self) -> bool:
@@ -387,8 +367,7 @@ class Loop:
         """Collective, at rest."""
         if self.saved_step != self.replica.steps:
             self._check()
-            if self.ledger is not None:
-                self.ledger.sync()
+            self.books.sync()
             self._submit(collective=True)
             self.saved_step = self.replica.steps
             self._saved_at = time.monotonic()

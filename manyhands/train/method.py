@@ -145,6 +145,7 @@ class Method(Protocol):
         saves_alone: (optional) the agreed parameters are there at any time, so that after an interruption one worker can save
             them though the method is not at rest.
         still: (optional) nothing that others may need moves before a step's agreement.
+        agreements: (optional) how many this worker has taken part in; it may have some that others lack when one is lost.
         states: of the exchange, one for each of its conversations.
     """
 

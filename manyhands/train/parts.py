@@ -46,6 +46,7 @@ class Parts:
     ) -> None:
         self.job, self.device = job, device
         self._over, self._tell_phase, self._planned_for = over, tell_phase, planned_for
+        self._guest = planned_for is not None  # until the job's workers take me in
 
     def prepare(self, world: World, emit: Emit) -> None:
         """The rows. Collective."""
@@ -129,6 +130,8 @@ class Parts:
             strategy = dataclasses.replace(strategy, placement=placement.fitted(world.size))
         if regrouped and getattr(placement, "needs_group", False):
             self.model, self.forward = self.fresh_model(), None
+        if self._guest:
+            continues, self._guest = {"guest": True}, False
         in_tokens = getattr(strategy.outer.schedule, "unit", "steps") == "tokens"
         steps, per_row = self.plan.steps, self.material.targets_per_row
         return Replica(
@@ -162,7 +165,7 @@ class Parts:
         found = world.gather(str(newest) if newest else "")[0]
         if not getattr(self.job.strategy.placement, "needs_group", False):
             self.model, self.forward = self.fresh_model(), None
-        counters = {key: value for key, value in salvaged.items() if isinstance(value, (int, str))}
+        counters = {key: value for key, value in salvaged.items() if isinstance(value, (int, float, str))}
         told = world.gather(counters)[0]
         if told:
             own = self.model.state_dict()

@@ -57,7 +57,8 @@ class Replica:
         lost_round: of local steps: whether what a lost worker has done since the last agreement is done again, "redo" (where
             the method can; "auto", too), or left out, "drop".
         compare: whether all workers' models are equal already, which is checked.
-        continues: what the method of an earlier set of workers has salvaged, with the counters.
+        continues: what the method of an earlier set of workers has salvaged, with the counters; or that this worker is a
+            ``guest``, which is not one of the job's workers yet.
 
     Attributes:
         steps, tokens: done so far, by the whole job.

@@ -4,7 +4,9 @@
 
 ``sync``: the answer comes when all workers' pushes of the step have made one update; Σ/Σ and clipping are the server's,
 so the result is all-reduce's to rounding. Otherwise each push is clipped by its own norm and applied as it comes; the
-workers meet only where all must (evaluation, checkpoints, the end), and there every one holds the same bits.
+workers meet only where all must (evaluation, checkpoints, a change of their set, the end), and there every one holds
+the same bits. When one is lost the servers take no more pushes and tell whose are in the parameters: what is missing of
+a step is then computed by those who are left. (Of a push that had come to some of several servers, all of it.)
 
 What a push says is the strategy's `exchange`: ``all-reduce`` stands for raw numbers, a codec for its bytes, and
 ``error-feedback(codec)`` keeps on the worker what the bytes left out.
@@ -15,36 +17,32 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from manyhands.core import config, rng, tls
-from manyhands.core.environment import read_env
-from manyhands.core.errors import CheckpointError, PeerLost, UsageError
+from manyhands.core import config
+from manyhands.core.errors import CheckpointError, PeerLost
 from manyhands.core.request import Gather
-from manyhands.exchange.allreduce import AllReduce
-from manyhands.exchange.codec import wide
-from manyhands.serve.client import Endpoint, Link, Servers, endpoints
+from manyhands.serve.client import Servers
+from manyhands.serve.reach import links
 from manyhands.train.gradients import FlatGradients
 from manyhands.train.method import Part, StepResult, Wishes, accumulate
 from manyhands.train.norm import norm_of
+from manyhands.train.pushes import PushCodec
 from manyhands.wire.solo import Solo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from manyhands.placement.served import Served as Placement
     from manyhands.train.method import Loss
     from manyhands.train.replica import Replica
 
 LOOK_S = 0.05  # how often a push that waits looks whether somebody was lost
-START_S = 120.0  # for servers that the launcher is starting
 
 
 class Served:
@@ -57,21 +55,26 @@ class Served:
     def __init__(self, replica: Replica) -> None:
         strategy = replica.strategy
         placement: Any = strategy.placement
-        self._codec, self._decay = codec_of(strategy.exchange)
+        self._codec = PushCodec(strategy.exchange)
         self._replica, self._placement = replica, placement
         self._sync = placement.bound == 0
         self._rested = True
         self.alone = not self._sync
+        self.states: list[Any] = []
+        self._guest = bool(replica.continues.get("guest"))
+        if self._guest:  # the servers hear of me when I am one of the workers
+            return
         self._calls = ThreadPoolExecutor(1, thread_name_prefix="push")
         self._serial = int(replica.continues.get("serial", -1)) + 1
         self._loading: Mapping[str, Tensor] = replica.continues.get("optimizer", {})
+        self._progress: float | None = replica.continues.get("progress")
         self._job = str(replica.continues.get("job") or self._agree_on(secrets.token_hex(16)))
         self.gradients = FlatGradients(
             replica.named, Solo(str(replica.device)), bucket_mb=math.inf, on_bucket=lambda *_: None
         )
         self._servers = Servers(
-            _links(placement),
-            member=f"worker-{replica.wire.rank}",
+            links(placement),
+            member=_member(replica.wire.rank),
             job=self._job,
             lease_s=placement.lease_s,
         )
@@ -84,9 +87,11 @@ class Served:
             (layout.views(params), layout.views(grads))
             for layout, params, grads in zip(layouts, self._params, self._grads, strict=True)
         ]
-        self.states: list[Any] = [self._fresh(grads, i) for i, grads in enumerate(self._grads)]
-        self._left: list[dict[int, Tensor]] = [{} for _ in self._grads]  # by the push on its way
+        self.states += [self._codec.fresh(self._flats(i)) for i in range(len(layouts))]
         self._version = 0
+        self.unused = False  # my last push was dropped by rule
+        self._held: dict[int, list[int]] = {}  # places that I have pushed since the workers last met, by step
+        self.applied: list[int] = []  # after `rewind`: how many steps beyond the job's each rank has pushed
         self._begin()
 
     @property
@@ -118,7 +123,9 @@ class Served:
             "norm": norm,
             "stop": wishes.stop,
             "save": wishes.save,
+            "change": wishes.change,
         }
+        self._held.setdefault(part.step, []).extend(done.places)
         answer = self._push(header)
         self._take_parameters()
         self._version = int(answer["version"])
@@ -129,6 +136,7 @@ class Served:
         counted = int(answer.get("count", 0))
         everyones = float(answer.get("loss", math.nan)) / counted if counted else math.nan
         skipped = bool(answer.get("skipped", False))
+        self.unused = self.alone and bool(count) and not skipped and not answer["applied"][0]
         if counted or skipped:
             replica.took(finite=not skipped, step=part.step, loss=everyones, norm=float(answer["norm"]))
         return StepResult(
@@ -141,6 +149,7 @@ class Served:
             int(answer["stop"]),
             bool(answer["save"]),
             int(count),
+            change=bool(answer["change"]),
         )
 
     def meet(self) -> None:
@@ -154,6 +163,7 @@ class Served:
         if self._replica.wire.rank != 0:
             self._pull()
         self._rested = True
+        self._held.clear()
 
     @contextmanager
     def agreed(self, *, collective: bool = True) -> Iterator[None]:
@@ -197,11 +207,38 @@ class Served:
         self._serial += 1
         self._begin()
 
+    def rewind(self) -> dict[int, list[int]]:
+        """Pushes that the servers have stay; the job goes on with the first step that not all have pushed."""
+        if self._sync:
+            return {}
+        replica = self._replica
+        clocks = self._servers.halt()
+        reached = [clocks.get(_member(rank), self._begun) for rank in range(replica.wire.size)]
+        replica.steps = min(reached)
+        self.applied = [clock - replica.steps for clock in reached]
+        own = reached[replica.wire.rank]
+        taken = own > max(self._held, default=own)  # also the push whose answer has not come
+        self._codec.keep(self.states, [taken] * len(self.states))
+        mine = range(replica.steps, own)
+        return {step: list(places) for step, places in self._held.items() if step in mine}
+
+    @property
+    def known_from(self) -> int:
+        """After `rewind`: whoever was lost may not have told of the step before the job's, its last."""
+        return max(self._begun, self._replica.steps - 1)
+
     def salvage(self) -> dict[str, Any]:
         """What the servers hold, when workers were lost: the next set of workers continues with it."""
-        answer, params, optimizer = self._servers.state()
+        servers = Servers(links(self._placement), member="", job=self._job)  # mine may be closed already
+        servers.layouts = self._servers.layouts
+        try:
+            answer, params, optimizer = servers.state()
+        finally:
+            servers.hang_up()
         tokens = int(answer["tokens"])
         counters: dict[str, Any] = {"tokens": tokens, "job": self._job, "serial": self._serial}
+        if not self._sync:
+            counters["progress"] = float(answer["progress"])
         if self._sync:  # a step may have been applied of which nobody was told any more
             counters["steps"] = self._replica.steps + (tokens > self._replica.tokens)
         return {**counters, "params": params, "optimizer": optimizer}
@@ -222,6 +259,8 @@ class Served:
         }
 
     def close(self) -> None:
+        if self._guest:
+            return
         self.gradients.close()
         self._calls.shutdown(wait=False, cancel_futures=True)
         self._servers.close()
@@ -231,6 +270,7 @@ class Served:
     def _begin(self) -> None:
         """Rank 0 hands the job to the servers; then everyone takes part."""
         replica = self._replica
+        self._servers.serial, self._begun = self._serial, replica.steps
         self._barrier()
         if replica.wire.rank == 0:
             self._servers.begin(
@@ -240,10 +280,11 @@ class Served:
                 serial=self._serial,
                 steps=replica.steps,
                 tokens=replica.tokens,
+                progress=self._progress,
             )
-        self._loading = {}
+        self._loading, self._progress = {}, None
         self._barrier()
-        self._servers.join(replica.steps)
+        self._servers.join(replica.steps, exact=True)
         self._barrier()  # nobody pushes before the servers wait for all
         self._version, self._rested = 0, True
 
@@ -261,8 +302,8 @@ class Served:
             rules["max_norm"] = replica.max_norm
         if replica.total:
             rules["total"] = float(replica.total)
-        if self._codec is not None:
-            rules["codec"] = config.to_data(self._codec, "exchanges")
+        if self._codec.codec is not None:
+            rules["codec"] = config.to_data(self._codec.codec, "exchanges")
         return rules
 
     def _push(self, header: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,17 +315,31 @@ class Served:
                 for name, view in grads.items():
                     view.copy_(self._named[name].grad)
         self.gradients.detach()
-        payloads = [self._encoded(i, int(header["step"])) for i in range(len(self._grads))]
+        payloads = list(self._grads)
+        if self._codec.codec is not None:
+            step, rank = int(header["step"]), self._replica.wire.rank
+            payloads = [
+                self._codec.encode(i, self._flats(i), state, step=step, rank=rank)
+                for i, state in enumerate(self.states)
+            ]
         traffic: Any = self._replica.wire.traffic
         before, start = self._servers.traffic, time.perf_counter()
         answer = self._unless_lost(lambda: self._servers.push(header, used, payloads, self._params))
-        self._keep_left(answer["applied"])
+        if answer.get("halted"):  # another worker knows already that somebody was lost
+            if self._replica.over is not None:
+                self._replica.over.wait(self._placement.patience_s)
+            raise PeerLost(None, "push", "the workers meet anew")
+        self._codec.keep(self.states, answer["applied"])
         spent, after = time.perf_counter() - start, self._servers.traffic
         waited = min(spent, float(answer.get("served_s", 0.0)))
         traffic.idle_s += waited
         traffic.communicate_s += spent - waited
         traffic.count(after[0] - before[0], after[1] - before[1])
         return answer
+
+    def _flats(self, server: int) -> list[Tensor]:
+        """The gradients that a server gets, by type."""
+        return self._servers.layouts[server].flats(self._grads[server])
 
     def _unless_lost(self, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """`call()`, which may wait for a worker that is gone: then it is left alone. Raises `PeerLost`."""
@@ -298,43 +353,6 @@ class Served:
             except NotYet:
                 if over.is_set() and not answer.done():
                     raise PeerLost(None, "push", "the set of workers has changed") from None
-
-    def _encoded(self, server: int, step: int) -> Tensor:
-        """A server's payload: its gradients as they are, or encoded with what earlier pushes left out."""
-        if self._codec is None:
-            return self._grads[server]
-        state, parts = self.states[server], []
-        residuals = state.get("residual", ())
-        for i, flat in enumerate(self._servers.layouts[server].flats(self._grads[server])):
-            value = flat
-            if self._decay is not None:
-                value = flat.to(wide(flat.dtype)).add(residuals[i], alpha=self._decay)
-            # without the step's number a random rounding would repeat itself
-            key = rng.key(step, server * 1000 + i, self._replica.wire.rank)
-            payload = self._codec.encode(value, key)
-            parts.append(payload)
-            if self._decay is not None:
-                decoded = self._codec.decode(payload, flat.numel(), flat.dtype)
-                self._left[server][i] = value - decoded.to(value.dtype)
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
-
-    def _keep_left(self, applied: Sequence[bool]) -> None:
-        """What a push left out is held back from now on, where a server has used the push.
-
-        One that was dropped (late, too stale, another worker's not finite) leaves what was held back as it was.
-        """
-        for server, used in enumerate(applied):
-            for i, left in self._left[server].items():
-                if used and bool(torch.isfinite(left).all()):
-                    self.states[server]["residual"][i].copy_(left)
-            self._left[server].clear()
-
-    def _fresh(self, grads: Tensor, server: int) -> dict[str, Any]:
-        """The state of a server's exchange before the first push: only error feedback has any."""
-        if self._codec is None or self._decay is None:
-            return {}
-        flats = self._servers.layouts[server].flats(grads)
-        return {"residual": [torch.zeros(f.numel(), dtype=wide(f.dtype)) for f in flats]}
 
     def _pull(self, *, flush: bool = False) -> None:
         answer = self._servers.pull(self._params, flush=flush)
@@ -356,51 +374,5 @@ class Served:
         return bytes(self._replica.wire.begin(Gather(mine)).wait()[0].tolist()).decode()
 
 
-def codec_of(exchange: Any) -> tuple[Any, float | None]:
-    """(codec, decay of error feedback) of a strategy's exchange; (None, None) for raw numbers. Raises `UsageError`."""
-    if isinstance(exchange, AllReduce) and exchange.precision == "as-is":
-        return None, None
-    kind = type(exchange).__name__
-    decay = float(exchange.decay) if kind == "ErrorFeedback" else None
-    inner = exchange.inner if kind == "ErrorFeedback" else exchange
-    if not all(callable(getattr(inner, part, None)) for part in ("encode", "decode", "size_bytes")):
-        raise UsageError(
-            f"exchange = {exchange!r} with placement = 'served'",
-            "a push goes one way: it is raw (all-reduce) or encoded by a codec, with error feedback or without",
-            "use for example exchange = 'error-feedback(int8)' or 'bf16'",
-        )
-    return inner, decay
-
-
-def _links(placement: Placement) -> list[Link]:
-    """Connections to the servers that the placement names, or that the launcher has started."""
-    if placement.address:
-        token = tls.read_token(placement.token_file)
-        prints = placement.fingerprints or ("",) * len(placement.addresses)
-        known = [Endpoint(a, f) for a, f in zip(placement.addresses, prints, strict=True)]
-        return [_fixed(where, token, placement.patience_s) for where in known]
-    store = read_env().store
-    if store is None or not (Path(store) / "token").exists():
-        raise UsageError(
-            "placement = 'served' without address",
-            "only manyhands' own launcher starts servers beside the workers",
-            "start `manyhands serve-parameters` and give address=host:port, token_file=…, fingerprint=…",
-        )
-    token = tls.read_token(str(Path(store) / "token"))
-    files = [str(Path(store) / f"server-{i}.json") for i in range(placement.servers)]
-    return [_announced(file, token, placement.patience_s) for file in files]
-
-
-def _fixed(where: Endpoint, token: str, patience_s: float) -> Link:
-    return Link(lambda: where, token, patience_s=patience_s)
-
-
-def _announced(file: str, token: str, patience_s: float) -> Link:
-    """A server that tells its address in a file, anew after each start."""
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and not Path(file).exists():
-        time.sleep(0.02)
-    return Link(lambda: next(endpoints(file)), token, patience_s=patience_s)
-
-
-__all__ = ["Served", "codec_of"]
+def _member(rank: int) -> str:
+    return f"worker-{rank}"

@@ -31,6 +31,7 @@ class Position:
         seat: its id.
         fresh: it holds no state of the job.
         steps: steps that are agreed upon.
+        agreements: how many it has taken part in, where several may fall on one step.
         chores: what it still has to do after that step, in order.
         held: places of micro-batches that it has computed since, by step.
         gone: the same of those who were lost, where what they did stays (they wrote into common parameters).
@@ -44,6 +45,7 @@ class Position:
     seat: str
     fresh: bool
     steps: int
+    agreements: int = 0
     chores: Sequence[str] = ()
     held: Held = field(default_factory=dict)
     gone: Mapping[str, Held] = field(default_factory=dict)
@@ -120,8 +122,8 @@ def conclude(positions: Sequence[Position], *, still: bool = True) -> Standing:
             "one survivor is enough",
             "continue from the last checkpoint with --resume",
         )
-    steps = max(p.steps for p in veterans)
-    up_to_date = [not p.fresh and p.steps == steps for p in positions]
+    furthest = max((p.steps, p.agreements) for p in veterans)
+    up_to_date = [not p.fresh and (p.steps, p.agreements) == furthest for p in positions]
     there = [p for p, ok in zip(positions, up_to_date, strict=True) if ok]
     held: dict[int, dict[str, tuple[int, ...]]] = {}
     for p in there:
@@ -141,7 +143,7 @@ def conclude(positions: Sequence[Position], *, still: bool = True) -> Standing:
     if orphaned and "wait" in chores and "save" not in chores:
         chores = ("meet", "save", *chores)
     return Standing(
-        steps=steps,
+        steps=furthest[0],
         leader=up_to_date.index(True),
         behind=behind,
         fresh=tuple(rank for rank, p in enumerate(positions) if p.fresh),

@@ -132,8 +132,7 @@ class _Run:
         """Whatever is open is closed; nobody waits for this worker any more."""
         if self.loop is not None:
             self.loop.replica.close()
-            if self.loop.ledger is not None:
-                self.loop.ledger.close()
+            self.loop.books.close()
         for world in (self.world, self.loop.world if self.loop is not None else None):
             if world is not None:
                 world.wire.close()
@@ -305,7 +304,8 @@ class _Run:
     def _loop(self) -> Loop:
         from manyhands.train import session
         from manyhands.train.balancing import balancer_for
-        from manyhands.train.ledger import Ledger, next_attempt
+        from manyhands.train.books import Books
+        from manyhands.train.ledger import Ledger
         from manyhands.train.loop import Loop
         from manyhands.train.tally import Schedule
 
@@ -335,8 +335,7 @@ class _Run:
             eval_rows=parts.material.evaluation,
             eval_batch=plan.device_batch,
             promote=self._promote,
-            next_attempt=lambda: next_attempt(self.output),
-            open_ledger=open_ledger,
+            books=Books(self.output, open_ledger, seat),
             state=self._state,
             tokenizer=parts.material.tokenizer,
             flops_per_token=parts.facts.flops_per_token,

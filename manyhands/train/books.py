@@ -1,0 +1,91 @@
+"""What one worker tells the ledger, over all attempts: which steps were committed, and what of them no update has used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from manyhands.train.division import Division, spans_of
+from manyhands.train.ledger import Ledger, next_attempt
+
+if TYPE_CHECKING:
+    from manyhands.core.membership import Seat
+    from manyhands.train.method import Method
+    from manyhands.train.standing import Standing
+    from manyhands.wire.world import World
+
+DROPPED = "its worker was lost before the round's end (--lost-round drop)"
+UNUSED = "its push was staler than the servers take (discard)"
+
+
+class Books:
+    """The ledger of a worker.
+
+    Args:
+        output: where the run writes.
+        open_ledger: (attempt, the step that it goes on from) -> the ledger.
+        me: this worker's seat.
+
+    Attributes:
+        attempt: its number, and the step that it goes on from.
+    """
+
+    def __init__(self, output: Path, open_ledger: Callable[[int, int], Ledger], me: str) -> None:
+        self._output, self._open, self._me = output, open_ledger, me
+        self.attempt = (0, 0)
+        self._ledger: Ledger | None = None
+
+    def begin_attempt(self, world: World, steps: int) -> None:
+        """From here on it counts anew: what was committed after this step before is void. Collective."""
+        number = next_attempt(self._output) if world.rank == 0 else 0
+        self.attempt = (int(world.gather(number)[0]), steps)
+        self.close()
+        self._ledger = self._open(*self.attempt)
+
+    def take_part(self, attempt: Sequence[int]) -> None:
+        """The others are in the middle of this one."""
+        number, resumed_at = attempt
+        self.attempt = (number, resumed_at)
+        if self._ledger is None:
+            self._ledger = self._open(number, resumed_at)
+
+    def commit(self, division: Division, method: Method, seats: Sequence[Seat]) -> None:
+        """Steps whose work is in the agreed parameters by now."""
+        alone, me = bool(getattr(method, "alone", False)), self._me
+        silent = {seat.id for seat in seats} - {me} if alone else set()  # each of them tells for itself
+        for step, epoch, who, rows in division.committed(method.committed):
+            if self._ledger is None:
+                continue
+            said = {seat: spans for seat, spans in who.items() if seat not in silent}
+            if getattr(method, "unused", False):
+                unused = {me: said.pop(me)}
+                self._ledger.dropped(step + 1, epoch=epoch, who=unused, rows=rows, why=UNUSED)
+            self._ledger.commit(step + 1, epoch=epoch, who=said, rows=rows, alone=alone)
+            if left_out := division.take_dropped(step):
+                self._ledger.dropped(step + 1, epoch=epoch, who=left_out, rows=rows, why=DROPPED)
+
+    def dropped(self, division: Division, steps: int, why: str) -> None:
+        """What was computed up to step `steps` and is in no agreement is lost."""
+        for step, epoch, who, rows in division.committed(steps):
+            if self._ledger is not None:
+                self._ledger.dropped(step + 1, epoch=epoch, who=who, rows=rows, why=why)
+
+    def tell_of_gone(
+        self, standing: Standing, method: Method, seats: Sequence[Seat], *, epoch: int, rows: int
+    ) -> None:
+        """Where each tells for itself: what those who are gone did in the last step of all, if they had no time to."""
+        here = {seat.id for seat in seats}
+        done = standing.held.get(standing.steps - 1, {})
+        said = {seat: spans_of(places) for seat, places in done.items() if seat not in here}
+        if said and self._ledger is not None and getattr(method, "alone", False):
+            self._ledger.commit(standing.steps, epoch=epoch, who=said, rows=rows, alone=True)
+
+    def sync(self) -> None:
+        """To disk, before a checkpoint becomes durable."""
+        if self._ledger is not None:
+            self._ledger.sync()
+
+    def close(self) -> None:
+        if self._ledger is not None:
+            self._ledger.close()

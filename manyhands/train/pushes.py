@@ -1,0 +1,77 @@
+"""What a push to a parameter server says: the gradients as they are, or a codec's bytes, what these leave out kept here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from manyhands.core import rng
+from manyhands.core.errors import UsageError
+from manyhands.exchange.allreduce import AllReduce
+from manyhands.exchange.codec import wide
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class PushCodec:
+    """How a strategy's exchange encodes pushes. Raises `UsageError`: it needs more than one way.
+
+    Attributes:
+        codec: None where pushes are raw numbers.
+    """
+
+    def __init__(self, exchange: Any) -> None:
+        self.codec, self._decay = codec_of(exchange)
+        self._left: dict[tuple[int, int], Tensor] = {}  # by server and tensor: of the push on its way
+
+    def fresh(self, flats: Sequence[Tensor]) -> dict[str, Any]:
+        """The state for a server before the first push: only error feedback has any."""
+        if self.codec is None or self._decay is None:
+            return {}
+        return {"residual": [torch.zeros(f.numel(), dtype=wide(f.dtype)) for f in flats]}
+
+    def encode(
+        self, server: int, flats: Sequence[Tensor], state: dict[str, Any], *, step: int, rank: int
+    ) -> Tensor:
+        """A server's payload, with what earlier pushes left out; not for raw numbers."""
+        parts, residuals = [], state.get("residual", ())
+        for i, flat in enumerate(flats):
+            value = flat
+            if self._decay is not None:
+                value = flat.to(wide(flat.dtype)).add(residuals[i], alpha=self._decay)
+            # without the step's number a random rounding would repeat itself
+            payload = self.codec.encode(value, rng.key(step, server * 1000 + i, rank))
+            parts.append(payload)
+            if self._decay is not None:
+                decoded = self.codec.decode(payload, flat.numel(), flat.dtype)
+                self._left[server, i] = value - decoded.to(value.dtype)
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def keep(self, states: Sequence[dict[str, Any]], applied: Sequence[bool]) -> None:
+        """What a push left out is held back from now on, where a server has used the push.
+
+        One that was dropped (late, too stale, another worker's not finite) leaves what was held back as it was.
+        """
+        for (server, i), left in self._left.items():
+            if applied[server] and bool(torch.isfinite(left).all()):
+                states[server]["residual"][i].copy_(left)
+        self._left.clear()
+
+
+def codec_of(exchange: Any) -> tuple[Any, float | None]:
+    """(codec, decay of error feedback) of a strategy's exchange; (None, None) for raw numbers. Raises `UsageError`."""
+    if isinstance(exchange, AllReduce) and exchange.precision == "as-is":
+        return None, None
+    kind = type(exchange).__name__
+    decay = float(exchange.decay) if kind == "ErrorFeedback" else None
+    inner = exchange.inner if kind == "ErrorFeedback" else exchange
+    if not all(callable(getattr(inner, part, None)) for part in ("encode", "decode", "size_bytes")):
+        raise UsageError(
+            f"exchange = {exchange!r} with placement = 'served'",
+            "a push goes one way: it is raw (all-reduce) or encoded by a codec, with error feedback or without",
+            "use for example exchange = 'error-feedback(int8)' or 'bf16'",
+        )
+    return inner, decay
