@@ -178,7 +178,8 @@ class _State:
         whole = [i.last for i in valid if not self._open(i)]
         end_of_whole = max(whole, default=0)
         for interval in self.found:
-            report.void += (interval.last - interval.first + 1) if interval.void else 0
+            if any(not t.run.alone for t in interval.void):  # who tells for itself tells again what stays
+                report.void += interval.last - interval.first + 1
             if not interval.valid:
                 continue
             if interval.first > expected:

@@ -77,7 +77,7 @@ class Books:
         """Where each tells for itself: what those who are gone did in the last step of all, if they had no time to."""
         here = {seat.id for seat in seats}
         done = standing.held.get(standing.steps - 1, {})
-        said = {seat: spans_of(places) for seat, places in done.items() if seat not in here}
+        said = {seat: spans_of(sorted(places)) for seat, places in done.items() if seat not in here}
         if said and self._ledger is not None and getattr(method, "alone", False):
             self._ledger.commit(standing.steps, epoch=epoch, who=said, rows=rows, alone=True)
 
