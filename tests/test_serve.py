@@ -282,7 +282,7 @@ def test_after_a_halt_it_is_known_which_pushes_count(serve: Any) -> None:
     b.push(0, gradient(0, 1))
     b.servers.close()
     status = servers[0].shard.status()
-    assert a.servers.halt() == {"worker-0": 3, "worker-1": 1, "worker-2": 0}
+    assert a.servers.halt() == ({"worker-0": 3, "worker-1": 1, "worker-2": 0}, {})
     header = {"step": 0, "version": 0, "share": 0.5, "nominal": 8.0, "loss": 1.0, "count": 4, "norm": 1.0}
     payloads = [torch.zeros(lay.size_bytes, dtype=torch.uint8) for lay in c.servers.layouts]
     used = dict.fromkeys(SHAPES, True)
@@ -292,7 +292,28 @@ def test_after_a_halt_it_is_known_which_pushes_count(serve: Any) -> None:
     a.servers.serial = 1
     assert a.servers.join(1, exact=True) == 1
     assert c.servers.push(header, used, payloads, c.out) == {"halted": True}  # of the beginning before
+    assert c.servers.halt() is None
+    c.servers.close()  # and does not take along who has its name now
+    assert set(servers[0].shard.members) == {"worker-0"}
     assert a.push(1, gradient(1, 0))["applied"] == [True, True]
+
+
+def test_a_halt_applies_what_waits_and_a_new_beginning_counts_on(serve: Any) -> None:
+    """A push that waits for company is taken: its worker will not make it again."""
+    server = serve()
+    (a,) = serve.workers([server], 1)
+    a.begin(SGD(0.1), consistency="async", accumulate=3)
+    a.servers.join(0)
+    a.push(0, gradient(0, 0), share=1.0)
+    a.push(1, gradient(1, 0), share=1.0)
+    assert server.shard.version == 0
+    assert a.servers.halt() == ({"worker-0": 2}, {})
+    assert server.shard.version == 1
+    _, params, _ = a.servers.state()
+    assert not torch.equal(params["wide"], initial()["wide"])
+    a.begin(SGD(0.1), serial=1, steps=2, consistency="async", accumulate=3)
+    status = server.shard.status()
+    assert (status["version"], status["updates"], status["staleness"]) == (0, 1, {"0": 2})
 
 
 def test_a_wish_to_change_the_set_reaches_all_at_the_same_step(serve: Any) -> None:

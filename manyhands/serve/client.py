@@ -40,6 +40,13 @@ class Answer(NamedTuple):
     payload: Tensor
 
 
+class Halted(NamedTuple):
+    """What the servers have, by worker: the first step that not all of them have, and the steps whose pushes were dropped."""
+
+    clocks: dict[str, int]
+    unused: dict[str, set[int]]
+
+
 class _Channel(NamedTuple):
     """A gRPC channel and its one method."""
 
@@ -185,11 +192,13 @@ class Servers:
         steps: int,
         tokens: int,
         progress: float | None = None,
+        reached: int | None = None,
     ) -> None:
         """Give the servers the job's rules, parameters and (of a checkpoint) optimizer state by name.
 
         Args:
             progress: global batches done, parts of them included; None: `steps`.
+            reached: the steps that anybody has pushed of; None: `steps`. Wishes are fulfilled after them.
         """
         owners = {e.name: server for server, part in enumerate(self._entries) for e in part}
         unknown = sorted({name.rpartition(".")[0] for name in optimizer} - set(owners))
@@ -208,10 +217,11 @@ class Servers:
             described, parts = protocol.described(mine)
             header = {
                 **self._who("begin"),
-                "serial": serial,
+                "serial": serial,  # which mine is from now on
                 "steps": steps,
                 "tokens": tokens,
                 "progress": float(steps) if progress is None else progress,
+                "reached": steps if reached is None else max(steps, reached),
                 "rules": {**rules, "alone": len(self._links) == 1},
                 "tensors": described,
             }
@@ -247,7 +257,7 @@ class Servers:
 
         def one(server: int) -> Answer:
             flags = "".join("1" if used[e.name] else "0" for e in self.layouts[server].entries)
-            full = {**header, **self._who("push"), "used": flags, "serial": self.serial}
+            full = {**header, **self._who("push"), "used": flags}
             return self._links[server].call(full, [protocol.view(payloads[server])], out=out[server])
 
         answers = self._all(one)
@@ -255,6 +265,8 @@ class Servers:
             return {"halted": True}
         if any("version" not in a.header for a in answers):  # a round over several servers is complete
             answers = self._agree(answers, int(header["step"]), out, one)
+            if any(a.header.get("halted") for a in answers):
+                return {"halted": True}
         return {**answers[0].header, "applied": [bool(a.header.get("applied")) for a in answers]}
 
     def pull(self, out: Sequence[Tensor], *, flush: bool = False) -> dict[str, Any]:
@@ -262,12 +274,15 @@ class Servers:
         ask = {**self._who("pull"), "flush": flush}
         return self._all(lambda i: self._links[i].call(ask, out=out[i]))[0].header
 
-    def halt(self) -> dict[str, int]:
-        """No push is taken any more until the job begins anew; by member, which step is the next that not all servers have."""
+    def halt(self) -> Halted | None:
+        """No push is taken any more until the job begins anew; which are in the parameters. None: it has begun already."""
         # not by the pool, whose threads may all be in a push that waits for somebody who is gone
-        told = [link.call(self._who("halt")).header["clocks"] for link in self._links]
-        everywhere = set(told[0]).intersection(*told)
-        return {who: min(int(clocks[who]) for clocks in told) for who in everywhere}
+        told = [link.call(self._who("halt")).header for link in self._links]
+        if any(each.get("over") for each in told):
+            return None
+        everywhere = set(told[0]["clocks"]).intersection(*(each["clocks"] for each in told))
+        clocks = {who: min(int(each["clocks"][who]) for each in told) for who in everywhere}
+        return Halted(clocks, {who: set(steps) for who, steps in told[0]["unused"].items()})
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
         """(the first server's answer, parameters, optimizer state), by name."""
@@ -308,7 +323,7 @@ class Servers:
         self._pool.shutdown()
 
     def _who(self, op: str) -> dict[str, Any]:
-        return {"op": op, "member": self.member, "job": self.job}
+        return {"op": op, "member": self.member, "job": self.job, "serial": self.serial}
 
     def _agree(
         self, answers: Sequence[Answer], step: int, out: Sequence[Tensor], push: Callable[[int], Answer]

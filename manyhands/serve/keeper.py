@@ -15,6 +15,7 @@ from manyhands.serve.members import Member
 from manyhands.serve.rules import Push, Rules
 from manyhands.serve.singly import flush, take
 from manyhands.serve.store import Store, split
+from manyhands.serve.together import apply_round
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,9 @@ FIGURES = (
     "last",
     "applied",
     "left",
+    "earlier",
+    "halted",
+    "unused",
 )
 
 
@@ -105,6 +109,7 @@ def status_of(shard: Shard) -> dict[str, Any]:
     return {
         "job": shard.header.get("job", ""),
         "version": shard.version,
+        "updates": shard.earlier + shard.version,
         "members": {who: m.clock for who, m in sorted(shard.members.items())},
         "tokens": shard.tokens,
         "staleness": {str(k): n for k, n in sorted(shard.staleness.items())},
@@ -122,6 +127,7 @@ def state_of(shard: Shard) -> dict[str, Any]:
         "staleness": {str(k): n for k, n in shard.staleness.items()},
         "applied": dict(shard.applied),  # copies: these change while the snapshot is written
         "left": dict(shard.left),
+        "unused": {who: list(steps) for who, steps in shard.unused.items()},
         "wishes": dict(vars(shard.wishes)),
         "order": list(shard.ready().params),
         "members": {who: [m.clock, m.loss, m.count] for who, m in shard.members.items()},
@@ -143,7 +149,8 @@ def recover(shard: Shard, journal: Journal) -> bool:
     shard.store.backups = backups
     shard.header = {key: state[key] for key in ("job", "serial", "rules")}
     for figure in FIGURES:
-        setattr(shard, figure, state[figure])
+        if figure in state:  # an earlier version's state lacks some
+            setattr(shard, figure, state[figure])
     shard.staleness = Counter({int(k): n for k, n in state["staleness"].items()})
     vars(shard.wishes).update(state["wishes"])
     shard.members = {
@@ -165,6 +172,8 @@ def replay(shard: Shard, event: Mapping[str, Any], payload: Tensor) -> None:
         store.keep_backup(event["member"])
     elif op == "flush":
         flush(shard)
+    elif op == "halt":
+        shard.halted = True
     elif op == "push":
         push = Push.read(event, len(store.layout.entries))
         shard.wishes.hear(push.step, stop=push.stop, save=push.save, change=push.change)
@@ -178,4 +187,4 @@ def replay(shard: Shard, event: Mapping[str, Any], payload: Tensor) -> None:
         for who in event["members"]:
             store.add(*shard.pending[who])
         shard.folded = list(event["members"])
-        shard.apply_round(event["norm_sq"])
+        apply_round(shard, event["norm_sq"])

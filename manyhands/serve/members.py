@@ -27,6 +27,11 @@ def slowest(members: Mapping[str, Member]) -> int:
     return min((m.clock for m in members.values()), default=1 << 62)
 
 
+def first_step(members: Mapping[str, Member], wanted: int, progress: float) -> int:
+    """Where a worker begins that comes by itself: not behind the others, or, alone, not behind what is done."""
+    return max(wanted, slowest(members) if members else int(progress))
+
+
 @dataclass
 class Wishes:
     """A wish to stop, to save or to change the set of workers, of one, is fulfilled by all after the same step of theirs.

@@ -26,6 +26,7 @@ def take(shard: Shard, push: Push, payload: Tensor) -> None:
     shard.staleness[staleness] += 1
     if store.rules.discard is not None and staleness > store.rules.discard:
         shard.discarded += 1
+        shard.unused.setdefault(push.member, []).append(push.step)
         return
     shard.tokens += push.count
     if not finite(push.norm, push.loss):

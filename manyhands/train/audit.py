@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from manyhands.core.errors import DataError, UsageError
 from manyhands.train.ledger import Batches, File, files, read
-from manyhands.train.ledger_merge import Interval, claims_of, cover, intervals, parts
+from manyhands.train.ledger_merge import Interval, Told, claims_of, cover, intervals, parts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,7 +132,8 @@ def audit(found: Sequence[File]) -> Report:
     batches = _batches(found)
     report = Report(batches, notes=[note for file in found for note in file.notes])
     report.attempts = sorted({(a.number, a.resumed_at) for f in found for a in f.attempts})
-    state = _State(report, list(intervals(found)))
+    goes_on = {a.number for file in found for a in file.attempts if a.goes_on}
+    state = _State(report, list(intervals(found)), goes_on)
     state.go()
     return report
 
@@ -161,8 +162,9 @@ def _batches(found: Sequence[File]) -> Batches:
 class _State:
     """The sweep over the intervals."""
 
-    def __init__(self, report: Report, found: Sequence[Interval]) -> None:
+    def __init__(self, report: Report, found: Sequence[Interval], goes_on: set[int]) -> None:
         self.report, self.found, self.batches = report, found, report.batches
+        self.goes_on = goes_on
         self.order = order_of(report.batches)
         self.per_epoch = self.order.steps_per_epoch
         self.kept = self.order.seen(self.per_epoch)  # samples of one pass
@@ -178,7 +180,7 @@ class _State:
         whole = [i.last for i in valid if not self._open(i)]
         end_of_whole = max(whole, default=0)
         for interval in self.found:
-            if any(not t.run.alone for t in interval.void):  # who tells for itself tells again what stays
+            if any(self._given_up(t, interval.first) for t in interval.void):
                 report.void += interval.last - interval.first + 1
             if not interval.valid:
                 continue
@@ -191,6 +193,15 @@ class _State:
         self._turn(None)
         report.passes = self.order.epoch(report.steps)
         self._membership(valid)
+
+    def _given_up(self, told: Told, step: int) -> bool:
+        """Whether words that are void were not only told again by an attempt that went on."""
+        later = [
+            number
+            for number, resumed_at in self.report.attempts
+            if number > told.attempt and resumed_at < step
+        ]
+        return not later or not self.goes_on.issuperset(later)
 
     def _pieces(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Parts of first … last whose steps have equally many rows and lie in one pass over the data."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,9 @@ from manyhands.train.division import Division, spans_of
 from manyhands.train.ledger import Ledger, next_attempt
 
 if TYPE_CHECKING:
+    from manyhands.core.events import Emit
     from manyhands.core.membership import Seat
+    from manyhands.train.ledger import Batches
     from manyhands.train.method import Method
     from manyhands.train.standing import Standing
     from manyhands.wire.world import World
@@ -24,31 +26,32 @@ class Books:
 
     Args:
         output: where the run writes.
-        open_ledger: (attempt, the step that it goes on from) -> the ledger.
         me: this worker's seat.
+        batches: of the job.
+        emit: hears of a disk that does not take lines.
 
     Attributes:
-        attempt: its number, and the step that it goes on from.
+        attempt: its number, the step that it continues from, and whether nothing is given up.
     """
 
-    def __init__(self, output: Path, open_ledger: Callable[[int, int], Ledger], me: str) -> None:
-        self._output, self._open, self._me = output, open_ledger, me
-        self.attempt = (0, 0)
+    def __init__(self, output: Path, me: str, batches: Batches, emit: Emit) -> None:
+        self._output, self._me, self._batches, self._emit = output, me, batches, emit
+        self.attempt = (0, 0, False)
         self._ledger: Ledger | None = None
 
-    def begin_attempt(self, world: World, steps: int) -> None:
+    def begin_attempt(self, world: World, steps: int, *, goes_on: bool = False) -> None:
         """From here on it counts anew: what was committed after this step before is void. Collective."""
         number = next_attempt(self._output) if world.rank == 0 else 0
-        self.attempt = (int(world.gather(number)[0]), steps)
+        self.attempt = (int(world.gather(number)[0]), steps, goes_on)
         self.close()
-        self._ledger = self._open(*self.attempt)
+        self._open()
 
     def take_part(self, attempt: Sequence[int]) -> None:
         """The others are in the middle of this one."""
-        number, resumed_at = attempt
-        self.attempt = (number, resumed_at)
+        number, resumed_at, goes_on = attempt
+        self.attempt = (number, resumed_at, bool(goes_on))
         if self._ledger is None:
-            self._ledger = self._open(number, resumed_at)
+            self._open()
 
     def commit(self, division: Division, method: Method, seats: Sequence[Seat]) -> None:
         """Steps whose work is in the agreed parameters by now."""
@@ -58,8 +61,10 @@ class Books:
             if self._ledger is None:
                 continue
             said = {seat: spans for seat, spans in who.items() if seat not in silent}
-            if getattr(method, "unused", False):
-                unused = {me: said.pop(me)}
+            if places := set(getattr(method, "unused", ())):
+                mine = [place for span in said[me] for place in range(*span)]
+                said[me] = spans_of([place for place in mine if place not in places])
+                unused = {me: spans_of(sorted(places))}
                 self._ledger.dropped(step + 1, epoch=epoch, who=unused, rows=rows, why=UNUSED)
             self._ledger.commit(step + 1, epoch=epoch, who=said, rows=rows, alone=alone)
             if left_out := division.take_dropped(step):
@@ -74,12 +79,24 @@ class Books:
     def tell_of_gone(
         self, standing: Standing, method: Method, seats: Sequence[Seat], *, epoch: int, rows: int
     ) -> None:
-        """Where each tells for itself: what those who are gone did in the last step of all, if they had no time to."""
-        here = {seat.id for seat in seats}
+        """Where each tells for itself: of the last step of all what those who are gone, and I, may not have told."""
+        here = {seat.id for seat in seats} - {self._me}
         done = standing.held.get(standing.steps - 1, {})
         said = {seat: spans_of(sorted(places)) for seat, places in done.items() if seat not in here}
         if said and self._ledger is not None and getattr(method, "alone", False):
             self._ledger.commit(standing.steps, epoch=epoch, who=said, rows=rows, alone=True)
+
+    def _open(self) -> None:
+        number, resumed_at, goes_on = self.attempt
+        self._ledger = Ledger(
+            self._output,
+            self._me,
+            self._batches,
+            attempt=number,
+            resumed_at=resumed_at,
+            goes_on=goes_on,
+            emit=self._emit,
+        )
 
     def sync(self) -> None:
         """To disk, before a checkpoint becomes durable."""

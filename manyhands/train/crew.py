@@ -163,17 +163,7 @@ class Crew:
         if cause is not None:
             self.failed(cause)
         self.membership.at("re-forming", old.steps)
-        held: dict[int, list[int]] = {}
-        undone = 0  # up to this step, work that is in no agreement is lost
-        if hasattr(old.method, "rewind") and not self.fresh:
-            steps, committed = old.steps, old.method.committed
-            held = old.method.rewind()
-            if getattr(old.method, "alone", False):  # and what I had pushed when the last set met
-                for step, places in loop.division.held().get(self.membership.me.id, {}).items():
-                    held.setdefault(step, []).extend(places)
-            if old.steps == steps and steps > committed and not held:
-                undone = steps
-        applied = applied_by(loop)
+        held, applied, undone = self._go_back(loop)
         dropped = loop.division.begun() if getattr(old.method, "drops", False) else {}
         while True:
             loop.replica.wire.close()
@@ -200,6 +190,22 @@ class Crew:
             except PeerLost as lost:
                 world.wire.close()
                 self.failed(lost)
+            if loop.replica is not old and getattr(loop.replica.method, "alone", False):
+                old = loop.replica  # who was quicker may have pushed a step in this set
+                held, applied, undone = self._go_back(loop)
+
+    def _go_back(self, loop: Loop) -> tuple[dict[int, list[int]], Mapping[str, Held], int]:
+        """To the last agreement: (what I have done since, what each of the set has; up to which step work is lost, or 0)."""
+        replica, held, undone = loop.replica, {}, 0
+        if hasattr(replica.method, "rewind") and not self.fresh:
+            steps, committed = replica.steps, replica.method.committed
+            held = replica.method.rewind()
+            if getattr(replica.method, "alone", False):  # and what I had pushed when the last set met
+                for step, places in loop.division.held().get(self.membership.me.id, {}).items():
+                    held.setdefault(step, []).extend(places)
+            if replica.steps == steps and steps > committed and not held:
+                undone = steps
+        return held, applied_by(loop), undone
 
     def settle(self, loop: Loop, world: World, mine: Position, *, begun: float, undone: int = 0) -> None:
         """Agree on where the job stands, and take over. Collective. Raises `PeerLost`."""
@@ -230,7 +236,7 @@ class Crew:
             loop.replica, made_of = self._rebuild(world, salvaged, standing.steps)
             if len(kept) == len(loop.replica.states):  # what I hold back is mine, wherever the parameters are
                 loop.replica.states[:] = kept
-            if loop.replica.steps == standing.steps:
+            if salvage is not None and loop.replica.steps == standing.steps:
                 standing = dataclasses.replace(standing, leader=0, behind=(), resting=())
             else:
                 standing = Standing(steps=loop.replica.steps, leader=0, fresh=standing.fresh)
@@ -315,7 +321,8 @@ class Crew:
     ) -> None:
         assert self.epoch is not None
         self.tell_losses(loop.emit)
-        kept = sum(len(places) for by in standing.held.values() for places in by.values())
+        open_ = [by for step, by in standing.held.items() if step >= standing.steps]
+        kept = sum(len(places) for by in open_ for places in by.values())
         loop.emit(
             Reformed(
                 epoch=self.epoch.number,
@@ -351,14 +358,12 @@ def _words(loss: Loss) -> Left | Lost:
 
 def applied_by(loop: Loop) -> Mapping[str, Held]:
     """What every worker of the set that ends has applied since the last agreement, where that can be seen from outside."""
-    counts: Sequence[int] = getattr(loop.replica.method, "applied", ())
-    if not counts:
+    applied: Sequence[Sequence[int]] = getattr(loop.replica.method, "applied", ())
+    if not applied:
         return {}
     found = loop.division.held()  # also of those who were lost before the last set
-    first = getattr(loop.replica.method, "known_from", loop.replica.steps)
-    for rank, seat in enumerate(loop.seats[: len(counts)]):
-        steps = range(first, loop.replica.steps + counts[rank])
-        for step, places in loop.division.of_rank(rank, steps).items():
+    for rank, seat in enumerate(loop.seats[: len(applied)]):
+        for step, places in loop.division.of_rank(rank, applied[rank]).items():
             found.setdefault(seat.id, {}).setdefault(step, []).extend(places)
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -58,15 +58,21 @@ class Division:
     def go_on(self, standing: Standing) -> None:
         """Another set of workers goes on after ``standing.steps`` steps."""
         self._by.clear()
-        self._open, self._dropped = dict(standing.held), dict(standing.dropped)
+        self._open = {step: by for step, by in standing.held.items() if step >= standing.steps}
+        self._dropped = dict(standing.dropped)
         self._resting = (standing.steps, standing.resting)
+
+    @property
+    def open_until(self) -> int:
+        """The first step that nobody has begun to compute."""
+        return max(self._open, default=-1) + 1
 
     def open_places(self) -> int:
         """Micro-batches of the steps that were interrupted, all together."""
         dropped = sum(len(places) for by in self._dropped.values() for places in by.values())
         return sum(self._n_places(step) for step in self._open.keys() | self._dropped.keys()) - dropped
 
-    def of_rank(self, rank: int, steps: range) -> dict[int, list[int]]:
+    def of_rank(self, rank: int, steps: Iterable[int]) -> dict[int, list[int]]:
         """The places that a rank of the present set has in each of `steps`."""
         return {step: list(self._places(step)[rank]) for step in steps}
 

@@ -61,9 +61,9 @@ class Hogwild:
         self._rested = True
 
     @property
-    def applied(self) -> list[int]:
-        """How many steps since the workers last spoke each rank has written into the common parameters."""
-        return [max(0, int(steps) - self._met) for steps in self._applied]
+    def applied(self) -> list[range]:
+        """Which steps since the workers last spoke each rank has written into the common parameters."""
+        return [range(self._met, int(steps)) for steps in self._applied]
 
     @property
     def committed(self) -> int:

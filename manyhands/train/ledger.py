@@ -11,8 +11,9 @@ of any survivor tells all. Lines::
 
 Steps are counted from 1, as in checkpoints' names and the log: step s takes the batch ``Order.ids(s - 1)``. ``epoch`` is
 the membership epoch; ``who`` maps seats to half-open ranges of places (micro-batches). An attempt that continues from
-checkpoint N voids what earlier attempts committed after step N. ``"alone": true`` marks what a worker says of
-itself (and of those who are gone) only, where workers do not wait for each other.
+checkpoint N voids what earlier attempts committed after step N; with ``"goes_on": true`` in its head it tells again what
+stays. ``"alone": true`` marks what a worker says of itself (and of those who are gone) only, where workers do not wait for
+each other.
 
 A line is one `write`, after the update: SIGKILL leaves it whole or cuts it off at the end of the file, where readers
 ignore it. Files are synced when a checkpoint is taken (`Ledger.sync`, *before* the checkpoint becomes durable), so a
@@ -79,6 +80,7 @@ class Ledger:
         attempt: the same for all workers of one attempt (also those that join later), higher than any before: rank 0's
             `next_attempt`, told to the others.
         resumed_at: the step that the attempt continues from; 0: from the start.
+        goes_on: nothing is given up: what was done beyond that step will be told again.
         emit: hears of a disk that does not take lines.
 
     Raises:
@@ -87,7 +89,15 @@ class Ledger:
     """
 
     def __init__(
-        self, output: Path, seat: str, batches: Batches, *, attempt: int, resumed_at: int, emit: Emit = ignore
+        self,
+        output: Path,
+        seat: str,
+        batches: Batches,
+        *,
+        attempt: int,
+        resumed_at: int,
+        goes_on: bool = False,
+        emit: Emit = ignore,
     ) -> None:
         if not seat or "/" in seat or seat.startswith("."):
             raise UsageError(f"seat = {seat!r}", "it names a file", "use letters, digits and hyphens")
@@ -100,7 +110,8 @@ class Ledger:
         self._waiting = b""
         self._failing = False
         self._last: tuple[Any, ...] = ()
-        head = {"ledger": FORMAT, "seat": seat, "attempt": attempt, "resumed_at": resumed_at}
+        head: dict[str, Any] = {"ledger": FORMAT, "seat": seat, "attempt": attempt, "resumed_at": resumed_at}
+        head |= {"goes_on": True} if goes_on else {}
         self._append({**head, **asdict(batches)})
 
     def commit(self, step: int, *, epoch: int, who: Who, rows: int, alone: bool = False) -> None:
@@ -211,6 +222,7 @@ class Attempt:
     number: int
     resumed_at: int
     batches: Batches
+    goes_on: bool = False
     runs: list[Run] = field(default_factory=list)
 
 
@@ -288,7 +300,8 @@ def _head(found: File, record: Mapping[str, Any]) -> None:
     if not (batches.n >= 1 and batches.global_batch >= 1 and batches.micro_batch >= 1):
         raise ValueError
     found.seat = str(record["seat"])
-    found.attempts.append(Attempt(int(record["attempt"]), int(record["resumed_at"]), batches))
+    number, resumed_at, goes_on = record["attempt"], record["resumed_at"], record.get("goes_on", False)
+    found.attempts.append(Attempt(int(number), int(resumed_at), batches, bool(goes_on)))
 
 
 def _told(record: Mapping[str, Any]) -> Run:

@@ -147,7 +147,10 @@ class Loop:
             chores.append("evaluate")
         if result.save or (every.save_every and done % every.save_every == 0):
             self._save_due = True
-        if self._save_due and (self.replica.at_rest or not self.replica.method.comes_to_rest):
+        rests = self.replica.at_rest or not self.replica.method.comes_to_rest
+        if (
+            self._save_due and rests and done >= self.division.open_until
+        ):  # not amid what some have done already
             chores += ["meet", "save"]
         if result.change:
             chores.append("change")
@@ -238,7 +241,8 @@ class Loop:
 
     def begin_attempt(self, standing: Standing) -> None:
         """Steps may be done again: the ledger counts anew from where the job stands. Collective."""
-        self.books.begin_attempt(self.world, self.replica.steps)
+        alone = bool(getattr(self.replica.method, "alone", False))
+        self.books.begin_attempt(self.world, self.replica.steps, goes_on=alone and bool(standing.held))
         rows = self.feed.order.rows(max(0, standing.steps - 1))
         self.books.tell_of_gone(standing, self.replica.method, self.seats, epoch=self._epoch, rows=rows)
 

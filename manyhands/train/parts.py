@@ -163,8 +163,6 @@ class Parts:
 
         newest = checkpoint.latest(output) if world.rank == 0 else None
         found = world.gather(str(newest) if newest else "")[0]
-        if not getattr(self.job.strategy.placement, "needs_group", False):
-            self.model, self.forward = self.fresh_model(), None
         counters = {key: value for key, value in salvaged.items() if isinstance(value, (int, float, str))}
         told = world.gather(counters)[0]
         if told:
@@ -176,6 +174,8 @@ class Parts:
             replica = self.replica(world, compare=False, continues={**told, **rest})
             replica.method.refresh()  # type: ignore[attr-defined]  # whoever salvages has it
             return replica, "the parameter servers"
+        if not getattr(self.job.strategy.placement, "needs_group", False):
+            self.model, self.forward = self.fresh_model(), None
         replica = self.replica(world, regrouped=True)
         if not found:
             return replica, "the beginning: there is no checkpoint yet"

@@ -95,7 +95,7 @@ class Replica:
         self.continues = continues or {}
         self.steps = int(self.continues.get("steps", 0))
         self.tokens = int(self.continues.get("tokens", 0))
-        self.skipped = 0
+        self.skipped = int(self.continues.get("skipped", 0))
         self.forward: Any = forward if forward is not None else model
         self.max_norm = max_grad_norm or math.inf
         self.per_row = targets_per_row

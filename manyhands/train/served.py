@@ -89,10 +89,15 @@ class Served:
         ]
         self.states += [self._codec.fresh(self._flats(i)) for i in range(len(layouts))]
         self._version = 0
-        self.unused = False  # my last push was dropped by rule
+        self.unused: tuple[int, ...] = ()  # places of my last push, where it was dropped by rule
         self._held: dict[int, list[int]] = {}  # places that I have pushed since the workers last met, by step
-        self.applied: list[int] = []  # after `rewind`: how many steps beyond the job's each rank has pushed
-        self._begin()
+        self.applied: list[list[int]] = []  # after `rewind`: of which steps each rank's pushes count
+        self._reached = int(replica.continues.get("reached", replica.steps))  # by the furthest of all
+        try:
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def committed(self) -> int:
@@ -136,7 +141,8 @@ class Served:
         counted = int(answer.get("count", 0))
         everyones = float(answer.get("loss", math.nan)) / counted if counted else math.nan
         skipped = bool(answer.get("skipped", False))
-        self.unused = self.alone and bool(count) and not skipped and not answer["applied"][0]
+        dropped = self.alone and bool(count) and not skipped and not answer["applied"][0]
+        self.unused = tuple(done.places) if dropped else ()
         if counted or skipped:
             replica.took(finite=not skipped, step=part.step, loss=everyones, norm=float(answer["norm"]))
         return StepResult(
@@ -212,20 +218,21 @@ class Served:
         if self._sync:
             return {}
         replica = self._replica
-        clocks = self._servers.halt()
-        reached = [clocks.get(_member(rank), self._begun) for rank in range(replica.wire.size)]
-        replica.steps = min(reached)
-        self.applied = [clock - replica.steps for clock in reached]
-        own = reached[replica.wire.rank]
-        taken = own > max(self._held, default=own)  # also the push whose answer has not come
-        self._codec.keep(self.states, [taken] * len(self.states))
-        mine = range(replica.steps, own)
+        halted = self._servers.halt()
+        if halted is None:  # the others have gone on without me
+            return {}
+        ranks = [_member(rank) for rank in range(replica.wire.size)]
+        reached = [halted.clocks.get(who, self._begun) for who in ranks]
+        replica.steps, self._reached = min(reached), max(reached)
+        # whoever was lost may not have told of its last step; and I not of mine, if its answer was still on its way
+        first = max(self._begun, replica.steps - 1)
+        self.applied = [
+            [step for step in range(first, clock) if step not in halted.unused.get(who, ())]
+            for who, clock in zip(ranks, reached, strict=True)
+        ]
+        mine = self.applied[replica.wire.rank]
+        self._codec.keep(self.states, [max(self._held, default=-1) in mine] * len(self.states))
         return {step: list(places) for step, places in self._held.items() if step in mine}
-
-    @property
-    def known_from(self) -> int:
-        """After `rewind`: whoever was lost may not have told of the step before the job's, its last."""
-        return max(self._begun, self._replica.steps - 1)
 
     def salvage(self) -> dict[str, Any]:
         """What the servers hold, when workers were lost: the next set of workers continues with it."""
@@ -236,9 +243,11 @@ class Served:
         finally:
             servers.hang_up()
         tokens = int(answer["tokens"])
-        counters: dict[str, Any] = {"tokens": tokens, "job": self._job, "serial": self._serial}
+        serial = max(self._serial, int(answer["serial"]))  # a beginning may have come to no end
+        counters: dict[str, Any] = {"tokens": tokens, "job": self._job, "serial": serial}
+        counters["skipped"] = self._replica.skipped
         if not self._sync:
-            counters["progress"] = float(answer["progress"])
+            counters |= {"progress": float(answer["progress"]), "reached": self._reached}
         if self._sync:  # a step may have been applied of which nobody was told any more
             counters["steps"] = self._replica.steps + (tokens > self._replica.tokens)
         return {**counters, "params": params, "optimizer": optimizer}
@@ -252,7 +261,7 @@ class Served:
         status = self._servers.status()
         return {
             "consistency": self._placement.consistency,
-            "updates": status[0]["version"],
+            "updates": status[0]["updates"],
             "staleness": status[0]["staleness"],
             "discarded": status[0]["discarded"],
             "parameter_bytes": [s["parameter_bytes"] for s in status],
@@ -281,6 +290,7 @@ class Served:
                 steps=replica.steps,
                 tokens=replica.tokens,
                 progress=self._progress,
+                reached=self._reached,
             )
         self._loading, self._progress = {}, None
         self._barrier()

@@ -129,9 +129,11 @@ def conclude(positions: Sequence[Position], *, still: bool = True) -> Standing:
     for p in there:
         for step, places in p.held.items():
             held.setdefault(step, {})[p.seat] = tuple(places)
-    for seat, by in there[0].gone.items():
-        for step, places in by.items():
-            held.setdefault(step, {})[seat] = tuple(places)
+    for p in there:  # whoever looked last knows of the most
+        for seat, by in p.gone.items():
+            for step, places in by.items():
+                known = held.setdefault(step, {}).get(seat, ())
+                held[step][seat] = tuple(sorted({*known, *places}))
     dropped: dict[int, dict[str, tuple[int, ...]]] = {}
     for p in there:  # who is further in its round knows of more steps
         for seat, by in p.dropped.items():

@@ -305,17 +305,11 @@ class _Run:
         from manyhands.train import session
         from manyhands.train.balancing import balancer_for
         from manyhands.train.books import Books
-        from manyhands.train.ledger import Ledger
         from manyhands.train.loop import Loop
         from manyhands.train.tally import Schedule
 
         parts, world, job = self.parts, self.the_world, self.job
-        plan, batches = parts.plan, parts.batches()
-        seat = self._seat()
-
-        def open_ledger(attempt: int, resumed_at: int) -> Ledger:
-            return Ledger(self.output, seat, batches, attempt=attempt, resumed_at=resumed_at, emit=self.emit)
-
+        plan = parts.plan
         return Loop(
             replica=parts.replica(world),
             feed=parts.feed(world.rank),
@@ -335,7 +329,7 @@ class _Run:
             eval_rows=parts.material.evaluation,
             eval_batch=plan.device_batch,
             promote=self._promote,
-            books=Books(self.output, open_ledger, seat),
+            books=Books(self.output, self._seat(), parts.batches(), self.emit),
             state=self._state,
             tokenizer=parts.material.tokenizer,
             flops_per_token=parts.facts.flops_per_token,

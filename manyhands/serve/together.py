@@ -1,0 +1,121 @@
+"""Pushes that make one update together, one of each worker: synchronous consistency."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from manyhands.serve.store import finite
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from manyhands.serve.members import Member
+    from manyhands.serve.rules import Push
+    from manyhands.serve.shard import Shard
+
+
+def take_part(
+    shard: Shard, push: Push, payload: Tensor, member: Member, alive: Callable[[], bool]
+) -> tuple[dict[str, Any], Tensor | None]:
+    """Keep a push for its round; the answer when the round is complete (see `Shard.push`)."""
+    held = shard.pending.get(push.member)
+    if push.step >= shard.step and (held is None or held[0].step != push.step):
+        shard.record({"op": "push", **push.header()}, "push", payload)
+        shard.pending[push.member] = (push, payload)
+        shard.cond.notify_all()
+    gather(shard)
+    shard.wait(lambda: shard.step > push.step or shard.partial is not None, member, alive)
+    if shard.step <= push.step:
+        return {"norm_sq": shard.partial, "step": push.step}, None
+    return answer_together(shard, push.member, push.step), shard.pulled(push.member)
+
+
+def gather(shard: Shard) -> None:
+    """Go on with the round as far as the pushes go."""
+    if shard.pending:
+        _fold(shard)
+        _advance(shard)
+
+
+def _fold(shard: Shard) -> None:
+    """Add what has come, in the order of names, so that every run adds in the same order."""
+    store = shard.ready()
+    for who in sorted(shard.members):
+        if who in shard.folded:
+            continue
+        if who not in shard.pending or shard.pending[who][0].step != shard.step:
+            return
+        push, payload = shard.pending[who]
+        store.add(push, payload)
+        shard.folded.append(who)
+
+
+def _advance(shard: Shard) -> None:
+    """Finish the round if all members have pushed."""
+    if shard.partial is not None or not set(shard.members) <= set(shard.pending):
+        return
+    store = shard.ready()
+    step = min(push.step for push, _ in shard.pending.values())
+    if step > shard.step:  # updates of rounds in between were lost with an earlier server's life
+        shard.log(f"rounds {shard.step} to {step - 1} are lost; going on with round {step}")
+        shard.step = step
+    for who in sorted(shard.pending):
+        push, payload = shard.pending[who]
+        if who not in shard.folded and push.step == step:
+            store.add(push, payload)
+            shard.folded.append(who)
+    if store.rules.alone:
+        apply_round(shard, store.norm_sq())
+    else:
+        shard.partial = store.norm_sq()
+    shard.cond.notify_all()
+
+
+def apply_round(shard: Shard, norm_sq: float) -> None:
+    """One update of the round's pushes: Σ ∇ / Σ targets, clipped by the norm of the whole."""
+    store = shard.ready()
+    shard.record({"op": "round", "step": shard.step, "norm_sq": norm_sq, "members": shard.folded}, "push")
+    pushes = [shard.pending.pop(who)[0] for who in shard.folded]
+    count, loss = sum(p.count for p in pushes), math.fsum(p.loss for p in pushes)
+    nominal = pushes[0].nominal
+    norm = math.sqrt(norm_sq) * nominal / count if count and norm_sq >= 0 else math.nan
+    skipped, factor = not finite(norm, loss), 0.0
+    if not skipped:
+        clip = min(1.0, store.rules.max_norm / (norm + 1e-6))
+        factor = store.rules.factor(shard.progress, shard.tokens)
+        store.update(nominal / count * clip, factor)
+        shard.version += 1
+        shard.staleness[0] += len(pushes)
+        shard.applied.update({p.member: p.step for p in pushes})
+    else:
+        store.drop()
+        shard.skipped += bool(count)
+    shard.tokens += count
+    shard.step += 1
+    shard.progress += 1.0
+    own, shard.folded, shard.partial = shard.partial, [], None
+    for push in pushes:
+        if push.member in shard.members:
+            shard.members[push.member].clock = shard.step
+    shard.last = {
+        "step": shard.step - 1,
+        "loss": loss,
+        "count": count,
+        "norm": norm,
+        "norm_sq": own,
+        "skipped": skipped,
+        "lr": factor * store.rules.optimizer.lr * (not skipped),
+    }
+    shard.cond.notify_all()
+    shard.snapshot_if_due()
+
+
+def answer_together(shard: Shard, who: str, step: int) -> dict[str, Any]:
+    """A late worker goes on from the step that it is told, so it hears what is due after that one."""
+    known = shard.last if shard.last["step"] == step else {"step": shard.step - 1, "late": True}
+    wishes = shard.wishes.answer(int(known["step"]))
+    applied = shard.applied.get(who) == step
+    return {**known, "applied": applied, "version": shard.version, "tokens": shard.tokens, **wishes}
