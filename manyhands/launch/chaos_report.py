@@ -170,8 +170,9 @@ def text(report: Mapping[str, Any]) -> str:
             f"undisturbed they take {report['undisturbed_step_s'] * report['steps']:.1f} s"
         )
     if report["useful_work"] is not None:
+        shared = "; they share processors: fewer are faster" if report["useful_work"] > 1 else ""
         lines.append(
-            f"useful work      {report['useful_work']:.1%} of the time of the workers that were there"
+            f"useful work      {report['useful_work']:.1%} of the time of the workers that were there{shared}"
         )
     if report["recovery_s"]:
         r = report["recovery_s"]
