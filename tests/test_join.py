@@ -103,9 +103,13 @@ def test_a_coordinator_and_workers_that_join_it_and_its_restart(tmp_path: Path, 
     assert not (output / CONTACT).exists()
 
 
-def test_joining_a_local_job_by_its_output_and_leaving_it(tmp_path: Path, start: Start) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "parameter-server(consistency=async)"])
+def test_joining_a_local_job_by_its_output_and_leaving_it(
+    tmp_path: Path, start: Start, strategy: str
+) -> None:
     output = tmp_path / "out"
-    local = start("train", *job(tmp_path, output, "--workers", 2, "--threads", 1, "--steps", 10**6))
+    given = ("--workers", 2, "--threads", 1, "--steps", 10**6, "--strategy", strategy)
+    local = start("train", *job(tmp_path, output, *given))
     until_steps(output, 2)
     joined = start("join", output, "--workers", 1, "--threads", 1)
     deadline = time.monotonic() + WAIT_S

@@ -17,23 +17,38 @@ if TYPE_CHECKING:
 START_S = 120.0  # for servers that the launcher is starting
 
 
-def links(placement: Served) -> list[Link]:
-    """One for each server. Raises `UsageError`: nobody says where they are."""
+def links(placement: Served, store: str = "") -> list[Link]:
+    """One for each server.
+
+    Args:
+        store: where a launcher of this machine has started the job's servers, if mine has not (see `store_of`).
+
+    Raises:
+        UsageError: nobody says where they are.
+    """
     if placement.address:
         token = tls.read_token(placement.token_file)
         prints = placement.fingerprints or ("",) * len(placement.addresses)
         known = [Endpoint(a, f) for a, f in zip(placement.addresses, prints, strict=True)]
         return [_fixed(where, token, placement.patience_s) for where in known]
-    store = read_env().store
-    if store is None or not (Path(store) / "token").exists():
+    store = store_of(store)
+    if not store:
         raise UsageError(
             "placement = 'served' without address",
-            "only manyhands' own launcher starts servers beside the workers",
+            "only manyhands' own launcher starts servers beside the workers, and only its machine reaches them",
             "start `manyhands serve-parameters` and give address=host:port, token_file=…, fingerprint=…",
         )
     token = tls.read_token(str(Path(store) / "token"))
     files = [str(Path(store) / f"server-{i}.json") for i in range(placement.servers)]
     return [_announced(file, token, placement.patience_s) for file in files]
+
+
+def store_of(others: str = "") -> str:
+    """The directory of my launcher, where it has started servers, or else of `others`; empty where neither has."""
+    for store in (read_env().store or "", others):
+        if store and (Path(store) / "token").exists():
+            return store
+    return ""
 
 
 def _fixed(where: Endpoint, token: str, patience_s: float) -> Link:

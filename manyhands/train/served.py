@@ -29,7 +29,7 @@ from manyhands.core import config
 from manyhands.core.errors import CheckpointError, PeerLost
 from manyhands.core.request import Gather
 from manyhands.serve.client import Servers
-from manyhands.serve.reach import links
+from manyhands.serve.reach import links, store_of
 from manyhands.train.gradients import FlatGradients
 from manyhands.train.method import Part, StepResult, Wishes, accumulate
 from manyhands.train.norm import norm_of
@@ -66,6 +66,7 @@ class Served:
             return
         self._calls = ThreadPoolExecutor(1, thread_name_prefix="push")
         self._serial = int(replica.continues.get("serial", -1)) + 1
+        self._store = store_of(str(replica.continues.get("servers", "")))
         self._loading: Mapping[str, Tensor] = replica.continues.get("optimizer", {})
         self._progress: float | None = replica.continues.get("progress")
         self._job = str(replica.continues.get("job") or self._agree_on(secrets.token_hex(16)))
@@ -73,7 +74,7 @@ class Served:
             replica.named, Solo(str(replica.device)), bucket_mb=math.inf, on_bucket=lambda *_: None
         )
         self._servers = Servers(
-            links(placement),
+            links(placement, self._store),
             member=_member(replica.wire.rank),
             job=self._job,
             lease_s=placement.lease_s,
@@ -236,7 +237,7 @@ class Served:
 
     def salvage(self) -> dict[str, Any]:
         """What the servers hold, when workers were lost: the next set of workers continues with it."""
-        servers = Servers(links(self._placement), member="", job=self._job)  # mine may be closed already
+        servers = Servers(links(self._placement, self._store), member="", job=self._job)  # mine may be closed
         servers.layouts = self._servers.layouts
         try:
             answer, params, optimizer = servers.state()
@@ -245,7 +246,7 @@ class Served:
         tokens = int(answer["tokens"])
         serial = max(self._serial, int(answer["serial"]))  # a beginning may have come to no end
         counters: dict[str, Any] = {"tokens": tokens, "job": self._job, "serial": serial}
-        counters["skipped"] = self._replica.skipped
+        counters |= {"skipped": self._replica.skipped, "servers": self._store}
         if not self._sync:
             counters |= {"progress": float(answer["progress"]), "reached": self._reached}
         if self._sync:  # a step may have been applied of which nobody was told any more
