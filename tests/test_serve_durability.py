@@ -78,6 +78,42 @@ def test_interval_loses_what_it_says(serve: Any, tmp_path: Path) -> None:
     assert list(again.shard.members) == ["worker-0"]  # who takes part is never lost
 
 
+def test_a_halt_and_what_is_known_of_the_lost_survive(serve: Any, tmp_path: Path) -> None:
+    """Survivors that ask one after the other, a restart in between, are told the same."""
+    options = {"state": tmp_path / "state"}
+    server = serve(**options)
+    a, b = serve.workers([server], 2)
+    a.begin(SGD(0.1), consistency="async", discard=0)
+    for step in range(3):
+        a.push(step, gradient(step, 0))
+    b.push(0, gradient(0, 1))  # taken at version 0: three updates ago
+    b.servers.close()
+    told = a.servers.halt()
+    assert told == ({"worker-0": 3, "worker-1": 1}, {"worker-1": {0}})
+    vanish(server)
+    again = serve(**options)
+    (a,) = serve.workers([again], 1)
+    assert a.servers.halt() == told
+    assert again.shard.halted
+    a.servers.serial = 0
+    a.begin(SGD(0.1), serial=1, steps=3, consistency="async")
+    assert not again.shard.halted
+    assert (again.shard.discarded, again.shard.left) == (1, {})
+
+
+def test_a_push_sent_again_after_its_lease_is_known(serve: Any) -> None:
+    server = serve()
+    (a,) = serve.workers([server], 1)
+    a.begin(SGD(0.1), consistency="async")
+    for step in range(2):
+        a.push(step, gradient(step, 0))
+    server.shard.expire("worker-0")
+    before = a.params
+    assert a.push(1, gradient(1, 0))["version"] == 2
+    close_to(a.params, before, 0.0)
+    assert a.push(2, gradient(2, 0))["version"] == 3
+
+
 def test_a_torn_record_is_left_out(serve: Any, tmp_path: Path) -> None:
     options = {"state": tmp_path / "state"}
     server = serve(**options)
