@@ -217,7 +217,7 @@ class Servers:
             described, parts = protocol.described(mine)
             header = {
                 **self._who("begin"),
-                "serial": serial,  # which mine is from now on
+                "serial": serial,
                 "steps": steps,
                 "tokens": tokens,
                 "progress": float(steps) if progress is None else progress,
@@ -315,6 +315,7 @@ class Servers:
         self.hang_up()
 
     def hang_up(self) -> None:
+        """Without a word: the servers believe that I am still there."""
         self._ended.set()
         for link in self._links:
             link.close()

@@ -145,8 +145,7 @@ class Server:
         if op == "push":
             push, payload = self._push(header, size, requests)
             received = time.perf_counter()
-            job, serial = header.get("job"), header.get("serial")
-            return _timed(shard.push(push, payload, job, serial, alive), received)
+            return _timed(shard.push(push, payload, header, alive), received)
         if op == "begin":
             tensors = self._tensors(header, size, requests)
             return shard.begin(header, tensors), ()

@@ -163,13 +163,13 @@ class Shard:
         return {}
 
     def push(
-        self, push: Push, payload: Tensor, job: Any, serial: Any, alive: Alive
+        self, push: Push, payload: Tensor, header: Mapping[str, Any], alive: Alive
     ) -> tuple[Answer, Tensor | None]:
         """Apply a worker's push (or keep it for the round) and answer with fresh parameters when it may go on.
 
         Args:
             payload: uint8, of `Store.payload_bytes`.
-            job, serial: the worker's: which job, and which of its beginnings (None: whichever).
+            header: the request's, which names the job and which of its beginnings.
             alive: whether the worker still waits for the answer.
 
         Returns:
@@ -177,8 +177,8 @@ class Shard:
             where the push came after `halt`).
         """
         with self.cond:
-            store = self.ready({"job": job})
-            if self.halted or self.stale({"serial": serial}):
+            store = self.ready(header)
+            if self.halted or self.stale(header):
                 return {"halted": True}, None
             if push.member not in self.members:  # sent again after its lease has ended, it is known
                 known = 0 if store.rules.sync else self.left.get(push.member, 0)

@@ -76,10 +76,10 @@ class Books:
             if self._ledger is not None:
                 self._ledger.dropped(step + 1, epoch=epoch, who=who, rows=rows, why=why)
 
-    def tell_of_gone(
+    def tell_of_last(
         self, standing: Standing, method: Method, seats: Sequence[Seat], *, epoch: int, rows: int
     ) -> None:
-        """Where each tells for itself: of the last step of all what those who are gone, and I, may not have told."""
+        """Where each tells for itself: the last step that all have done, which those who are gone, or I, may not have told."""
         here = {seat.id for seat in seats} - {self._me}
         done = standing.held.get(standing.steps - 1, {})
         said = {seat: spans_of(sorted(places)) for seat, places in done.items() if seat not in here}

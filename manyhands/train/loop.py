@@ -148,9 +148,8 @@ class Loop:
         if result.save or (every.save_every and done % every.save_every == 0):
             self._save_due = True
         rests = self.replica.at_rest or not self.replica.method.comes_to_rest
-        if (
-            self._save_due and rests and done >= self.division.open_until
-        ):  # not amid what some have done already
+        whole = done >= self.division.open_until  # else some have done steps beyond this one
+        if self._save_due and rests and whole:
             chores += ["meet", "save"]
         if result.change:
             chores.append("change")
@@ -244,7 +243,7 @@ class Loop:
         alone = bool(getattr(self.replica.method, "alone", False))
         self.books.begin_attempt(self.world, self.replica.steps, goes_on=alone and bool(standing.held))
         rows = self.feed.order.rows(max(0, standing.steps - 1))
-        self.books.tell_of_gone(standing, self.replica.method, self.seats, epoch=self._epoch, rows=rows)
+        self.books.tell_of_last(standing, self.replica.method, self.seats, epoch=self._epoch, rows=rows)
 
     def enter(self, world: World, standing: Standing, epoch: Epoch) -> None:
         """Go on in another set of workers."""

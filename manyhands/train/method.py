@@ -146,6 +146,9 @@ class Method(Protocol):
             them though the method is not at rest.
         still: (optional) nothing that others may need moves before a step's agreement.
         agreements: (optional) how many this worker has taken part in; it may have some that others lack when one is lost.
+        alone: (optional) workers do not wait for each other, and each tells the ledger for itself.
+        applied: (optional) after `rewind`, of which steps each rank's work is in the parameters whatever becomes of it.
+        unused: (optional) places of this worker's last step that no update has used, by rule.
         states: of the exchange, one for each of its conversations.
     """
 
