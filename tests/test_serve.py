@@ -282,7 +282,8 @@ def test_after_a_halt_it_is_known_which_pushes_count(serve: Any) -> None:
     b.push(0, gradient(0, 1))
     b.servers.close()
     status = servers[0].shard.status()
-    assert a.servers.halt() == ({"worker-0": 3, "worker-1": 1, "worker-2": 0}, {})
+    halted = a.servers.halt()
+    assert (halted.clocks, halted.unused) == ({"worker-0": 3, "worker-1": 1, "worker-2": 0}, {})
     header = {"step": 0, "version": 0, "share": 0.5, "nominal": 8.0, "loss": 1.0, "count": 4, "norm": 1.0}
     payloads = [torch.zeros(lay.size_bytes, dtype=torch.uint8) for lay in c.servers.layouts]
     used = dict.fromkeys(SHAPES, True)
@@ -307,13 +308,96 @@ def test_a_halt_applies_what_waits_and_a_new_beginning_counts_on(serve: Any) -> 
     a.push(0, gradient(0, 0), share=1.0)
     a.push(1, gradient(1, 0), share=1.0)
     assert server.shard.version == 0
-    assert a.servers.halt() == ({"worker-0": 2}, {})
+    assert a.servers.halt().clocks == {"worker-0": 2}
     assert server.shard.version == 1
     _, params, _ = a.servers.state()
     assert not torch.equal(params["wide"], initial()["wide"])
     a.begin(SGD(0.1), serial=1, steps=2, consistency="async", accumulate=3)
     status = server.shard.status()
     assert (status["version"], status["updates"], status["staleness"]) == (0, 1, {"0": 2})
+
+
+def first_halves(workers: list[Worker], sums: list[dict[str, torch.Tensor]]) -> list[dict[str, Any]]:
+    """All push step 0 to two servers; each one's request that tells the norm of the whole, which nobody has told yet."""
+    used = dict.fromkeys(SHAPES, True)
+    header = {"step": 0, "version": 0, "share": 0.5, "nominal": 8.0, "loss": 1.0, "count": 4, "norm": 1.0}
+
+    def push(worker: Worker, mine: dict[str, torch.Tensor], server: int) -> float:
+        layout = worker.servers.layouts[server]
+        flat = torch.zeros(layout.size_bytes, dtype=torch.uint8)
+        for name, view in layout.views(flat).items():
+            view.copy_(mine[name] / 8)
+        flags = "1" * len([n for n in used if n in layout.views(flat)])
+        ask = {**header, **worker.servers._who("push"), "used": flags}
+        answer = worker.servers._links[server].call(ask, [protocol.view(flat)])
+        return float(answer.header["norm_sq"])
+
+    pushes = [partial(push, w, s, i) for w, s in zip(workers, sums, strict=True) for i in range(2)]
+    parts = together(*pushes)
+    whole = parts[0] + parts[1]
+    return [{**worker.servers._who("agree"), "step": 0, "norm_sq": whole} for worker in workers]
+
+
+def test_a_halt_finishes_a_round_that_only_one_of_two_servers_has_applied(serve: Any) -> None:
+    servers = [serve(), serve()]
+    a, b = serve.workers(servers, 2)
+    a.begin(SGD(0.1), consistency="sync", max_norm=0.7)
+    for worker in (a, b):
+        worker.servers.join(0)
+        worker.servers.serial = 0
+    sums = [gradient(0, w) for w in range(2)]
+    ask, _ = first_halves([a, b], sums)
+    a.servers._links[0].call(ask)  # and then both workers lost somebody
+    assert [s.shard.step for s in servers] == [1, 0]
+    for worker in (a, b):
+        halted = worker.servers.halt()
+        assert (halted.step, halted.tokens, halted.applied) == (1, 8, [True, True])
+    _, params, _ = a.servers.state()
+    mean = {n: (sums[0][n] + sums[1][n]) / 8 for n in SHAPES}
+    norm = math.sqrt(sum(float(g.square().sum()) for g in mean.values()))
+    close_to(params, plain(SGD(0.1), [{n: g * min(1.0, 0.7 / (norm + 1e-6)) for n, g in mean.items()}]))
+
+
+def test_after_a_halt_no_round_is_applied(serve: Any) -> None:
+    """Else it would be in the parameters for those who ask later, and not for those who asked before."""
+    servers = [serve(), serve()]
+    a, b = serve.workers(servers, 2)
+    a.begin(SGD(0.1), consistency="sync")
+    for worker in (a, b):
+        worker.servers.join(0)
+        worker.servers.serial = 0
+    asks = first_halves([a, b], [gradient(0, w) for w in range(2)])
+    assert a.servers.halt().step == 0
+    for link, ask in zip(b.servers._links, asks, strict=True):
+        assert link.call(ask).header["halted"]
+    halted = b.servers.halt()
+    assert (halted.step, halted.applied) == (0, [False, False])
+
+
+def test_a_halt_wakes_those_who_wait_for_a_round(serve: Any) -> None:
+    """And who leaves afterwards does not complete it."""
+    server = serve()
+    a, b = serve.workers([server], 2)
+    a.begin(SGD(0.1), consistency="sync")
+    for worker in (a, b):
+        worker.servers.join(0)
+        worker.servers.serial = 0
+    layout = a.servers.layouts[0]
+    header = {"step": 0, "version": 0, "share": 0.5, "nominal": 8.0, "loss": 1.0, "count": 4, "norm": 1.0}
+    payloads, used = [torch.zeros(layout.size_bytes, dtype=torch.uint8)], dict.fromkeys(SHAPES, True)
+    answers: list[Any] = []
+    waiting = threading.Thread(
+        target=lambda: answers.append(a.servers.push(header, used, payloads, a.out)), daemon=True
+    )
+    waiting.start()
+    with server.shard.cond:
+        assert server.shard.cond.wait_for(lambda: "worker-0" in server.shard.pending, WAIT_S)
+    halted = b.servers.halt()
+    assert halted.step == 0
+    waiting.join(WAIT_S)
+    assert answers == [{"halted": True}]
+    b.servers.close()
+    assert server.shard.step == 0
 
 
 def test_a_wish_to_change_the_set_reaches_all_at_the_same_step(serve: Any) -> None:

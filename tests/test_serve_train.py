@@ -19,7 +19,7 @@ import warm
 from runs import TINY, command, environment, events, manyhands, summary
 from test_exactness import SEQ, N, Rows, make, summed
 
-from manyhands.core.errors import Stopped, UsageError
+from manyhands.core.errors import PeerLost, Stopped, UsageError
 from manyhands.data.sample import Order
 from manyhands.exchange.feedback import ErrorFeedback
 from manyhands.exchange.half import BF16
@@ -196,6 +196,46 @@ def test_nothing_is_lost_in_encoded_pushes(serving: Any) -> None:
             kept = held[at // 8 : at // 8 + entry.numel].view(entry.shape)
             moved = start[entry.name] - dict(model.named_parameters())[entry.name].detach()
             assert torch.allclose(moved / 0.5 + kept, 7 * slope[entry.name], rtol=0, atol=1e-12)
+    replica.close()
+
+
+@pytest.mark.parametrize("n_servers", [1, 2])
+def test_an_update_of_which_nobody_was_told_counts(serving: Any, n_servers: int) -> None:
+    """A worker is lost before the answers come: the step is done, and what the push left out is held back."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(40, 3).double()
+    slope = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    strategy = Strategy(placement=serving(n_servers), exchange=ErrorFeedback(BF16()), outer=SGD(0.5))
+    replica = Replica(model, strategy, Solo())
+    method: Any = replica.method
+
+    def loss(forward: Any, batch: Any) -> tuple[torch.Tensor, int]:
+        return sum((p * slope[name]).sum() for name, p in forward.named_parameters()), 1  # type: ignore[return-value]
+
+    part = [(0, {"x": torch.zeros(1)})]
+    replica.step(Part(0, part, 1, 1, 0), loss)
+    push = method._servers.push
+
+    def unheard(*args: Any) -> dict[str, Any]:
+        push(*args)
+        raise PeerLost(1, "push", "killed")
+
+    method._servers.push = unheard
+    with pytest.raises(PeerLost):
+        replica.step(Part(1, part, 1, 1, 0), loss)
+    assert replica.steps == 1
+    assert method.rewind() == {}
+    assert replica.steps == 2
+    assert replica.tokens == 2
+    salvaged = method.salvage()
+    assert salvaged["steps"] == 2
+    for server, layout in enumerate(method._servers.layouts):
+        held = torch.cat(replica.states[server]["residual"])
+        for entry, at in zip(layout.entries, layout.offsets, strict=True):
+            kept = held[at // 8 : at // 8 + entry.numel].view(entry.shape)
+            moved = start[entry.name] - salvaged["params"][entry.name]
+            assert torch.allclose(moved / 0.5 + kept, 2 * slope[entry.name], rtol=0, atol=1e-12)
     replica.close()
 
 

@@ -41,10 +41,21 @@ class Answer(NamedTuple):
 
 
 class Halted(NamedTuple):
-    """What the servers have, by worker: the first step that not all of them have, and the steps whose pushes were dropped."""
+    """What the servers have.
+
+    Attributes:
+        clocks: by worker, the first step that not all servers have of it.
+        unused: by worker, the steps whose pushes were dropped.
+        step: where pushes are applied together: the first that is not.
+        tokens: that they have been given.
+        applied: of each server, whether my push is in the last round.
+    """
 
     clocks: dict[str, int]
     unused: dict[str, set[int]]
+    step: int
+    tokens: int
+    applied: list[bool]
 
 
 class _Channel(NamedTuple):
@@ -275,14 +286,30 @@ class Servers:
         return self._all(lambda i: self._links[i].call(ask, out=out[i]))[0].header
 
     def halt(self) -> Halted | None:
-        """No push is taken any more until the job begins anew; which are in the parameters. None: it has begun already."""
+        """No push is taken any more until the job begins anew; which are in the parameters. None: it has begun already.
+
+        A round that some of several servers have applied, and others not yet, is finished on these.
+        """
         # not by the pool, whose threads may all be in a push that waits for somebody who is gone
         told = [link.call(self._who("halt")).header for link in self._links]
         if any(each.get("over") for each in told):
             return None
+        ahead = max(told, key=lambda each: int(each["step"]))
+        rest = {"step": int(ahead["step"]) - 1, "norm_sq": ahead["norm_sq"], "finish": True}
+        for server, (link, each) in enumerate(zip(self._links, told, strict=True)):
+            if int(each["step"]) < int(ahead["step"]):
+                if "again" in link.call({**self._who("agree"), **rest}).header:
+                    raise ManyhandsError(
+                        f"parameter server {server} lost the pushes of step {rest['step']}, which others have applied",
+                        "servers that restart keep what they have acknowledged (durability = each)",
+                        "continue from the last checkpoint with --resume",
+                    )
+                told[server] = link.call(self._who("halt")).header
         everywhere = set(told[0]["clocks"]).intersection(*(each["clocks"] for each in told))
         clocks = {who: min(int(each["clocks"][who]) for each in told) for who in everywhere}
-        return Halted(clocks, {who: set(steps) for who, steps in told[0]["unused"].items()})
+        unused = {who: set(steps) for who, steps in told[0]["unused"].items()}
+        applied = [bool(each["applied"]) for each in told]
+        return Halted(clocks, unused, int(told[0]["step"]), int(told[0]["tokens"]), applied)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
         """(the first server's answer, parameters, optimizer state), by name."""

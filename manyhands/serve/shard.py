@@ -138,10 +138,11 @@ class Shard:
         return {}
 
     def halt(self, header: Mapping[str, Any]) -> Answer:
-        """Take no push any more until the job begins anew; which step is everybody's next, also of those who have left.
+        """Take no push any more until the job begins anew, and tell what has been applied.
 
-        Where pushes are applied as they come, that tells which of them are in the parameters: of a worker that was
-        lost, and of one whose answer is still on its way.
+        Where pushes are applied as they come, each worker's next step tells which of them are in the parameters: of a
+        worker that was lost, and of one whose answer is still on its way. Where they are applied together, the round does
+        (`Servers.halt` finishes one that only some of several servers have applied), and whether the asker's push is in it.
         """
         with self.cond:
             self.ready(header)
@@ -152,7 +153,9 @@ class Shard:
             self.halted = True
             self.cond.notify_all()
             clocks = {**self.left, **{who: m.clock for who, m in self.members.items()}}
-            return {"clocks": clocks, "unused": self.unused}
+            told: Answer = {"clocks": clocks, "unused": self.unused, "step": self.step, "tokens": self.tokens}
+            mine = self.applied.get(name(header))
+            return {**told, "applied": mine == self.step - 1, "norm_sq": self.last.get("norm_sq_of_all")}
 
     def beat(self, header: Mapping[str, Any]) -> Answer:
         """A worker is still there, though it computes."""
@@ -209,6 +212,8 @@ class Shard:
                 return {"halted": True}, None
             step = integer(header, "step")
             if step >= self.step:
+                if self.halted and not header.get("finish"):
+                    return {"halted": True}, None
                 gather(self)
                 if self.partial is None:  # this server has lost the pushes in a restart
                     return {"again": True}, None

@@ -27,8 +27,10 @@ def take_part(
         shard.pending[push.member] = (push, payload)
         shard.cond.notify_all()
     gather(shard)
-    shard.wait(lambda: shard.step > push.step or shard.partial is not None, member, alive)
+    shard.wait(lambda: shard.step > push.step or shard.partial is not None or shard.halted, member, alive)
     if shard.step <= push.step:
+        if shard.halted:
+            return {"halted": True}, None
         return {"norm_sq": shard.partial, "step": push.step}, None
     return answer_together(shard, push.member, push.step), shard.pulled(push.member)
 
@@ -67,10 +69,10 @@ def _advance(shard: Shard) -> None:
         if who not in shard.folded and push.step == step:
             store.add(push, payload)
             shard.folded.append(who)
-    if store.rules.alone:
-        apply_round(shard, store.norm_sq())
-    else:
+    if not store.rules.alone:
         shard.partial = store.norm_sq()
+    elif not shard.halted:
+        apply_round(shard, store.norm_sq())
     shard.cond.notify_all()
 
 
@@ -106,6 +108,7 @@ def apply_round(shard: Shard, norm_sq: float) -> None:
         "count": count,
         "norm": norm,
         "norm_sq": own,
+        "norm_sq_of_all": norm_sq,
         "skipped": skipped,
         "lr": factor * store.rules.optimizer.lr * (not skipped),
     }

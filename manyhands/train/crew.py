@@ -200,6 +200,8 @@ class Crew:
         if hasattr(replica.method, "rewind") and not self.fresh:
             steps, committed = replica.steps, replica.method.committed
             held = replica.method.rewind()
+            if replica.steps > steps:  # an update was made of which nobody was told
+                loop.books.commit(loop.division, replica.method, loop.seats)
             if getattr(replica.method, "alone", False):  # and what I had pushed when the last set met
                 for step, places in loop.division.held().get(self.membership.me.id, {}).items():
                     held.setdefault(step, []).extend(places)

@@ -216,11 +216,14 @@ class Served:
 
     def rewind(self) -> dict[int, list[int]]:
         """Pushes that the servers have stay; the job goes on with the first step that not all have pushed."""
-        if self._sync:
-            return {}
         replica = self._replica
         halted = self._servers.halt()
         if halted is None:  # the others have gone on without me
+            return {}
+        if self._sync:
+            if halted.step > replica.steps:  # applied, though the answer did not come to me
+                replica.steps, replica.tokens = halted.step, halted.tokens
+                self._codec.keep(self.states, halted.applied)
             return {}
         ranks = [_member(rank) for rank in range(replica.wire.size)]
         reached = [halted.clocks.get(who, self._begun) for who in ranks]
@@ -247,10 +250,10 @@ class Served:
         serial = max(self._serial, int(answer["serial"]))  # a beginning may have come to no end
         counters: dict[str, Any] = {"tokens": tokens, "job": self._job, "serial": serial}
         counters |= {"skipped": self._replica.skipped, "servers": self._store}
-        if not self._sync:
+        if self._sync:
+            counters["steps"] = self._replica.steps
+        else:
             counters |= {"progress": float(answer["progress"]), "reached": self._reached}
-        if self._sync:  # a step may have been applied of which nobody was told any more
-            counters["steps"] = self._replica.steps + (tokens > self._replica.tokens)
         return {**counters, "params": params, "optimizer": optimizer}
 
     def refresh(self) -> None:
