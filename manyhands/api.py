@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ class Hands:
     def replicate(
         self,
         model: nn.Module,
-        strategy: Strategy,
+        strategy: Strategy | str,
         *,
         max_grad_norm: float | None = None,
         targets_per_row: int = 1,
@@ -69,6 +70,7 @@ class Hands:
         checked bitwise.
 
         Args:
+            strategy: a value, or its call form: ``"ddp(lr=3e-4)"``.
             max_grad_norm: clip the global gradient norm.
             targets_per_row: targets of a full row, for example its length in tokens (only scaling inside).
             total: length of the schedule in steps or tokens; None: a constant rate.
@@ -77,10 +79,20 @@ class Hands:
         Raises:
             Diverged: the initial parameters differ between workers.
         """
+        from manyhands.core import config
         from manyhands.models.build import draws_random
+        from manyhands.strategy.base import Strategy
         from manyhands.train.replica import Replica
         from manyhands.train.session import autocast_for
 
+        if isinstance(strategy, str):
+            strategy = config.from_text("strategies", strategy, "strategy")
+        if not isinstance(strategy, Strategy):
+            raise UsageError(
+                f"strategy = {strategy!r}",
+                "it is a Strategy or its call form",
+                'for example manyhands.presets.ddp(lr=3e-4), or "ddp(lr=3e-4)"',
+            )
         model.to(self.device)
         if precision == "fp64":
             model.double()
@@ -126,6 +138,12 @@ class Hands:
         from manyhands.data.sample import Order
         from manyhands.train.feed import Feed, unit_rows
 
+        if not 0 <= epochs < inf:
+            raise UsageError(
+                f"epochs = {epochs}",
+                "the data are passed over so often",
+                "give a number, and leave the loop when done",
+            )
         rows = dataset if hasattr(dataset, "take") else _MapRows(dataset)
         order = Order(len(rows), global_batch, seed, drop_last)
         if weights is not None and len(weights) != self.size:
@@ -151,8 +169,8 @@ class Hands:
     def save(self, replica: Replica, directory: str | Path, *, tokenizer: Any = None) -> Path:
         """Write a checkpoint ``directory/checkpoint-N`` (rank 0; the others wait) and return its path.
 
-        Its root loads with Transformers' ``from_pretrained`` where the model is one of Transformers', else with
-        `manyhands.load`. `tokenizer` is anything with ``save_pretrained``.
+        Its root loads with Transformers' ``from_pretrained`` where the model is one of Transformers'. A model of your own code
+        is loaded with ``manyhands.load(path, into=model)``. `tokenizer` is anything with ``save_pretrained``.
         """
         from manyhands.train.session import save_replica
 
@@ -192,15 +210,19 @@ class _MapRows:
         return default_collate([self._dataset[int(i)] for i in ids])
 
 
-def load(path: str | Path, *, trust: bool = False) -> nn.Module:
+def load(path: str | Path, *, trust: bool = False, into: nn.Module | None = None) -> nn.Module:
     """The model of a checkpoint or output directory, of any kind that manyhands writes, in evaluation mode.
 
     Args:
+        into: a model as the saved one was made, which gets its weights: for models of your own code.
         trust: call the ``module:function`` that the checkpoint names as its model's maker.
     """
-    from manyhands.models.build import load_model
+    from manyhands.models.build import load_model, load_weights
     from manyhands.train.checkpoint import resolve_resume, verify
 
     found = resolve_resume(str(path), Path(path))
     verify(found)
+    if into is not None:
+        load_weights(into, found)
+        return into.eval()
     return load_model(found, trust=trust)

@@ -15,6 +15,7 @@ from manyhands.core import config
 from manyhands.core.errors import UsageError
 from manyhands.core.request import ACROSS, NODE, Gather, Sum
 from manyhands.exchange.combine import leaves
+from manyhands.exchange.randomk import RandomK
 from manyhands.exchange.twophase import lengths
 from manyhands.wire.drive import run
 
@@ -319,6 +320,12 @@ def _wired(world: Any, texts: list[str]) -> list[Any]:
         ("error-feedback(none)", "inner is an exchange"),
         ("error-feedback(bf16, decay=0)", "decay = 0.0"),
         ("ef21(topk(average=senders))", "give it average='all'"),
+        ("ef21(hierarchical(topk(average=senders)))", "does not add up"),
+        ("error-feedback(ternary)", "grows without end"),
+        ("error-feedback(two-phase(ternary))", "rounding='nearest'"),
+        ("error-feedback(chain(topk, then=ternary))", "rounding='nearest'"),
+        ("error-feedback(randomk(unbiased=true))", r"RandomK\(unbiased=False\)"),
+        ("ef21(randomk(unbiased=true))", "grows without end"),
         ("momentum(all-reduce)", "sgd"),
         ("momentum(bf16, momentum=1)", "less than 1"),
         ("two-phase(all-reduce)", "needs a codec"),
@@ -327,6 +334,12 @@ def _wired(world: Any, texts: list[str]) -> list[Any]:
         ("hierarchical(hierarchical)", "two levels"),
         ("hierarchical(error-feedback(bf16))", r"put it around: ErrorFeedback\(Hierarchical\(across=BF16"),
         ("hierarchical(by-tensor)", "flat pieces"),
+        ("hierarchical(by-tensor(error-feedback(int8)))", r"error-feedback\(hierarchical\(across=int8\)\)"),
+        ("hierarchical(auto(int8))", "of a slice"),
+        ("warmup(momentum(topk))", "rounds=0"),
+        ("warmup(fetchsgd)", "a velocity"),
+        ("auto(momentum(topk))", "a velocity"),
+        ("auto(by-tensor(momentum(topk)))", "a velocity"),
         ("chain(all-reduce)", "both are codecs"),
         ("warmup(bf16, ramp=3)", "nothing inside has one"),
         ("warmup(bf16, rounds=-1)", "rounds = -1"),
@@ -339,6 +352,19 @@ def _wired(world: Any, texts: list[str]) -> list[Any]:
 def test_impossible_combinations_are_refused_with_the_rule(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         _value(text)
+
+
+def test_scaled_random_entries_held_back_would_grow() -> None:
+    """Why they are refused: the residual of the same contribution, round after round."""
+    exchange = RandomK(density=0.1, unbiased=True)
+    residual, value = torch.zeros(200), torch.randn(200, generator=torch.Generator().manual_seed(3))
+    states = [exchange.init([value])]
+    norms = []
+    for _ in range(60):
+        (agreed,) = converse([exchange.talk([value + residual], states[0])])
+        residual, states = value + residual - agreed.sent[0], [agreed.state]
+        norms.append(float(residual.norm()))
+    assert norms[-1] > 1e3 * norms[0]
 
 
 def test_what_passes_through() -> None:

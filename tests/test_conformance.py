@@ -43,6 +43,7 @@ AROUND_ONE = [  # and around one codec, which stands for all
     "warmup(error-feedback({}), rounds=1)",
     "auto(error-feedback({}), every=1)",
     "ef21({})",
+    "ef21(hierarchical({}))",
     "momentum({})",
 ]
 ONE = "bf16"
@@ -71,6 +72,7 @@ BY_MODEL = [n for n in EXCHANGES if trait(_value(n), "by_model")]
 SINGLE = [n for n in EXCHANGES if not _is_combinator(type(_value(n))) and n not in BY_MODEL]
 TRIED = [around.replace("{}", n) for n in SINGLE for around in AROUND]
 TRIED += [around.replace("{}", ONE) for around in AROUND_ONE]
+TRIED += [f"{around}(ternary(rounding=nearest))" for around in ("error-feedback", "ef21")]
 COMBINED = [text for text in TRIED if _possible(text)]
 TABLE = [*[n for n in EXCHANGES if n not in BY_MODEL], *COMBINED]
 CODECS = [text for text in TABLE if isinstance(_value(text), Codec)]
@@ -137,7 +139,9 @@ def _steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_table_has_what_is_possible() -> None:
     assert "error-feedback(two-phase(bf16))" in TABLE
     alone = [n for n in SINGLE if f"error-feedback({n})" not in TABLE]
-    assert all(trait(_value(n), "by_place") or trait(_value(n), "holds") for n in alone)
+    refused = {n for n in alone if not trait(_value(n), "contracts")}
+    assert refused == {"ternary"}
+    assert all(trait(_value(n), "by_place") or trait(_value(n), "holds") for n in set(alone) - refused)
     assert {"error-feedback", "two-phase", "auto"} <= set(EXCHANGES) - set(SINGLE)
 
 

@@ -31,7 +31,7 @@ EVENTS = {
     "aligned": "step ranks drift size_bytes wall_s",
     "mended": "seat rank host step what source size_bytes wall_s",
     "balance": "step wall_s workers slowest reason",
-    "finished": "step reason wall_s summary",
+    "finished": "step reason wall_s summary load",
 }
 LOAD = "seat rank host rows compute_s data_s wait_s network_s"
 

@@ -258,6 +258,27 @@ def test_where_all_stand_still_the_first_is_stuck_and_slow_phases_are_not() -> N
         assert [happening.seat_id for happening in play.happenings("evict")] == stuck
 
 
+@pytest.mark.parametrize(("phase", "limit_s"), [("step", 20.0), ("evaluate", 120.0)])
+def test_whoever_the_others_wait_for_in_vain_is_given_up(phase: str, limit_s: float) -> None:
+    """Its heart beats on, its epoch is over, and it never becomes ready for the next: in a slow phase, too."""
+    play = Play("w0", "w1", "w2", stuck_s=20.0)
+    play.wait(1.0)
+    for id in ("w0", "w1", "w2"):
+        play.step(2, id)
+    play.beat("w1", phase=phase)
+    begun = play.now
+    play.state.suspect("w0", epoch=1, rank=None, detail="timed out", now=play.now)
+    for id in ("w0", "w2"):
+        play.state.ready(id, epoch=1, step=2, now=play.now)
+    while play.now - begun < limit_s + 20.0 and "w1" in play.state.members:
+        for id in ("w0", "w2"):
+            play.beat(id)
+        play.beat("w1", phase=phase)
+        play.wait(2.0)
+    assert [happening.seat_id for happening in play.happenings("evict")] == ["w1"]
+    assert limit_s <= play.now - begun <= limit_s + 6.0
+
+
 def test_a_newcomer_that_has_to_get_ready_first_is_not_wanted() -> None:
     play = Play("w0")
     play.come("n")

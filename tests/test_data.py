@@ -133,6 +133,7 @@ BROKEN = [
     ("a.jsonl", b'{"text": "a"}\n{"text": \n{"text": 3}\n{"txt": "b"}\n', ":2", "json"),
     ("a.csv", b'text,label\na,1\nb,2,3\n"two\nlines",1\nc\n', ":3", "ragged"),
     ("a.csv", b"text,label\na,1\n\xff,2\n", ":3", "encoding"),
+    ("a.csv", b'text,label\na,1\n"open,2\nb,3\n', ":4", "csv"),
 ]
 
 
@@ -147,6 +148,14 @@ def test_broken_rows_are_named_with_their_line(
     assert any(getattr(e, "where", "").endswith(f"{name}{line}") for e in seen), seen
     with pytest.raises(DataError, match=f"{name}{line}"):
         prepare(DataSpec(data=(str(tmp_path / name),), on_error="fail"), cache=tmp_path / "cache")
+
+
+def test_an_empty_label_is_no_class_and_a_name_may_look_like_a_pattern(tmp_path: Path) -> None:
+    (tmp_path / "a[1].csv").write_text("text,label\na,1\nb,\nc,2\n")
+    spec = DataSpec(data=(str(tmp_path / "a[1].csv"),), label="label")
+    prepared = prepare(spec, cache=tmp_path / "cache")
+    assert prepared.labels == ("1", "2")
+    assert prepared.skipped == {"label": 1}
 
 
 def test_lines_are_counted_from_the_file_not_from_the_piece(

@@ -87,6 +87,28 @@ def test_resizing_real_workers_loses_nothing(
         assert exchange_state.missing({"exchange": facts}) is None
 
 
+def _without_a_third(world: Any) -> dict[str, list[float]]:
+    """EF21 when a third worker was lost: what it had agreed with these two is still in the sum."""
+    exchange = config.from_text("exchanges", "by-tensor(ef21(topk(density=0.2, chunk=0)), numel=1)")
+    delta = [torch.randn(40, generator=torch.Generator().manual_seed(world.rank), dtype=torch.float64)]
+    state = exchange.init(delta)
+    for turn in range(30):
+        if turn == 4:
+            inner = next(s for s in state.values() if isinstance(s, dict) and "agreed" in s)
+            inner["agreed"][0].add_(7.0)
+            exchange_state.resum([state], world.wire)
+        agreed = run(exchange.talk(delta, state), world.wire)
+        state = agreed.state
+    return {"delta": delta[0].tolist(), "mean": agreed.mean[0].tolist()}
+
+
+def test_the_sum_that_ef21_keeps_is_of_those_who_are_there(fleets: Callable[[int, str], Fleet]) -> None:
+    a, b = fleets(2, "shared").run(_without_a_third)
+    assert a["mean"] == b["mean"]
+    both = torch.tensor(a["delta"]) + torch.tensor(b["delta"])
+    torch.testing.assert_close(torch.tensor(a["mean"]), both, rtol=1e-6, atol=1e-6)
+
+
 def _pieces(world: Any) -> list[list[float]]:
     """A leaf that travels in several pieces."""
     exchange_state.PIECE_BYTES = 64

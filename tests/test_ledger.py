@@ -190,7 +190,7 @@ def test_a_resume_voids_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     assert (report.steps, report.used, report.void) == (12, 150, 2)
     code, said = run(tmp_path)
     assert code == 0
-    assert "from step 6 (epoch 1): attempt 2, from checkpoint 5: w0, w1, w2" in said
+    assert "from step 6 (epoch 1): attempt 2, which goes on after step 5: w0, w1, w2" in said
     for seat in ("w0", "w1"):  # and begun anew, with other batches
         write(
             tmp_path,

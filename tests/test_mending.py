@@ -49,6 +49,8 @@ def flipping_run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
         replica.step(feed.part(step), summed)
         if step + 1 == case.get("at") and world.rank in case["ranks"]:
             flip(replica, case["kind"])
+        if step + 1 == case.get("at") and world.rank == case.get("meanwhile"):
+            flip_after_mending(replica)
         try:
             replica.check_agreement(mend=case["mend"], who=WHO, emit=heard.append)
         except Diverged as error:
@@ -62,6 +64,19 @@ def flipping_run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
     assert all(isinstance(event, Mended) for event in heard)
     told = [(e.seat, e.rank, e.host, e.step, e.what, e.source) for e in heard]
     return {"state": state, "optimizer": optimizer, "refused": refused, "told": told}
+
+
+def flip_after_mending(replica: Replica) -> None:
+    """A bit of this replica flips while another one is given the majority's state."""
+    replace = mending.replace
+
+    def once(*args: Any) -> Any:
+        mending.replace = replace
+        found = replace(*args)
+        flip(replica, "parameters")
+        return found
+
+    mending.replace = once
 
 
 def flip(replica: Replica, kind: str) -> None:
@@ -88,6 +103,15 @@ def test_a_flipped_bit_is_mended_before_it_was_used(fleets: Fleets, strategy: st
     found = fleet.run(flipping_run, case_of(strategy, at=4))
     assert found == [{**plain, "told": found[0]["told"]} for plain in undisturbed]
     assert found[1]["told"] == [("w1", 1, "host-1", 4, "parameters", "w0")]
+
+
+def test_so_is_a_second_one_that_flips_meanwhile(fleets: Fleets) -> None:
+    fleet = fleets(3, "shared")
+    undisturbed = fleet.run(flipping_run, case_of("ddp"))
+    found = fleet.run(flipping_run, case_of("ddp", at=4, meanwhile=2))
+    assert [f["state"] for f in found] == [u["state"] for u in undisturbed]
+    assert [told[:2] for told in found[0]["told"]] == [("w1", 1), ("w2", 2)]
+    assert [f["refused"] for f in found] == ["", "", ""]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp(optimizer=sgd(momentum=0.9))", "diloco(every=2)"])

@@ -323,17 +323,22 @@ def test_impossible_pairings_are_refused(serving: Any) -> None:
     from manyhands.cadence.delayed import Delayed
     from manyhands.cadence.every import Every, PostLocal
     from manyhands.exchange.allreduce import AllReduce
+    from manyhands.exchange.powersgd import PowerSGD
+    from manyhands.exchange.topk import TopK
 
     placement = serving()
     for cadence in (Every(4), PostLocal(4, start=10), Delayed()):
         with pytest.raises(UsageError, match="pushes at every step"):
             Strategy(placement=placement, cadence=cadence)
-    for strategy, words in (
-        (Strategy(placement=placement, exchange=AllReduce(precision="bf16")), "a push goes one way"),
-        (Strategy(placement=Served()), "only manyhands' own launcher starts servers"),
+    for exchange, words in (
+        (AllReduce(precision="bf16"), "a push goes one way"),
+        (TopK(average="senders"), "give it average='all'"),
+        (PowerSGD(), "a push goes one way"),
     ):
         with pytest.raises(UsageError, match=words):
-            Replica(make(), strategy, Solo())
+            Strategy(placement=placement, exchange=exchange)
+    with pytest.raises(UsageError, match="only manyhands' own launcher starts servers"):
+        Replica(make(), Strategy(placement=Served()), Solo())
     with pytest.raises(UsageError, match="inner optimizer"):
         Strategy(placement=placement, inner=AdamW(0.1))
 

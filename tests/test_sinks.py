@@ -142,11 +142,11 @@ def test_a_loss_and_what_came_of_it_are_one_line_each() -> None:
     lines = plain(membership()[2:]).splitlines()
     assert lines == [
         (
-            "lost w2 (rank 2, node-1), which hung in step 2,403 at replica.py:80 in step: no heartbeat; "
+            "lost w2 (rank 2, node-1), which hung in step 2,404 at replica.py:80 in step: no heartbeat; "
             "last heard of 10.2 s before"
         ),
-        "2 workers go on with step 2,403 after 0.41 s (epoch 2): 5 micro-batches of it kept, 3 to compute",
-        "w2-1 (rank 2, node-1) joined before step 2,404; fetched 15.0 MiB of state in 0.8 s meanwhile",
+        "2 workers go on with step 2,404 after 0.41 s (epoch 2): 5 micro-batches of it kept, 3 to compute",
+        "w2-1 (rank 2, node-1) joined before step 2,405; fetched 15.0 MiB of state in 0.8 s meanwhile",
         (
             "mended w1 (rank 2, node-1) after step 2,500: its parameters differed from the majority's; "
             "given w0's (5.0 MiB in 0.2 s)"

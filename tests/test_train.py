@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import warm
 from runs import TINY, command, environment, events, losses, manyhands, summary
+
+from manyhands.core import hardware
 
 STEPS = 8
 
@@ -179,6 +182,9 @@ def test_any_workers_and_transports_give_the_same_curve(trained: Path, corpus: P
         env={**environment(), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    logs = [tmp_path / "torchrun" / "logs" / f"rank-{rank}.log" for rank in range(2)]
+    assert "done after step" in logs[0].read_text()
+    assert logs[1].is_file()
     for name in ("one", "uneven", "group", "torchrun"):
         assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-5), name
 
@@ -317,6 +323,19 @@ BAD: list[tuple[list[Any], str, int]] = [
     (["--gradient-accumulation-steps", "4"], "give --global-batch alone", 2),
     (["--micro-batch", "99"], "part of the global batch", 2),
     (["--reproducible", "--compile", "on"], "leave out --compile on", 2),
+    (["--warmup-ratio", "3"], "below 1", 2),
+    (["--warmup-steps", "0.5"], "whole number", 2),
+    (["--warmup-ratio", "0.1", "--warmup-steps", "3"], "both given", 2),
+    (["--epochs", "inf"], "and ends", 2),
+    (["--max-grad-norm", "nan"], "finite", 2),
+    (["--report-to", "tensorbord"], "did you mean 'tensorboard'", 2),
+    (["--model", "json:dmps"], "did you mean 'dump", 2),
+    (["--format", "parket"], "did you mean 'parquet'", 2),
+    (["--strategy", "ddp(consistency=bounded(4))"], "parameter-server(consistency=bounded(4))", 2),
+    (["--strategy", "ddp(staleness=4)"], "parameter-server(consistency=bounded(4))", 2),
+    (["--strategy", "ddp(every=4)"], "it belongs to accumulate", 2),
+    (["--strategy", "parameter-server(exchange=error-feedback(powersgd))"], "one way", 2),
+    (["--strategy", "parameter-server(exchange=topk(average=senders))"], "average='all'", 2),
 ]
 
 
@@ -368,6 +387,79 @@ def test_an_output_of_another_run_is_not_overwritten(trained: Path, corpus: Path
 def test_a_resumed_run_keeps_its_batches(trained: Path) -> None:
     done = manyhands("train", "--resume", trained, "--global-batch", 8, "--steps", 20, "--workers", 1, code=2)
     assert "global_batch = 8" in done.stderr
+
+
+def test_a_resumed_run_keeps_its_rows(trained: Path) -> None:
+    done = manyhands("train", "--resume", trained, "--eval-fraction", 0.4, "--steps", 20, code=2)
+    assert "rows to train on" in done.stderr
+    assert "--eval-fraction" in done.stderr
+
+
+def test_the_end_says_how_to_load_it_and_a_finished_run_keeps_its_figures(
+    trained: Path, tmp_path: Path
+) -> None:
+    """Also in the other unit of length, though the run's own configuration says steps."""
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(trained), str(copy)], check=True)
+    before = summary(copy)
+    epochs = STEPS / math.ceil(before["data"]["rows"] / 12)
+    said = manyhands("train", "--resume", copy, "--epochs", epochs).stdout
+    assert f'AutoModelForCausalLM.from_pretrained("{copy}/checkpoint-{STEPS}")' in said
+    after = summary(copy)
+    assert {k: v for k, v in after.items() if k != "eval"} == {k: v for k, v in before.items() if k != "eval"}
+    assert after["eval"]["loss"] == pytest.approx(before["eval"]["loss"])
+
+
+def test_one_step_has_a_rate_and_a_prompt_that_is_too_long_costs_no_figures(
+    corpus: Path, tmp_path: Path
+) -> None:
+    job = ["--data", corpus, *TINY, "--prompt", "x" * 99, "--steps", 1, "--workers", 1]
+    said = manyhands("train", *job, "--output", tmp_path / "run").stdout
+    found = summary(tmp_path / "run")
+    assert "no sample" in said
+    assert found["tokens_per_s"] > 0
+    assert found["machine"]["cores"] == hardware.cores_here()
+    assert losses(tmp_path / "run").keys() == {1}
+    assert events(tmp_path / "run", "stepped")[0]["communicate_share"] < 0.9
+
+
+def test_a_model_with_a_generate_of_its_own_trains(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "small_one.py").write_text(OWN_MODEL)
+    monkeypatch.chdir(tmp_path)
+    job = ["--data", corpus, *TINY, "--model", "small_one:make", "--prompt", "many", "--steps", 2]
+    said = manyhands("train", *job, "--workers", 1, "--output", tmp_path / "run").stdout
+    assert summary(tmp_path / "run")["steps"] == 2
+    assert f'manyhands.load("{tmp_path}/run/checkpoint-2", trust=True)' in said
+
+
+OWN_MODEL = """
+import torch
+
+class Model(torch.nn.Module):
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.inner = torch.nn.Embedding(vocab_size, 8)
+
+    def forward(self, input_ids):
+        return self.inner(input_ids) @ self.inner.weight.T
+
+    def generate(self, idx, max_new_tokens):
+        raise AssertionError("its arguments are its own")
+
+def make(vocab_size):
+    return Model(vocab_size)
+"""
+
+
+def test_scores_need_nothing_that_training_needed(trained: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(trained), str(copy)], check=True)
+    written = (copy / "config.toml").read_text()
+    (copy / "config.toml").write_text(written.replace("min_workers = 1", "min_workers = 2"))
+    assert "min_workers = 2" in (copy / "config.toml").read_text()
+    assert "perplexity" in warm.manyhands("evaluate", copy, "--workers", 1)
 
 
 def test_an_edited_checkpoint_is_refused_and_the_previous_one_offered(trained: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -34,7 +33,6 @@ def main(arguments: Sequence[str]) -> int:
     """Exit code 0: the job came through, and every sample was used once."""
     from manyhands.cli import train
     from manyhands.launch.chaos import KINDS, schedule
-    from manyhands.train.durable import write_text
 
     p = options.Parser(
         prog="manyhands chaos",
@@ -78,18 +76,16 @@ def main(arguments: Sequence[str]) -> int:
     code, injected = _train(
         [*base, *more, "--output", str(output / "disturbed")], output / "disturbed", faults
     )
-    return report(output, plain, injected, code, given.chaos_seed, write_text)
+    return report(output, plain, injected, code, given.chaos_seed)
 
 
-def report(
-    output: Path, plain: Path, injected: Sequence[Injected], code: int, seed: int, write: object
-) -> int:
+def report(output: Path, plain: Path, injected: Sequence[Injected], code: int, seed: int) -> int:
     """Write and print it; the exit code."""
     from manyhands.launch.chaos_report import compare, events_of, text, timeline
-    from manyhands.train.durable import write_text
+    from manyhands.train.durable import write_json, write_text
 
     found = compare(output / "disturbed", plain, injected, code, seed)
-    write_text(output / "chaos.json", json.dumps(found, indent=2) + "\n")
+    write_json(output / "chaos.json", found)
     write_text(output / "chaos.svg", timeline(events_of(output / "disturbed"), found))
     options.say("")
     options.say(text(found))

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from manyhands.cli import options, train
 from manyhands.cli.serve import known_identity, token_in
@@ -17,12 +17,14 @@ from manyhands.core.errors import UsageError
 
 if TYPE_CHECKING:
     from manyhands.coordinate.server import Coordinator
+    from manyhands.train.job import Job
 
 LINGER_S = 2.0  # so that everybody hears how the job ended
 STOP_S = 600.0  # for the workers to save, after a signal
 
 
 def main(arguments: Sequence[str]) -> int:
+    from manyhands.coordinate.journal import unfinished
     from manyhands.coordinate.server import Coordinator
     from manyhands.coordinate.words import Rules
     from manyhands.launch.control import CONTACT
@@ -66,16 +68,24 @@ def main(arguments: Sequence[str]) -> int:
         output = Path(job.output)
         journal = output / "coordinator.jsonl"
     output.mkdir(parents=True, exist_ok=True)
+    _check_servers(job)
+    before = unfinished(journal, end=job.resume is not None)
+    listen, awaited = given.listen, job
+    if before is not None and job.resume is not None:
+        _log("the job begins anew from its checkpoint; whoever still runs it is turned away")
+    elif before is not None and "order" in before:  # its workers know an address and rules
+        awaited = Order.from_json(before["order"]).job
+        listen = _address_of(output / CONTACT) or listen if listen == p.get_default("listen") else listen
     token_file = given.token_file or str(output / "coordinator.token")
     coordinator = Coordinator(
         token=token_in(token_file),
-        listen=given.listen,
+        listen=listen,
         identity=None if given.plain else known_identity(given, output),
         journal=journal,
         rules=Rules(
-            hang_s=job.hang_s,
-            min_workers=job.min_workers,
-            awaited=job.workers or job.min_workers,
+            hang_s=awaited.hang_s,
+            min_workers=awaited.min_workers,
+            awaited=awaited.workers or awaited.min_workers,
             patience_s=given.replace_s,
             resume=f"manyhands coordinate --resume {output}",
         ),
@@ -100,6 +110,25 @@ def main(arguments: Sequence[str]) -> int:
     finally:
         (output / CONTACT).unlink(missing_ok=True)
         coordinator.stop()
+
+
+def _check_servers(job: Job) -> None:
+    """Parameter servers of a job with several launchers stand alone. Raises `UsageError`."""
+    placement: Any = job.strategy.placement
+    if getattr(placement, "consistency", None) is not None and not placement.address:
+        raise UsageError(
+            f"strategy = {job.strategy!r} without address",
+            "workers of several machines share servers that stand alone",
+            "start manyhands serve-parameters, and give address, token_file and fingerprint as it prints them",
+        )
+
+
+def _address_of(contact: Path) -> str | None:
+    """Where the coordinator before listened, if it could not clear that away."""
+    try:
+        return str(json.loads(contact.read_text(encoding="utf-8"))["address"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _see_through(coordinator: Coordinator, asked: list[int]) -> int:
@@ -140,7 +169,10 @@ def _tell(coordinator: Coordinator) -> None:
             _log(f"epoch {epoch.number}: {', '.join(seat.id for seat in epoch.seats)}")
         elif loss is not None:
             where = f" on {loss.seat.host}" if loss.seat.host else ""
-            _log(f"{loss.seat.id}{where} is lost{during(loss)} ({loss.how}: {loss.detail})")
+            if loss.how == "left":
+                _log(f"{loss.seat.id}{where} has left{during(loss)}: {loss.detail}")
+            else:
+                _log(f"{loss.seat.id}{where} is lost{during(loss)} ({loss.how}: {loss.detail})")
 
 
 def _log(line: str) -> None:

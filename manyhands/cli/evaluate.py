@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from manyhands.cli import options
 from manyhands.core import config
@@ -15,6 +16,16 @@ FIELDS = (
     *("data", "format", "encoding", "document", "on_error", "eval_fraction", "device_batch"),
     *("workers", "device", "threads", "transport", "precision", "cache"),
 )
+
+
+TRAINING = (  # how the run trained says nothing of how it is scored
+    *("strategy", "reproducible", "min_workers", "restarts", "hang_s", "elastic", "lost_round"),
+    *("inner_steps", "on_divergence", "check_every", "balance", "micro_batch"),
+)
+
+
+def _of_scoring(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if name not in TRAINING}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -43,7 +54,8 @@ def main(arguments: Sequence[str]) -> int:
     stack = options.layers(given, FIELDS)
     run = Path(given.run).parent if Path(given.run).name.startswith("checkpoint-") else Path(given.run)
     with tempfile.TemporaryDirectory(prefix="manyhands-") as scratch:
-        layers = [*resumed_layer([("", {"resume": given.run})]), *stack]
+        own = [(name, _of_scoring(data)) for name, data in resumed_layer([("", {"resume": given.run})])]
+        layers = [*own, *stack]
         layers.append(("evaluate", {"resume": given.run, "output": str(run / "evaluate"), "report_to": ()}))
         if given.data is not None:  # all of the given data is scored
             layers.append(("evaluate", {"eval_data": given.data, "data": given.data, "eval_fraction": 0.0}))
@@ -61,9 +73,9 @@ def main(arguments: Sequence[str]) -> int:
         if code == 0 and result.exists():
             scores = json.loads(result.read_text())
             if given.json_file:
-                from manyhands.train.durable import write_text
+                from manyhands.train.durable import write_json
 
-                write_text(Path(given.json_file), json.dumps(scores, indent=2) + "\n")
+                write_json(Path(given.json_file), scores)
             for name, value in scores.items():
                 options.say(f"{name:<16} {value:.6g}" if isinstance(value, float) else f"{name:<16} {value}")
     return code

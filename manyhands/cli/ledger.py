@@ -99,7 +99,9 @@ def _changes(report: Report) -> list[str]:
         now = set(change.seats)
         if change.attempt != attempt:
             what = f"attempt {change.attempt}" + (
-                f", from checkpoint {resumed[change.attempt]:,}" if resumed.get(change.attempt) else ""
+                f", which goes on after step {resumed[change.attempt]:,}"
+                if resumed.get(change.attempt)
+                else ""
             )
             what += f": {', '.join(change.seats)}"
         else:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from manyhands.core.errors import UsageError, nearest
@@ -17,6 +18,7 @@ from manyhands.core.errors import UsageError, nearest
 # Hugging Face's names for parts of the strategy: option -> (path, help)
 SHORTHANDS = {
     "--learning-rate": ("strategy.main.lr", "the optimizer's rate"),
+    "--lr": ("strategy.main.lr", "the same"),
     "--weight-decay": ("strategy.main.weight_decay", "the optimizer's weight decay"),
     "--warmup-ratio": ("strategy.main.schedule.warmup", "share of the steps that warm up"),
     "--warmup-steps": ("strategy.main.schedule.warmup", "steps that warm up"),
@@ -78,10 +80,10 @@ def add_changes(parser: argparse.ArgumentParser) -> None:
         help="change any part, as in strategy.outer.lr=6e-4; repeatable",
     )
     for flag, (path, text) in SHORTHANDS.items():
+        spellings = dict.fromkeys((flag, flag[:2] + flag[2:].replace("-", "_")))
         parser.add_argument(
-            flag,
-            flag[:2] + flag[2:].replace("-", "_"),
-            dest=path,
+            *spellings,
+            dest=f"shorthand {flag}",
             default=None,
             metavar="X",
             help=f"{text} ({path})",
@@ -111,9 +113,16 @@ def layers(options: argparse.Namespace, names: Sequence[str]) -> list[tuple[str,
     for name in names:
         if given.get(name) is not None:
             found.append((f"--{name.replace('_', '-')}", {name: given[name]}))
+    said: dict[str, str] = {}
     for flag, (path, _) in SHORTHANDS.items():
-        if given.get(path) is not None and not any(path in data for _, data in found):
-            found.append((flag, {path: given[path]}))
+        value = given.get(f"shorthand {flag}")
+        if value is None:
+            continue
+        if path in said:
+            raise UsageError(f"{said[path]} and {flag} are both given", "both say the same", "leave one out")
+        said[path] = flag
+        _check_warmup(flag, value)
+        found.append((flag, {path: value}))
     for change in given.get("changes", []):
         key, separator, value = change.partition("=")
         if not separator or not key:
@@ -122,6 +131,23 @@ def layers(options: argparse.Namespace, names: Sequence[str]) -> list[tuple[str,
             )
         found.append((f"--set {key}", {key: value}))
     return found
+
+
+def _check_warmup(flag: str, value: str) -> None:
+    """`Warmup` is one number, a share below 1 and steps from there on: each flag takes its own kind."""
+    rules: dict[str, tuple[str, Callable[[float], bool]]] = {
+        "--warmup-ratio": ("a share of the steps is at least 0 and below 1", lambda x: 0 <= x < 1),
+        "--warmup-steps": ("it is a whole number of steps", lambda x: x >= 0 and x == int(x)),
+    }
+    if flag in rules:
+        rule, holds = rules[flag]
+        try:
+            fine = math.isfinite(float(value)) and holds(float(value))
+        except ValueError:
+            fine = False
+        if not fine:
+            other = "--warmup-steps" if flag == "--warmup-ratio" else "--warmup-ratio"
+            raise UsageError(f"{flag} {value}", rule, f"{other} gives the other kind")
 
 
 def say(text: str) -> None:

@@ -69,7 +69,7 @@ def _parser() -> options.Parser:
     p = options.Parser(
         prog="manyhands serve-parameters",
         description="Keep a model's parameters for workers that push gradients: "
-        'manyhands train --strategy "parameter-server(address=HOST:PORT, token_file=FILE, fingerprint=sha256:…)".',
+        "manyhands train --strategy \"parameter-server(address='HOST:PORT', token_file='FILE', fingerprint='sha256:…')\".",
         allow_abbrev=False,
     )
     p.add_argument(

@@ -12,6 +12,8 @@ from manyhands.core import config
 from manyhands.core.errors import UsageError
 from manyhands.train.job import Job
 
+EXCLUDES = (("steps", "epochs"), ("epochs", "steps"), ("reproducible", "device_batch"))
+
 
 def parser() -> argparse.ArgumentParser:
     p = options.Parser(
@@ -43,6 +45,17 @@ def main(arguments: Sequence[str]) -> int:
     return start(job, origins)
 
 
+def told_once(stack: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """A layer that gives the length in one unit, or asks for the fixed order, takes back what excludes it from below."""
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    gone: set[str] = set()
+    for source, data in reversed(stack):
+        found.append((source, {name: value for name, value in data.items() if name not in gone}))
+        given = {name for name, value in data.items() if value not in (None, False, "false", "no", "none")}
+        gone |= {other for name, other in EXCLUDES if name in given and other not in data}
+    return found[::-1]
+
+
 def assemble(given: argparse.Namespace) -> tuple[Job, config.Origins]:
     """The job and where each value came from: defaults, a resumed run's, the file's, the command line's."""
     from manyhands.launch.job import lowest_layers, workers_of
@@ -57,7 +70,7 @@ def assemble(given: argparse.Namespace) -> tuple[Job, config.Origins]:
     if given.file is not None:
         stack.append((given.file, config.read_toml(given.file)))
     stack += lines
-    stack = [*lowest_layers(stack), *stack]
+    stack = told_once([*lowest_layers(stack), *stack])
     job, origins = config.assemble(Job, stack)
     if given.accumulate is not None:
         if given.global_batch is not None or job.device_batch is None:

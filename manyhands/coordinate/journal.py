@@ -79,6 +79,32 @@ class Journal:
         return records
 
 
+def unfinished(path: Path, *, end: bool = False) -> dict[str, str] | None:
+    """The facts of a job that the journal at `path` has no end of; None: there is none.
+
+    Args:
+        end: write that it has ended: what comes next begins anew, with epochs that are counted on.
+
+    Raises:
+        UsageError, CheckpointError: as `Journal`.
+    """
+    if not path.exists():
+        return None
+    journal = Journal(path, lambda line: None)
+    try:
+        facts: dict[str, str] | None = None
+        for record in journal.records:
+            if record["kind"] == "ended":
+                facts = None
+            elif record["kind"] == "fact":
+                facts = {**(facts or {}), str(record["key"]): str(record["text"])}
+        if end and facts is not None:
+            journal.append({"kind": "ended", "code": 1, "detail": "begun anew from its checkpoint"})
+        return facts
+    finally:
+        journal.close()
+
+
 def restore(records: Iterable[Mapping[str, Any]], rules: Rules, now: float) -> State:
     """The state that the records lead to. After a job's end: a new one, whose epoch numbers go on.
 

@@ -15,7 +15,8 @@ PATIENCE = 5  # times the longest step so far, before a worker counts as stuck
 UNNAMED = 6  # the same where nobody is suspected by name: the job fails
 SLOW = frozenset(
     {"start", "prepare", "build", "compile", "fetch", "evaluate", "generate", "save", "finish"}
-)  # phases that may take long: who stands still in one is not stuck
+)  # phases that may take long: who stands still in one is not stuck, for so many times as long:
+SLOWLY = 6
 
 
 def same(seat: Seat, member: Member) -> bool:
@@ -24,17 +25,28 @@ def same(seat: Seat, member: Member) -> bool:
 
 
 def admit(
-    seat: Seat, member: Member | None, lost: Loss | None, *, version: int, ended: tuple[int, str] | None
+    seat: Seat,
+    member: Member | None,
+    lost: Loss | None,
+    *,
+    version: int,
+    ended: tuple[int, str] | None,
+    anew: bool = False,
 ) -> None:
     """Whether who says hello may take part. Raises `Refused`.
 
     Args:
+        anew: it takes part in an epoch of a job that was ended.
         member: who has this id already; lost: who had it.
     """
     if version != VERSION:
         raise Refused("FAILED_PRECONDITION", f"protocol version {version}", f"this is {VERSION}", "")
     if ended is not None:
         raise Refused("FAILED_PRECONDITION", f"the job has ended: {ended[1]}")
+    if anew:
+        raise Refused(
+            "FAILED_PRECONDITION", "the job has begun anew from its checkpoint, without this worker"
+        )
     if lost is not None:
         raise Refused("FAILED_PRECONDITION", f"worker {seat.id} was given up ({lost.how}: {lost.detail})")
     if member is not None and member.connected and not (seat.pid and same(seat, member)):
@@ -79,6 +91,20 @@ def stuck(inside: Sequence[Member], stuck_s: float, now: float) -> Member | None
     return first if passed or all_still else None
 
 
+def late(inside: Sequence[Member], stuck_s: float, now: float, *, over: bool) -> Member | None:
+    """The member that holds up the others: as `stuck`, or it stands still in a slow phase, or they wait for it to be `ready`.
+
+    Args:
+        over: the epoch is over: whoever is ready waits for the next.
+    """
+    for member in inside if len(inside) > 1 else ():
+        limit = SLOWLY * stuck_s if member.phase in SLOW else stuck_s
+        waited = not member.ready and now - member.moved_s >= limit
+        if waited and (member.phase in SLOW or any(m.ready for m in inside)):
+            return member
+    return None if over else stuck(inside, stuck_s, now)
+
+
 def let_in(inside: Sequence[Member], newcomers: Sequence[Member], now: float) -> bool:
     """Whether a long step is interrupted for newcomers: they have waited, and nobody would lose what it has computed."""
     if not inside or not newcomers or any(member.phase != SUMS for member in inside):
@@ -119,11 +145,13 @@ def deadly(losses: Sequence[Loss], step: int, rules: Rules) -> str:
     )
 
 
-def shortage(alive: int, rules: Rules, *, stateless: bool, began: bool) -> str:
+def shortage(alive: int, rules: Rules, gone: Sequence[Loss] = (), *, stateless: bool, began: bool) -> str:
     """Why the job cannot go on with those that are there: too few, or (`stateless`) none that holds its state."""
     value, rule = f"{alive} workers are left and no replacement comes", f"min_workers = {rules.min_workers}"
     if stateless:
         value, rule = "no worker is left that holds the job's state", "at least one must survive"
+        if gone and gone[-1].how == "left":
+            value, rule = f"all workers have left, the last one {gone[-1].detail}", "it saved what it held"
     remedy = f"continue from the last checkpoint by {rules.resume}"
     if not began:
         remedy = (

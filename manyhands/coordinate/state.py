@@ -12,7 +12,8 @@ any clock in seconds that does not jump (`shift` moves it on where the whole mac
 3. A ready newcomer, or a member that wants to leave, is announced (`wanted`); the members end the epoch at a step of theirs.
    A newcomer that has waited for `judge.ENTER_S` ends it in the middle of a step where that costs nobody's work.
 4. A worker unheard of for `hang_s` is evicted. So is one that stands still for `stuck_s` (or five times the longest step,
-   if that is more) while the others passed it, or, where all stand still, the one that did so first.
+   if that is more) while the others passed it or wait for it, or, where all stand still, the one that did so first; in a
+   phase that may take long (evaluate, save, compile, …) six times as long.
 5. A step that `faults` workers die of by themselves (or `kills` of any cause) fails the job, as does a collective that
    cannot be completed again and again without anybody to blame; else whoever is suspected most is evicted.
 6. Where fewer than `min_workers` are alive and no replacement comes, or nobody is left who holds the state, it fails.
@@ -67,7 +68,8 @@ class State:
     def hello(self, seat: Seat, *, holding: Epoch | None, step: int, version: int, now: float) -> None:
         """A worker (re)connects; `holding` is the epoch that it takes part in. Raises `Refused`."""
         member = self.members.get(seat.id)
-        judge.admit(seat, member, self.gone.get(seat.id), version=version, ended=self.ended)
+        anew = self.epoch is None and holding is not None and holding.number <= self.number
+        judge.admit(seat, member, self.gone.get(seat.id), version=version, ended=self.ended, anew=anew)
         self.coming.discard(seat.id)
         if holding is not None and holding.number > self.number:  # our journal was lost: numbers never repeat
             self.adopt(holding, now)
@@ -259,10 +261,9 @@ class State:
             elif silent > self.rules.hang_s:
                 what = "no sign of life" if member.connected else "it has not come back since the restart"
                 self._evict(id, f"{what} for {silent:.1f} s", now)
-        if self.began and not self.over and self._longest_s > 0:  # a step may take long
+        if self.began and self._longest_s > 0:  # a step may take long
             limit = max(self.rules.stuck_s, judge.PATIENCE * self._longest_s)
-            found = judge.stuck(self._staying(), limit, now)
-            if found is not None:
+            if (found := judge.late(self._staying(), limit, now, over=self.over)) is not None:
                 self._evict(found.seat.id, judge.still(found, now), now)
         self._enough(now)
 
@@ -408,7 +409,7 @@ class State:
             return
         self._short_s = now if self._short_s is None else self._short_s
         if stateless or now - self._short_s >= self.rules.patience_s:
-            self._end(1, judge.shortage(alive, self.rules, stateless=stateless, began=self.began))
+            self._end(1, judge.shortage(alive, self.rules, gone, stateless=stateless, began=self.began))
 
     def _end(self, code: int, words: str) -> None:
         if self.ended is None:

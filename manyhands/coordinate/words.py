@@ -81,5 +81,7 @@ def during(loss: Loss) -> str:
         return ""
     if loss.phase in BEGINNING and not loss.step:
         return f" while {BEGINNING[loss.phase]}"
+    if loss.phase.startswith("stop"):
+        return f" as it stopped after step {loss.step}"
     of = "" if loss.phase in ("step", SUMS) else f"{loss.phase} of "
     return f" in {of}step {loss.step + 1}"

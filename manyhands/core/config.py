@@ -61,7 +61,7 @@ def from_text(kind: str, text: str, where: str = "value") -> Any:
 def _build_call(kind: str, call: Call, where: str) -> Any:
     maker = _maker(kind, call.name, where)
     if not isinstance(maker, type):  # a preset: a function from keywords to a value
-        return _call_preset(maker, call, where)
+        return _call_preset(kind, maker, call, where)
     names = [f.name for f in dataclasses.fields(maker) if f.init]
     if len(call.args) > len(names):
         raise UsageError(
@@ -71,7 +71,7 @@ def _build_call(kind: str, call: Call, where: str) -> Any:
     return from_data(maker, data, where)
 
 
-def _call_preset(maker: Any, call: Call, where: str) -> Any:
+def _call_preset(kind: str, maker: Any, call: Call, where: str) -> Any:
     import inspect
 
     parameters = inspect.signature(maker).parameters
@@ -84,9 +84,30 @@ def _call_preset(maker: Any, call: Call, where: str) -> Any:
         )
     for key in call.kwargs:
         if key not in parameters:
-            raise UsageError(f"{where}: {call.name} has no parameter {key!r}", "", nearest(key, parameters))
+            raise UsageError(
+                f"{where}: {call.name} has no parameter {key!r}",
+                *_belongs(kind, key) or ("", nearest(key, parameters)),
+            )
     coerced = {k: coerce(hints.get(k, Any), v, f"{where}.{k}") for k, v in call.kwargs.items()}
     return maker(**coerced)
+
+
+def _belongs(kind: str, key: str) -> tuple[str, str] | None:
+    """(rule, remedy) for a parameter that other presets of the kind have; None where none has it."""
+    import inspect
+
+    stale = "stale" in key or key == "consistency"  # bounded(s) is how staleness is spelled
+    makers = {name: registry.resolve(kind, name) for name in registry.entries(kind)}
+    found = [
+        name
+        for name, maker in makers.items()
+        if inspect.isfunction(maker)
+        and ("consistency" if stale else key) in inspect.signature(maker).parameters
+    ]
+    if not found:
+        return None
+    rule = "staleness is between a server and its workers" if stale else f"it belongs to {', '.join(found)}"
+    return rule, f"for example {found[0]}({'consistency=bounded(4)' if stale else f'{key}=…'})"
 
 
 def _maker(kind: str, name: str, where: str) -> Any:

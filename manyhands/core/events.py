@@ -296,12 +296,13 @@ class Balance(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Finished(Event):
-    """The end of a job. `reason` is "done" or the signal's name."""
+    """The end of a job. `reason` is "done" or the signal's name; `load` the line of Python that loads the last checkpoint."""
 
     step: int
     reason: str
     wall_s: float
     summary: str
+    load: str = ""
 
 
 Emit = Callable[[Event], None]

@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,12 +42,23 @@ def core_count() -> int:
     return max(1, min(cores, int(quota))) if quota else cores
 
 
+def cores_here() -> int:
+    """Cores of this machine, limited by the cgroup's quota: a worker may be pinned to one of them."""
+    quota, cores = cpu_quota(), len(cores_of(range(os.cpu_count() or 1)))
+    return max(1, min(cores, int(quota))) if quota else cores
+
+
 def cores_allowed() -> list[tuple[int, ...]]:
     """The physical cores of this process's affinity, neighbours beside each other; each as its logical processors."""
     if not hasattr(os, "sched_getaffinity"):
         return [(cpu,) for cpu in range(os.cpu_count() or 1)]
+    return cores_of(sorted(os.sched_getaffinity(0)))
+
+
+def cores_of(cpus: Iterable[int]) -> list[tuple[int, ...]]:
+    """The physical cores that logical processors belong to."""
     cores: dict[tuple[int, int], list[int]] = {}
-    for cpu in sorted(os.sched_getaffinity(0)):
+    for cpu in cpus:
         topology = SYSTEM / f"sys/devices/system/cpu/cpu{cpu}/topology"
         try:
             package = int((topology / "physical_package_id").read_text())
@@ -228,7 +240,8 @@ PEAK_S = 0.2
 def peak_flops(device: str, dtype: str, threads: int) -> float:
     """The device's measured matrix-product rate in FLOP/s, kept in the cache directory.
 
-    The best of several square products of 512 to 2,048 (2,048 to 8,192 on a GPU), a product of n×n matrices counting 2n³.
+    The best of several square products of 128 to 2,048 (2,048 to 8,192 on a GPU), a product of n×n matrices counting 2n³;
+    sizes of which one product would take longer than `PEAK_S` are left out.
 
     Args:
         dtype: a name of torch's, such as "bfloat16".
@@ -268,9 +281,13 @@ def _measure_peak(device: str, dtype: Any) -> float:
         if cuda:
             torch.cuda.synchronize(device)
 
-    sizes = (2048, 4096, 8192) if cuda else (512, 1024, 2048)
+    sizes = (2048, 4096, 8192) if cuda else (128, 512, 1024, 2048)
     best = 0.0
     for n in sizes:
+        if (
+            best and 2.0 * n**3 / best > PEAK_S
+        ):  # a type that the device only emulates: a product would take minutes
+            break
         # not torch.randn: to measure must not move the state of the random number generator
         a = torch.linspace(-1, 1, n * n, device=device).reshape(n, n).to(dtype)
         a @ a  # picks and warms the kernel
@@ -299,7 +316,7 @@ def machine_facts() -> dict[str, Any]:
             continue
     return {
         "cpu": cpu_name(),
-        "cores": core_count(),
+        "cores": cores_here(),
         "memory_bytes": memory_bytes(),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

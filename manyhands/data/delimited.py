@@ -27,8 +27,16 @@ def read(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
         header, _ = _header(first, spec, file)
     bad: list[Bad] = []
     place = Place.before(file, span)
-    rows = _reader(file, _text_lines(file, span, spec, bad, place))
+    ended = False
+
+    def text() -> Iterator[str]:
+        nonlocal ended
+        yield from _text_lines(file, span, spec, bad, place)
+        ended = True
+
+    rows = _reader(file, text())
     while True:
+        begins = place.line + 1
         try:
             fields = next(rows)
         except StopIteration:
@@ -41,6 +49,10 @@ def read(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
             bad.clear()
         if not fields:
             continue
+        if ended:  # it asked for a line more: csv's reader gives what it has and says nothing
+            wrong = f"a quote in the row that begins in line {begins} is never closed"
+            yield Bad(str(place), "csv", wrong)
+            break
         if header is None:
             header, is_data = _header(fields, spec, file)
             if not is_data:

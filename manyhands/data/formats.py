@@ -102,7 +102,9 @@ def _json(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
         if not held.startswith("["):
             found = "nothing" if not held else "an object" if held[0] == "{" else f"{held[:20]!r}"
             raise DataError(
-                f"{file.url} holds {found}", "a .json file is an array of objects", "use JSON lines (.jsonl)"
+                f"{file.url} holds {found}",
+                "a .json file is an array of objects",
+                "objects line by line: --format jsonl",
             )
         at, number, after = 1, 0, False
         while True:

@@ -48,6 +48,6 @@ def pick(value: Any, spec: DataSpec, where: object) -> Row | Bad:
     if spec.label is None:
         return Row(" ".join(parts))
     label = value.get(spec.label)
-    if label is None or isinstance(label, (list, dict)):
+    if label is None or label == "" or isinstance(label, (list, dict)):
         return Bad(str(where), "label", f"column {spec.label!r} holds no label")
     return Row(" ".join(parts), str(label))

@@ -107,7 +107,13 @@ class LabelledRows:
     """
 
     def __init__(
-        self, prepared: Prepared, max_len: int, ids: NDArray[np.int64], *, labels: Sequence[str] | None = None
+        self,
+        prepared: Prepared,
+        max_len: int,
+        ids: NDArray[np.int64],
+        *,
+        labels: Sequence[str] | None = None,
+        named: str = "the data",
     ) -> None:
         names = list(labels if labels is not None else prepared.labels or ())
         number = {name: i for i, name in enumerate(names)}
@@ -119,7 +125,7 @@ class LabelledRows:
         unknown = sorted({name for _, _, each in parts for name in each} - set(number))
         if unknown:
             raise DataError(
-                f"labels {unknown[:3]} in {prepared.directory.name}",
+                f"labels {unknown[:3]} in {named}",
                 f"the classes are {', '.join(names[:20])}",
                 "correct the label column",
             )

@@ -162,7 +162,7 @@ def _expand(name: str) -> tuple[Any, list[str]]:
         return fsspec.filesystem("file"), paths
     try:
         fs, path = fsspec.core.url_to_fs(os.path.expanduser(name))
-        if any(c in path for c in "*?["):
+        if any(c in path for c in "*?[") and not fs.exists(path):  # else that is its name
             fixed = path[: min(i for i in map(path.find, "*?[") if i >= 0)].rpartition("/")[0]
             show = "/." in path[len(fixed) :]
             paths = sorted(p for p in fs.glob(path) if not fs.isdir(p) and (show or not _hidden(p, fixed)))

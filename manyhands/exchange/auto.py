@@ -63,6 +63,8 @@ class Auto:
     by_tensor = passed("by_tensor")
     holds = passed("holds")
     conserves = passed("conserves")
+    contracts = passed("contracts")
+    accelerates = passed("accelerates")
 
     inner: Exchange = choice("exchanges", "error-feedback(int8)", help="where it is faster than all-reduce")
     _: KW_ONLY
@@ -76,6 +78,12 @@ class Auto:
                 f"auto(inner={self.inner!r})",
                 "what it holds back must be sent before an all-reduce, and it has no flush(state, like)",
                 "use auto(error-feedback(...))",
+            )
+        if trait(self.inner, "accelerates"):
+            raise UsageError(
+                f"auto(inner={self.inner!r})",
+                "it agrees on a velocity, and all-reduce on gradients: on a fast link the optimizer would be another",
+                "use auto(error-feedback(topk))",
             )
         if isinstance(self.inner, AllReduce) and self.inner.precision == "as-is":
             raise UsageError(

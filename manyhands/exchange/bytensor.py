@@ -38,6 +38,8 @@ class ByTensor:
     bucket_mb = passed("bucket_mb", "large", "small")
     holds = passed("holds", "large", "small")
     conserves = passed("conserves", "large", "small")
+    contracts = passed("contracts", "large", "small")
+    accelerates = passed("accelerates", "large", "small")
 
     large: Exchange = choice("exchanges", "int8", help="for large tensors")
     _: KW_ONLY

@@ -19,7 +19,7 @@ from manyhands.core.config import choice
 from manyhands.core.errors import UsageError
 from manyhands.core.types import Exchange
 from manyhands.exchange.codec import Codec, gathered, rounds, wide
-from manyhands.exchange.combine import refuse
+from manyhands.exchange.combine import passed, refuse
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,7 @@ class Chain:
 
     init = rounds
     talk = gathered
+    contracts = passed("contracts", "first", "then")
 
     first: Exchange = choice("exchanges", "topk", help="sends what it can")
     _: KW_ONLY

@@ -7,6 +7,8 @@ an exchange by attribute (how contributions are cut, see `manyhands.core.types.E
     holds                   keeps something back between rounds, under "residual" in its state (default: False);
                             ``flush(state, like)`` then gives what is owed, to be sent otherwise, and the state after
     conserves               the sum of all that was ever agreed plus what is held is the sum of what came in (default: True)
+    contracts               what it leaves out is smaller than what came in, so that held back it stays small (default: True)
+    accelerates             what it agrees on is a velocity, larger than the mean of contributions (default: False)
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ DEFAULTS = {
     "bucket_mb": math.inf,
     "holds": False,
     "conserves": True,
+    "contracts": True,
+    "accelerates": False,
 }
 
 
@@ -41,17 +45,24 @@ def trait(exchange: Any, name: str) -> Any:
 
 
 def passed(name: str, *fields: str) -> Any:
-    """A property: the trait of the exchanges in `fields`; "any" of several, for ``conserves`` "all"."""
+    """A property: the trait of the exchanges in `fields`; "any" of several, for ``conserves`` and ``contracts`` "all"."""
 
     def get(self: Any) -> Any:
         values = [trait(getattr(self, field), name) for field in fields or ("inner",)]
-        return min(values) if name in ("conserves", "bucket_mb") else max(values)
+        return min(values) if name in ("conserves", "contracts", "bucket_mb") else max(values)
 
     return property(get)
 
 
 def refuse(
-    who: str, field: str, inner: Any, *, holds: bool = True, tensors: bool = True, exact: bool = False
+    who: str,
+    field: str,
+    inner: Any,
+    *,
+    holds: bool = True,
+    tensors: bool = True,
+    exact: bool = False,
+    kept: bool = False,
 ) -> None:
     """Raise `UsageError` where `inner` cannot stand in `who`.
 
@@ -59,6 +70,7 @@ def refuse(
         holds: whether it may keep residuals of its own.
         tensors: whether it may want tensors in their own shapes.
         exact: whether what its workers sent must add up to what they agreed on.
+        kept: whether what it leaves out is kept, and so must stay small.
     """
     spelled = f"{who}({field}={inner!r})"
     name = type(inner).__name__
@@ -87,6 +99,16 @@ def refuse(
             spelled,
             f"{name} needs tensors in their own shapes; {who} cuts them into flat pieces",
             "use a codec of flat tensors, such as bf16 or topk",
+        )
+    if kept and not trait(inner, "contracts"):
+        raise UsageError(
+            spelled,
+            "what it leaves out may be larger than what came in: held back, it grows without end",
+            f"use {name} alone, which has no bias, or with feedback what rounds to the nearest"
+            if hasattr(inner, "rounding")
+            else f"use {name} alone, which has no bias, or with feedback {name}(unbiased=False)"
+            if hasattr(inner, "unbiased")
+            else "give what is inside rounding='nearest'",
         )
     if exact and not trait(inner, "conserves"):
         averaged = getattr(inner, "average", "all") != "all"

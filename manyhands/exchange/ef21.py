@@ -44,7 +44,7 @@ class EF21:
     inner: Exchange = choice("exchanges", "topk", help="how the change is sent")
 
     def __post_init__(self) -> None:
-        refuse("ef21", "inner", self.inner, holds=False, exact=True)
+        refuse("ef21", "inner", self.inner, holds=False, exact=True, kept=True)
 
     def init(self, like: Tensors) -> Any:
         return {"residual": zeros(like), "agreed": zeros(like), "inner": self.inner.init(like)}

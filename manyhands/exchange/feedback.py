@@ -54,7 +54,7 @@ class ErrorFeedback:
     decay: float = option(1.0, help="how much of what was held back is added to the next contribution")
 
     def __post_init__(self) -> None:
-        refuse("error-feedback", "inner", self.inner, holds=False)
+        refuse("error-feedback", "inner", self.inner, holds=False, kept=True)
         if not 0 < self.decay <= 1:
             raise UsageError(
                 f"decay = {self.decay}",

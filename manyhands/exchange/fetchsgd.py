@@ -46,6 +46,7 @@ class FetchSGD:
     """
 
     conserves: ClassVar[bool] = False
+    accelerates: ClassVar[bool] = True
     holds: ClassVar[bool] = True
     rows: int = 5
     compression: float = 20.0

@@ -20,7 +20,8 @@ from manyhands.core.errors import UsageError
 from manyhands.core.request import ACROSS, NODE, Gather, Where
 from manyhands.core.types import Agreed, Exchange
 from manyhands.exchange.allreduce import AllReduce
-from manyhands.exchange.combine import addressed, leaves, passed, protected, refuse, storage
+from manyhands.exchange.auto import Auto
+from manyhands.exchange.combine import addressed, leaves, passed, protected, refuse, storage, trait
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +42,8 @@ class Hierarchical:
     """
 
     bucket_mb = passed("bucket_mb", "within", "across")
+    conserves = passed("conserves", "within", "across")
+    contracts = passed("contracts", "within", "across")
 
     across: Exchange = choice("exchanges", "all-reduce", help="between hosts, each worker a slice")
     _: KW_ONLY
@@ -54,11 +57,19 @@ class Hierarchical:
                     f"hierarchical({field}={inner!r})", "there are two levels: hosts and their workers", ""
                 )
             if getattr(inner, "holds", False):
-                inside = getattr(inner, "inner", inner)
+                inside = getattr(inner, "inner", None)
                 raise UsageError(
                     f"hierarchical({field}={inner!r})",
                     "what a worker holds back of a slice cannot be handed over when the workers per host change",
-                    f"put it around: {type(inner).__name__}(Hierarchical({field}={inside!r}))",
+                    f"put it around: {type(inner).__name__}(Hierarchical({field}={inside!r}))"
+                    if inside is not None and not trait(inside, "holds")
+                    else f"put feedback around, as in error-feedback(hierarchical({field}=int8))",
+                )
+            if isinstance(inner, Auto):
+                raise UsageError(
+                    f"hierarchical({field}={inner!r})",
+                    "what it has measured is of a slice that is another in another world",
+                    "use a codec without state of that kind, such as int8 or topk",
                 )
             refuse("hierarchical", field, inner, holds=False, tensors=False)
 

@@ -45,6 +45,7 @@ class Momentum:
 
     holds: ClassVar[bool] = True
     conserves: ClassVar[bool] = False
+    accelerates: ClassVar[bool] = True
     by_tensor = passed("by_tensor")
     bucket_mb = passed("bucket_mb")
 

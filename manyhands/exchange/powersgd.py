@@ -135,7 +135,8 @@ class PowerSGD:
             size = q.norm(dim=0).amax()
             noisy.append(torch.where(size > 0, q / size, q) + noise[: len(q)] * len(q) ** -0.5)
         warm = orthonormal(noisy)
-        return [torch.where(new.isfinite().all(), new, old) for new, old in zip(warm, before, strict=True)]
+        found = [torch.where(new.isfinite().all(), new, old) for new, old in zip(warm, before, strict=True)]
+        return [q.contiguous() for q in found]  # as a checkpoint gives them back: products round by layout
 
 
 def orthonormal(matrices: Sequence[Tensor]) -> list[Tensor]:

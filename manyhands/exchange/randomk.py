@@ -56,6 +56,11 @@ class RandomK:
 
     init = rounds
 
+    @property
+    def contracts(self) -> bool:
+        """What is left out of scaled entries is up to n/k − 1 times as large as they were."""
+        return not self.unbiased
+
     def talk(self, delta: Tensors, state: Any) -> Talk:
         import torch
 

@@ -41,6 +41,11 @@ class Ternary:
     def __post_init__(self) -> None:
         quantize.validate(self.block, self.rounding)
 
+    @property
+    def contracts(self) -> bool:
+        """Drawn, a value's error has the variance |x| (s − |x|): for a block of normal values 1.6 times their own."""
+        return self.rounding != "stochastic"
+
     def encode(self, tensor: Tensor, key: int) -> Tensor:
         return quantize.encode(tensor, key, grid=GRID, block=self.block, rounding=self.rounding)
 

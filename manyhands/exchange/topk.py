@@ -2,7 +2,7 @@
 
 Aji and Heafield 2017 (arXiv:1704.05021) drop all but the largest 1% of a gradient; Lin et al. 2018 (arXiv:1712.01887) add
 what training to the same loss takes. SparseLoCo (arXiv:2508.15706, algorithm 1) keeps the 64 largest of each 4,096 of a
-*pseudo-gradient*, as 2 bits: ``ErrorFeedback(TopK(chunk=4096, k=64, values="int2", average="senders"), decay=0.95)``.
+*pseudo-gradient*, as 2 bits: ``ErrorFeedback(TopK(chunk=4096, k=64, values="int2"), decay=0.95)``.
 
 It is a biased codec: use it under `ErrorFeedback`. Raw gradients at high sparsity are unstable under Adam; compress
 momentum or pseudo-gradients. Bytes received grow with the number of workers; `TwoPhase` keeps them constant.

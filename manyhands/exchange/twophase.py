@@ -25,7 +25,7 @@ from manyhands.core.errors import UsageError
 from manyhands.core.request import Gather, Scatter, Where
 from manyhands.core.types import Agreed, Exchange
 from manyhands.exchange.codec import Codec, rounds, wide
-from manyhands.exchange.combine import refuse
+from manyhands.exchange.combine import passed, refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,7 @@ class TwoPhase:
     """
 
     init = rounds
+    contracts = passed("contracts")
 
     inner: Exchange = choice("exchanges", "int8", help="how chunks are encoded")
 

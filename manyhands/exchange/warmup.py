@@ -17,7 +17,7 @@ from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.core.types import Agreed, Exchange
 from manyhands.exchange.allreduce import AllReduce
-from manyhands.exchange.combine import flush, passed, refuse
+from manyhands.exchange.combine import flush, passed, refuse, trait
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +43,8 @@ class Warmup:
     bucket_mb = passed("bucket_mb")
     holds = passed("holds")
     conserves = passed("conserves")
+    contracts = passed("contracts")
+    accelerates = passed("accelerates")
 
     inner: Exchange = choice("exchanges", "error-feedback(int8)", help="after the warm-up")
     _: KW_ONLY
@@ -51,6 +53,12 @@ class Warmup:
 
     def __post_init__(self) -> None:
         refuse("warmup", "inner", self.inner)
+        if self.rounds and trait(self.inner, "accelerates"):
+            raise UsageError(
+                f"warmup(inner={self.inner!r}, rounds={self.rounds})",
+                "it agrees on a velocity, and the lossless rounds on gradients: the optimizer would be another",
+                "let the density come down inside, as in momentum(warmup(topk, rounds=0, ramp=400))",
+            )
         for name in ("rounds", "ramp"):
             if getattr(self, name) < 0:
                 raise UsageError(

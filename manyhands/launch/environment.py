@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import json
 import os
+import signal
 import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any, TextIO
 
 from manyhands.core import hardware
 from manyhands.core.environment import read_env
@@ -21,6 +25,7 @@ def join(entry: str, argument: str) -> int:
     Where the launcher has said nothing of threads, the cores that it allows are divided among this machine's workers.
     """
     env = read_env()
+    _keep_log(argument, env.rank)
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ.update(hardware.cpu_environment(_threads(env.local_world_size)))
     try:
@@ -36,6 +41,39 @@ def join(entry: str, argument: str) -> int:
         _tell_agent(error)
         traceback.print_exc()
         return 1
+
+
+class Copied:
+    """A text stream whose text also goes to a log; a log that cannot be written is left alone."""
+
+    def __init__(self, stream: TextIO, log: TextIO) -> None:
+        self._stream, self._log = stream, log
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._log.write(text)
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _keep_log(argument: str, rank: int) -> None:
+    """What this worker says goes to ``OUTPUT/logs/rank-k.log``, too, as under our own launcher (a live display does not)."""
+    try:
+        path = Path(json.loads(argument)["job"]["output"]) / "logs" / f"rank-{rank}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = path.open("a", encoding="utf-8", errors="replace", buffering=1)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"manyhands: no log of worker {rank}: {error}", file=sys.stderr, flush=True)
+        return
+    faulthandler.enable(log)
+    if hasattr(faulthandler, "register"):
+        faulthandler.register(signal.SIGUSR1, log)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if name == "stderr" or not stream.isatty():
+            setattr(sys, name, Copied(stream, log))
 
 
 def _threads(local_workers: int) -> int:

@@ -44,8 +44,26 @@ def start(job: Job, origins: Mapping[str, str]) -> int:
             "PyTorch sees no GPU here",
             "leave it out: workers with GPUs may join all the same",
         )
+    check_names(job)
     job = placed(job, origins)
     return begin(ENTRY, Order(job, dict(origins), time.time()).to_json(), job)
+
+
+def check_names(job: Job) -> None:
+    """What the workers would find wrong only when the data are prepared. Raises `UsageError`."""
+    from manyhands.core.registry import resolve
+    from manyhands.models.build import check_name
+    from manyhands.train.material import data_spec
+
+    if job.model != "auto":
+        check_name(job.model)
+    for name in job.sinks:
+        resolve("sinks", name)
+    data_spec(job, job.data, "byte")
+    if job.tokenizer != "auto":
+        from manyhands.data.tokenize import parse
+
+        parse(job.tokenizer)
 
 
 def placed(job: Job, origins: Mapping[str, str]) -> Job:
@@ -190,7 +208,8 @@ def run(job: Job | Mapping[str, Any] | None = None, /, **options: Any) -> dict[s
         What ``OUTPUT/summary.json`` holds.
 
     Raises:
-        ManyhandsError: with the message that the command line would print.
+        UsageError: the job cannot be.
+        WorkerFailed: a worker failed; what it said was printed on standard error, and is in its log.
     """
     from manyhands.core.errors import WorkerFailed
 

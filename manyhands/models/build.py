@@ -81,6 +81,26 @@ def build(
     return model
 
 
+def check_name(name: str) -> None:
+    """What can be said of a name before any work is done for it. Raises `UsageError`."""
+    head, _ = split_call(name)
+    known = registry.entries("models")
+    if head in known or head.startswith("config:") or Path(head).is_dir():
+        return
+    if ":" in head:
+        custom.check_function(head)
+        return
+    raise _unknown(name, known)
+
+
+def _unknown(name: str, known: Mapping[str, Any]) -> UsageError:
+    return UsageError(
+        f"model = {name!r}",
+        "it is neither a registered model, nor a directory, nor config:FILE.json, nor module:function",
+        nearest(name, known),
+    )
+
+
 def split_call(name: str) -> tuple[str, dict[str, Any]]:
     """A name and its changes.
 
@@ -109,11 +129,7 @@ def _build(name: str, changes: dict[str, Any], fit: Fit, seed: int) -> nn.Module
         return _from_directory(Path(name), changes, fit)
     if ":" in name:
         return _from_function(name, custom.import_function(name), changes, fit, seed)
-    raise UsageError(
-        f"model = {name!r}",
-        "it is neither a registered model, nor a directory, nor config:FILE.json, nor module:function",
-        nearest(name, known),
-    )
+    raise _unknown(name, known)
 
 
 # -- the four kinds

@@ -3,11 +3,15 @@ from the recipe that a checkpoint keeps."""
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manyhands.core.errors import ModelError, UsageError, nearest
@@ -49,6 +53,52 @@ def import_function(name: str) -> Callable[..., Any]:
         )
     make: Callable[..., Any] = found
     return make
+
+
+def check_function(name: str) -> None:
+    """As `import_function`, without running the module: that it is there, and defines what is named.
+
+    Raises:
+        UsageError: there is no such module or attribute.
+    """
+    module_name, _, attribute = name.partition(":")
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    try:
+        spec = importlib.util.find_spec(module_name)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        raise UsageError(
+            f"model = {name!r}: there is no module {module_name!r}",
+            "module:function names an importable Python module",
+            "run in the directory that holds it, or install it",
+        )
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        return
+    with contextlib.suppress(OSError, SyntaxError, ValueError):  # whoever imports it will say it better
+        names = _defined(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
+        if names is not None and attribute.split(".")[0] not in names:
+            public = [n for n in names if not n.startswith("_")]
+            raise UsageError(
+                f"model = {name!r}: {module_name} has no {attribute!r}", "", nearest(attribute, public)
+            )
+
+
+def _defined(module: ast.Module) -> set[str] | None:
+    """The names that a module's source defines at its top; None where only running it would tell."""
+    names: set[str] = set()
+    for node in module.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {(a.asname or a.name).partition(".")[0] for a in node.names}
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        elif not isinstance(node, ast.Expr):
+            return None
+    return None if "*" in names or "__getattr__" in names else names
 
 
 def make(

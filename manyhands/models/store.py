@@ -92,6 +92,25 @@ def load_model(directory: str | Path, *, trust: bool = False) -> nn.Module:
     return model
 
 
+def loading_line(directory: Path) -> str:
+    """The line of Python that loads what `save_model` wrote; empty where only its maker can. Raises `ModelError`."""
+    from transformers.models.auto import modeling_auto as auto
+
+    config, at = read_config(directory), json.dumps(str(directory))
+    recipe = config.get("manyhands")
+    if recipe is not None:
+        name = recipe.get("model")
+        trust = ", trust=True" if name and ":" in name else ""
+        return f"import manyhands; model = manyhands.load({at}{trust})" if name else ""
+    names = config.get("architectures") or ["AutoModel"]
+    kinds = {
+        "AutoModelForCausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForSequenceClassification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    kind = next((kind for kind, known in kinds.items() if names[0] in known.values()), names[0])
+    return f"from transformers import {kind}; model = {kind}.from_pretrained({at})"
+
+
 def load_weights(model: nn.Module, directory: str | Path) -> None:
     """The weights alone, into a model of the same architecture. Raises `ModelError` where they do not fit."""
     from safetensors import SafetensorError
@@ -131,7 +150,7 @@ def _remake(path: Path, recipe: dict[str, Any], trust: bool) -> nn.Module:
         raise ModelError(
             f"{path} holds the weights of a model that was made outside manyhands",
             "only its maker knows its code",
-            "build it and call manyhands.models.store.load_weights(model, directory)",
+            "build it and call manyhands.load(directory, into=model)",
         )
     if ":" in name:
         if not trust:

@@ -96,6 +96,23 @@ class Served:
                 "a worker pushes at every step",
                 "use cadence = 'every-step'; accumulate=k lets the server gather k pushes",
             )
+        if type(exchange).__name__ == "AllReduce":
+            one_way = exchange.precision == "as-is"
+        else:
+            inner = exchange.inner if type(exchange).__name__ == "ErrorFeedback" else exchange
+            one_way = all(callable(getattr(inner, part, None)) for part in ("encode", "decode", "size_bytes"))
+            if not getattr(inner, "conserves", True):
+                raise UsageError(
+                    f"exchange = {exchange!r} with placement = 'served'",
+                    "a server adds pushes one by one and does not know who sent an entry",
+                    "give it average='all'",
+                )
+        if not one_way:
+            raise UsageError(
+                f"exchange = {exchange!r} with placement = 'served'",
+                "a push goes one way: it is raw (all-reduce) or encoded by a codec, with error feedback or without",
+                "use for example exchange = 'error-feedback(int8)' or 'bf16'",
+            )
 
     @property
     def bound(self) -> int | None:

@@ -9,6 +9,7 @@ of words, not with the steps; counting samples goes with their number (numpy).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -334,9 +335,13 @@ class _State:
                 continue
             key = max((t.attempt, t.run.epoch) for t in words)
             if key != seen and (seen is None or key > seen):
-                seats = sorted({s for t in words if (t.attempt, t.run.epoch) == key for s in t.run.who})
-                self.report.changes.append(Change(interval.first, *key, tuple(seats)))
+                self.report.changes.append(Change(interval.first, *key, ()))
                 seen = key
+            if (
+                key == seen
+            ):  # an epoch's first steps also have places of those who were lost in them: the last tell
+                seats = sorted({s for t in words if (t.attempt, t.run.epoch) == key for s in t.run.who})
+                self.report.changes[-1] = dataclasses.replace(self.report.changes[-1], seats=tuple(seats))
 
     def _problem(
         self,

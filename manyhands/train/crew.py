@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from manyhands.core.errors import PeerLost
 from manyhands.core.events import Joined, Left, Lost, Reformed
-from manyhands.train import carried, sharded_rebuild
+from manyhands.train import carried, exchange_state, sharded_rebuild
 from manyhands.train.standing import Held, Position, Standing, conclude
 
 if TYPE_CHECKING:
@@ -248,6 +248,8 @@ class Crew:
         if made_of != SURVIVORS or redivided is not None:
             loop.take_facts(world.gather(loop.facts())[standing.leader])  # shares, too, are the leader's
             self.fresh = False
+        if getattr(loop.replica.method, "share", None) is None:
+            exchange_state.resum(loop.replica.states, world.wire)
         self._hand_out(loop, standing)
         again, wall_s = max(0, goal - loop.replica.steps), time.perf_counter() - begun
         self._tell(loop, standing, made_of, wall_s, rebuilt=rebuilt, redone_steps=again)

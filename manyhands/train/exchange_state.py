@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from manyhands.core.errors import CheckpointError
-from manyhands.core.request import Gather, Scatter
-from manyhands.exchange.combine import is_own, leaves
+from manyhands.core.request import Gather, Scatter, Sum
+from manyhands.exchange.combine import RESIDUAL, is_own, leaves
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -159,6 +159,27 @@ def restore(
             total = named[stored].clone() if len(mine) == 1 else total + named[stored]
         found[name] = total.to(leaf.device)
     return [_rebuilt(state, (str(bucket),), found) for bucket, state in enumerate(states)]
+
+
+def resum(states: Sequence[Any], wire: Wire) -> None:
+    """What an exchange keeps as the sum of everybody's residuals (EF21's ``agreed``), of the workers there are now. Collective.
+
+    Whoever was lost has taken its own along: what it had agreed with the others would stay in the sum for ever.
+    """
+    for state in states:
+        for own, everyones in _sums(state):
+            everyones.copy_(wire.begin(Sum(own.reshape(-1).clone())).wait().reshape(everyones.shape))
+
+
+def _sums(state: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    if isinstance(state, Mapping):
+        if {RESIDUAL, "agreed"} <= state.keys():
+            yield from zip(state[RESIDUAL], state["agreed"], strict=True)
+        for item in state.values():
+            yield from _sums(item)
+    elif isinstance(state, (list, tuple)):
+        for item in state:
+            yield from _sums(item)
 
 
 def local(named: Mapping[str, Tensor], *, rank: int) -> dict[str, Tensor]:

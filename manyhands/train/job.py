@@ -6,6 +6,7 @@ Every field is an option of `manyhands train` (``--global-batch 64``), a key of 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -192,13 +193,17 @@ class Job:
             raise UsageError(
                 f"eval_fraction = {self.eval_fraction}", "it is a share of the rows", "give 0 <= x < 1"
             )
-        if self.max_grad_norm < 0:
+        if not 0 <= self.max_grad_norm < math.inf:
             raise UsageError(
-                f"max_grad_norm = {self.max_grad_norm}", "a norm is not negative", "0 switches clipping off"
+                f"max_grad_norm = {self.max_grad_norm}",
+                "a norm is finite and not negative",
+                "0 switches clipping off",
             )
-        if self.epochs is not None and not self.epochs > 0:
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise UsageError(
-                f"epochs = {self.epochs}", "training passes over some of the data", "give a positive number"
+                f"epochs = {self.epochs}",
+                "training passes over some of the data, and ends",
+                "give a positive number",
             )
         if self.steps is not None and self.epochs is not None:
             raise UsageError("steps and epochs are both given", "the length is said once", "leave one out")
@@ -290,9 +295,9 @@ class Job:
                     "each worker has one share",
                     "give as many",
                 )
-            if min(self.shares) < 0 or sum(self.shares) <= 0:
+            if not all(0 <= share < math.inf for share in self.shares) or sum(self.shares) <= 0:
                 raise UsageError(
-                    f"shares = {list(self.shares)}", "shares are not negative and not all zero", ""
+                    f"shares = {list(self.shares)}", "shares are finite, not negative and not all zero", ""
                 )
         if self.inner_steps == "fixed" and not self.strategy.local:
             raise UsageError(
@@ -343,6 +348,11 @@ class Job:
         )
         every = isinstance(strategy.cadence, EveryStep)
         return plain and every and strategy.inner is None and strategy.placement.method is None
+
+    @property
+    def sinks(self) -> tuple[str, ...]:
+        """The names in `report_to`; "none" is Hugging Face's word for no further sink."""
+        return tuple(name for name in self.report_to if name != "none")
 
     @property
     def task_name(self) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manyhands.core.errors import PeerLost, Stopped
-from manyhands.core.events import Emit, Evaluated, Stepped
+from manyhands.core.events import Emit, Evaluated, Event, Stepped
 from manyhands.core.membership import Seat
 from manyhands.train import session
 from manyhands.train.balancing import rebalance
@@ -115,7 +115,7 @@ class Loop:
 
     def _begin(self) -> None:
         self._mark = self._begun = time.perf_counter()
-        self._marked = (self.replica.steps, self.replica.tokens, 0.0)
+        self._set_mark()
         self._saved_at, self._begun_at = time.monotonic(), time.time()
         if not self._entered:
             self.saved_step = self.replica.steps
@@ -292,7 +292,7 @@ class Loop:
         self.feed.weights = tuple(facts["weights"])
         self.tally.step_s = self.tally.step_s or float(facts["step_s"])
         self.books.take_part(facts["attempt"])
-        self._marked = (self.replica.steps, self.replica.tokens, 0.0)
+        self._set_mark()
 
     def _clock_says_save(self) -> bool:
         return (
@@ -336,10 +336,16 @@ class Loop:
                 eta_s=per_step * (self.schedule.total_steps - self.replica.steps),
             )
         )
-        self._mark, self._marked = now, (self.replica.steps, self.replica.tokens, spent)
+        self._mark = now
+        self._set_mark()
         balance = self._loads.take(self.replica.steps, self.seats)
         if balance is not None:
             self.emit(balance)
+
+    def _set_mark(self) -> None:
+        """What the next line's figures count from."""
+        traffic = self.replica.wire.traffic
+        self._marked = (self.replica.steps, self.replica.tokens, traffic.communicate_s + traffic.idle_s)
 
     def evaluate(self) -> dict[str, float]:
         """Score the held-out rows now; keeps and emits the metrics."""
@@ -355,7 +361,7 @@ class Loop:
                 batch_rows=self.eval_batch,
                 device=self.feed.device,
                 autocast=self.autocast,
-                emit=self.emit,
+                emit=self._told_in_evaluation,
                 share=getattr(self.replica.method, "share", None),
             )
         self.tally.eval = metrics
@@ -365,6 +371,10 @@ class Loop:
         self._mark += pause
         self._begun += pause
         return metrics
+
+    def _told_in_evaluation(self, event: Event) -> None:
+        self._tell_phase("evaluate")  # it goes on, however long it takes
+        self.emit(event)
 
     def _save(self) -> None:
         """Collective, at rest."""

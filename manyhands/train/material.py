@@ -177,8 +177,8 @@ def _labelled_rows(
     if held_out is not None:
         theirs = np.arange(held_out.rows, dtype=np.int64)
         return (
-            LabelledRows(train, job.seq_len, every, labels=names),
-            LabelledRows(held_out, job.seq_len, theirs, labels=names),
+            LabelledRows(train, job.seq_len, every, labels=names, named=", ".join(job.data)),
+            LabelledRows(held_out, job.seq_len, theirs, labels=names, named=", ".join(job.eval_data)),
         )
     held = round(len(every) * job.eval_fraction)
     if job.eval_fraction > 0 and len(every) > 1:
@@ -186,8 +186,8 @@ def _labelled_rows(
     shuffled = Permutation(len(every), rng.key(job.seed, HOLD_OUT), 0).take(every)
     first, rest = np.sort(shuffled[:held]), np.sort(shuffled[held:])
     return (
-        LabelledRows(train, job.seq_len, rest, labels=names),
-        LabelledRows(train, job.seq_len, first, labels=names) if held else None,
+        LabelledRows(train, job.seq_len, rest, labels=names, named=(named := ", ".join(job.data))),
+        LabelledRows(train, job.seq_len, first, labels=names, named=named) if held else None,
     )
 
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from manyhands.core import events as e
+from manyhands.core.membership import SUMS
 
+BESIDE = ("evaluate", "save", "check", "meet", "wait", "generate", "finish")  # phases between two steps
 MOST = 8  # workers that are listed one by one
 HOW = {"death": "died", "hang": "hung", "failed": "failed", "evicted": "was evicted"}
 
 
 def lost(event: e.Lost) -> str:
     """
-    >>> lost(e.Lost(seat="w2", rank=2, host="n1", how="hang", detail="no heartbeat", phase="step", step=17,
+    >>> lost(e.Lost(seat="w2", rank=2, host="n1", how="hang", detail="no heartbeat", phase="step", step=16,
     ...             stack="loop.py:120 in run\\nreplica.py:80 in step", silent_s=10.2))
     'lost w2 (rank 2, n1), which hung in step 17 at replica.py:80 in step: no heartbeat; last heard of 10.2 s before'
     """
-    where = f" in step {event.step:,}" if event.step else ""
-    where += f" during {event.phase}" if event.phase not in ("", "step") else ""
+    where = f" in step {event.step + 1:,}" if event.phase in ("step", SUMS) else ""
+    if event.phase in BESIDE:
+        where = f" during {event.phase} after step {event.step:,}"
+    elif event.phase and not where:
+        where = f" during {event.phase}" + (f" of step {event.step + 1:,}" if event.step else "")
     at = event.stack.strip().splitlines()
     last = f" at {at[-1].strip()}" if at else ""
     silent = f"; last heard of {event.silent_s:.1f} s before" if event.silent_s >= 0.05 else ""
@@ -34,22 +39,22 @@ def joined(event: e.Joined) -> str:
     got = ""
     if event.size_bytes:
         got = f"; fetched {event.size_bytes / 2**20:.1f} MiB of state in {event.wall_s:.1f} s meanwhile"
-    return f"{_who(event)} joined before step {event.step:,}{got}"
+    return f"{_who(event)} joined before step {event.step + 1:,}{got}"
 
 
 def reformed(event: e.Reformed) -> str:
     """
-    >>> reformed(e.Reformed(epoch=3, workers=2, step=17, wall_s=0.41, kept_places=5, redone_places=3))
+    >>> reformed(e.Reformed(epoch=3, workers=2, step=16, wall_s=0.41, kept_places=5, redone_places=3))
     '2 workers go on with step 17 after 0.41 s (epoch 3): 5 micro-batches of it kept, 3 to compute'
-    >>> reformed(e.Reformed(epoch=3, workers=3, step=17, wall_s=0.41, kept_places=0, redone_places=8,
+    >>> reformed(e.Reformed(epoch=3, workers=3, step=16, wall_s=0.41, kept_places=0, redone_places=8,
     ...                     rebuilt="shards rebuilt from replica group 1"))
     '3 workers go on with step 17 after 0.41 s (epoch 3): shards rebuilt from replica group 1'
     >>> reformed(e.Reformed(epoch=3, workers=1, step=120, wall_s=0.41, kept_places=0, redone_places=0,
     ...                     by="runs/checkpoint-120", redone_steps=7))
-    '1 worker goes on with step 120 after 0.41 s (epoch 3), from checkpoint-120: 7 steps are done again'
+    '1 worker goes on with step 121 after 0.41 s (epoch 3), from checkpoint-120: 7 steps are done again'
     """
     workers = f"{event.workers} workers go" if event.workers != 1 else "1 worker goes"
-    text = f"{workers} on with step {event.step:,} after {event.wall_s:.2f} s (epoch {event.epoch})"
+    text = f"{workers} on with step {event.step + 1:,} after {event.wall_s:.2f} s (epoch {event.epoch})"
     if event.by != "survivors":
         steps = "1 step is" if event.redone_steps == 1 else f"{event.redone_steps:,} steps are"
         again = f": {steps} done again" if event.redone_steps else ""

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     Shared = Mapping[str, Mapping[str, Tensor]]
 
 PIECE_BYTES = 1 << 26
+AGAIN = 2  # comparisons after a mending that mend once more, before replicas that differ end the job
 KINDS = ("parameters", "optimizer state", "exchange state")
 
 
@@ -62,7 +63,12 @@ def vote(fingerprints: Sequence[Sequence[int]]) -> Vote:
 
 
 def check_agreement(
-    replica: Replica, *, mend: bool = False, who: Sequence[tuple[str, str]] = (), emit: Emit = ignore
+    replica: Replica,
+    *,
+    mend: bool = False,
+    who: Sequence[tuple[str, str]] = (),
+    emit: Emit = ignore,
+    again: int = AGAIN,
 ) -> str:
     """Compare fingerprints over the workers; the parameters' in words. Collective, between steps.
 
@@ -92,7 +98,8 @@ def check_agreement(
         begun = time.perf_counter()
         size, _ = replace(replica, shared, table, verdict, verdict.minority)
         tell(replica.steps, table, verdict.majority[0], verdict.minority, who, size, begun, emit)
-        return check_agreement(replica, who=who)
+        # another replica may have changed meanwhile
+        return check_agreement(replica, mend=again > 0, who=who, emit=emit, again=again - 1)
     return words(parameters)
 
 

@@ -24,14 +24,13 @@ import torch
 
 from manyhands.core import rng
 from manyhands.core.errors import ManyhandsError, PeerLost
-from manyhands.core.types import Summed
 from manyhands.train.memory import Torn, split_on_oom
-from manyhands.train.reading import Reading, Stopwatch
+from manyhands.train.reading import Reading, Stopwatch, summed_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from manyhands.core.types import Counters
+    from manyhands.core.types import Counters, Summed
     from manyhands.train.gradients import FlatGradients
     from manyhands.train.replica import Replica
 
@@ -391,7 +390,7 @@ def _accumulate(
         def run(piece: Batch, final: bool, last: bool = last) -> Reading:
             gradients.start_micro_batch(last=last and final, separate=by_place is not None)
             with replica.autocast():
-                summed = Summed(*loss(replica.forward, piece))
+                summed = summed_of(loss(replica.forward, piece))
             found = Reading.of(summed.loss_sum.detach().double(), summed.count)
             (summed.loss_sum / nominal).backward()  # type: ignore[no-untyped-call]
             return found

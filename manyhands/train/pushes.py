@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from manyhands.core import rng
-from manyhands.core.errors import UsageError
 from manyhands.exchange.allreduce import AllReduce
 from manyhands.exchange.codec import wide
+from manyhands.exchange.feedback import ErrorFeedback
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class PushCodec:
-    """How a strategy's exchange encodes pushes. Raises `UsageError`: it needs more than one way.
+    """How a strategy's exchange encodes pushes.
 
     Attributes:
         codec: None where pushes are raw numbers.
@@ -62,16 +62,9 @@ class PushCodec:
 
 
 def codec_of(exchange: Any) -> tuple[Any, float | None]:
-    """(codec, decay of error feedback) of a strategy's exchange; (None, None) for raw numbers. Raises `UsageError`."""
-    if isinstance(exchange, AllReduce) and exchange.precision == "as-is":
+    """(codec, decay of error feedback) of an exchange that `Served.check` allows; (None, None) for raw numbers."""
+    if isinstance(exchange, AllReduce):
         return None, None
-    kind = type(exchange).__name__
-    decay = float(exchange.decay) if kind == "ErrorFeedback" else None
-    inner = exchange.inner if kind == "ErrorFeedback" else exchange
-    if not all(callable(getattr(inner, part, None)) for part in ("encode", "decode", "size_bytes")):
-        raise UsageError(
-            f"exchange = {exchange!r} with placement = 'served'",
-            "a push goes one way: it is raw (all-reduce) or encoded by a codec, with error feedback or without",
-            "use for example exchange = 'error-feedback(int8)' or 'bf16'",
-        )
-    return inner, decay
+    if isinstance(exchange, ErrorFeedback):
+        return exchange.inner, exchange.decay
+    return exchange, None

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyhands.core.errors import UsageError
+from manyhands.core.types import Summed
+
 
 class Reading:
     """The values of a tensor as they are when the device gets here; asking for them waits for no later work."""
@@ -71,3 +74,17 @@ class Stopwatch:
         if self._events:
             return float(self._events[0].elapsed_time(self._events[1])) / 1e3
         return self._ended - self._begun
+
+
+def summed_of(said: Any) -> Summed:
+    """What a loss function returned. Raises `UsageError`: it is no pair of a sum and a count."""
+    fine = isinstance(said, (tuple, list)) and len(said) == 2
+    if not (fine and isinstance(said[0], torch.Tensor) and said[0].numel() == 1):
+        shape = f" of shape {list(said.shape)}" if isinstance(said, torch.Tensor) else ""
+        inside = f" of {', '.join(type(x).__name__ for x in said)}" if isinstance(said, (tuple, list)) else ""
+        raise UsageError(
+            f"loss returned a {type(said).__name__}{shape}{inside}",
+            "it returns (the sum of the losses, a tensor of one value; the count of valid targets)",
+            "for example (F.cross_entropy(logits, targets, reduction='sum'), targets.numel())",
+        )
+    return Summed(said[0] if said[0].dim() == 0 else said[0].reshape(()), said[1])

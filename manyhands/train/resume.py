@@ -26,6 +26,13 @@ def same_order(path: Path, before: Mapping[str, Any], job: Job, material: Materi
                 "a resumed run continues with the same batches",
                 f"leave out --{key.replace('_', '-')}, or start a new run",
             )
+    rows = len(material.train)
+    if before.get("rows") not in (None, rows):
+        raise UsageError(
+            f"{rows:,} rows to train on, but {path} was written with {before['rows']:,}",
+            "a resumed run continues with the same batches",
+            "leave out --eval-fraction and --eval-data, or start a new run",
+        )
     if before.get("data") not in (None, material.identity):
         raise CheckpointError(
             f"{path} was trained on other data than {', '.join(job.data)} holds now",

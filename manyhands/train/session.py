@@ -202,6 +202,8 @@ def restore_replica(replica: Replica, path: Path, *, verified: bool = False) -> 
     replica.method.load_local_state(local)
     _copy_parameters(replica.model, weights)
     replica.states[:] = states
+    if exchange_state.missing(loaded.state):
+        exchange_state.resum(replica.states, replica.wire)
     replica.steps, replica.tokens = steps, tokens
     replica.skipped = int(loaded.state.get("skipped", 0))
     replica.method.restart()

@@ -23,10 +23,10 @@ import torch
 from manyhands.core import rng
 from manyhands.core.errors import Diverged, PeerLost
 from manyhands.core.request import Gather
-from manyhands.core.types import Summed
 from manyhands.train import sharded_rebuild, sharded_state
 from manyhands.train.method import Header, Part, StepResult, Wishes, rows_of
 from manyhands.train.norm import clip_factor, is_finite
+from manyhands.train.reading import summed_of
 from manyhands.train.sharded_gradients import ShardGradients
 from manyhands.train.sharded_layout import Layout
 from manyhands.train.sharded_passes import Pass, Passes
@@ -320,7 +320,7 @@ class ShardedModel:
             )
             rng.seed_torch(part.seed, part.step, each.place or 0)
             with replica.autocast():
-                summed = Summed(*loss(replica.forward, each.batch))
+                summed = summed_of(loss(replica.forward, each.batch))
             (summed.loss_sum / nominal).backward()  # type: ignore[no-untyped-call]
             if each.mine:
                 detached = summed.loss_sum.detach().double()

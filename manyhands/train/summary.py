@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from manyhands.train.material import as_data
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from manyhands.train.job import Job
     from manyhands.train.loop import Loop
@@ -44,7 +46,7 @@ def summarize(
     mine = worker_figures(loop)
     workers = loop.world.gather(mine) if collective else [mine]
     weights = session.whole_weights(replica, collective=collective)
-    rate = tally.rate_tokens / tally.rate_s if tally.rate_s > 0 else 0.0
+    rate = tally.rate
     return {
         "format": FORMAT,
         "reason": reason,
@@ -67,10 +69,20 @@ def summarize(
         "precision": plan.precision,
         "compile": plan.compile,
         "parameters_sha256": sha256_of_parameters(weights) if weights is not None else None,
-        "machine": hardware.machine_facts(),
+        "machine": hardware.machine_facts(),  # of the whole machine, also where this worker has a core of its own
         "workers": workers,
         **served_figures(loop),
     }
+
+
+def kept(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary that `path` holds of a run that was at its end already, with the new scores; `summary` where it holds none."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        same = all(before.get(key) == summary[key] for key in ("format", "steps", "parameters_sha256"))
+    except (OSError, ValueError, AttributeError):
+        return summary
+    return {**before, "reason": summary["reason"], "eval": summary["eval"]} if same else summary
 
 
 def served_figures(loop: Loop) -> dict[str, Any]:

@@ -37,12 +37,13 @@ class Tally:
     losses: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=LOSS_STEPS))
     rate_tokens: int = 0
     rate_s: float = 0.0
+    began: bool = False  # a step was made
     eval: dict[str, float] = field(default_factory=dict)
     train_s: float = 0.0
     step_s: float = 0.0  # the last step's
     interrupted_s: float = 0.0  # attempts at this step that were interrupted
     skipped: bool = False
-    _warm: bool = False
+    _first: tuple[int, float] = (0, 0.0)
     _late: tuple[int, StepResult] | None = None
 
     def add(self, part: Part, result: StepResult, *, data_s: float, compute_s: float, wall_s: float) -> None:
@@ -51,10 +52,11 @@ class Tally:
         self.compute_s += compute_s
         self.samples += sum(len(next(iter(batch.values()))) for _, batch in part.micro_batches)
         self.tokens += result.own_tokens
-        if self._warm:  # the first step of a run builds kernels and fills caches
+        if self.began:  # the first step of a run builds kernels and fills caches
             self.rate_s += wall_s
             self.rate_tokens += result.target_tokens
-        self._warm = True
+        else:
+            self.began, self._first = True, (result.target_tokens, wall_s)
         self.step_s, self.interrupted_s = self.interrupted_s + wall_s, 0.0
 
     def take(self, step: int, result: StepResult, emit: Emit) -> None:
@@ -84,6 +86,12 @@ class Tally:
         """Whether an update was left out since this was asked last."""
         found, self.skipped = self.skipped, False
         return found
+
+    @property
+    def rate(self) -> float:
+        """Targets a second, of the first step only where there was no other."""
+        tokens, seconds = (self.rate_tokens, self.rate_s) if self.rate_s > 0 else self._first
+        return tokens / seconds if seconds > 0 else 0.0
 
     @property
     def train_loss(self) -> float:

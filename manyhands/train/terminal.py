@@ -194,6 +194,9 @@ class Terminal:
         self._say(
             f"{event.reason} after step {event.step:,} in {_clock(event.wall_s)}; figures in {event.summary}"
         )
+        if event.load:
+            self._say("load it with:")
+            self._say(f"  {event.load}")
 
     # -- how
 

@@ -33,7 +33,7 @@ class Voice:
             output = Path(self._job.output)
             output.mkdir(parents=True, exist_ok=True)
             self._sinks = [Terminal(console(), told=told_by_launcher), JsonLines(output / "metrics.jsonl")]
-            for name in self._job.report_to:
+            for name in self._job.sinks:
                 self._sinks.append(resolve("sinks", name)(output / name))
             self._speak = fan_out(self._sinks)
 

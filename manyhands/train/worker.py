@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from manyhands.core import config, rng
+from manyhands.core import config
 from manyhands.core.environment import read_env
 from manyhands.core.errors import PeerLost, Stopped, UsageError
-from manyhands.core.events import Finished, Planned, Sampled, Served
-from manyhands.train import chaos_hook
+from manyhands.core.events import Planned
+from manyhands.train import chaos_hook, ending
 from manyhands.train.order import Order
 from manyhands.train.parts import Parts
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from manyhands.wire.world import World
 
 T = TypeVar("T")
-DRAWN = 0x5A  # stream of random numbers for the sampled continuation
 
 
 def main(argument: str) -> int:
@@ -102,7 +100,9 @@ class _Run:
         loop = self._ready()
         reason = "done"
         try:
-            self._surviving(loop, lambda: self._sample(loop))
+            self._surviving(
+                loop, lambda: ending.sample(loop, self.job, self.parts.material, self.interrupts, self.emit)
+            )
         except Stopped as stopped:
             alone = self.crew is not None and not (loop.together or self.crew.membership.stopping)
             if alone and self.crew is not None:  # the others go on
@@ -363,27 +363,10 @@ class _Run:
             "job": config.to_data(self.effective),
             "strategy": config.to_data(self.job.strategy),
             "data": self.parts.material.identity,
+            "rows": len(self.parts.material.train),
             "world_sizes": self.world_sizes,
             "labels": self.parts.material.labels,
         }
-
-    def _sample(self, loop: Loop) -> None:
-        """A continuation, drawn by rank 0."""
-        from manyhands.train.generate import continuation
-
-        model = loop.replica.model
-        if getattr(loop.replica.method, "share", None) is not None:  # no worker computes alone
-            return
-        if self.job.task_name != "pretrain" or self.job.prompt == "" or not hasattr(model, "generate"):
-            return
-        prompt = self.job.prompt if self.job.prompt is not None else self.parts.material.default_prompt
-        with loop.replica.agreed():
-            if loop.world.rank != 0:
-                return
-            with self.interrupts.phase("generate", interruptible=True), loop.autocast():
-                rng.seed_torch(self.job.seed, DRAWN)
-                text = continuation(model, self.parts.material.tokenizer, prompt, new_tokens=96)
-            self.emit(Sampled(step=loop.replica.steps, prompt=prompt, text=text))
 
     def _finish(self, loop: Loop, reason: str, *, collective: bool) -> dict[str, Any]:
         from manyhands.train.summary import summarize
@@ -401,13 +384,4 @@ class _Run:
         )
         if self.crew is not None:
             self.crew.membership.leave(reason)
-        if loop.world.rank == 0:
-            from manyhands.train.durable import write_text
-
-            write_text(path := self.output / "summary.json", json.dumps(summary, indent=2) + "\n")
-            if "served" in summary:
-                names = ("consistency", "updates", "discarded", "staleness")
-                self.emit(Served(**{name: summary["served"][name] for name in names}))
-            step, wall_s = loop.replica.steps, summary["wall_s"]
-            self.emit(Finished(step=step, reason=reason, wall_s=wall_s, summary=str(path)))
-        return summary
+        return ending.tell(loop, summary, self.output, self.emit) if loop.world.rank == 0 else summary
