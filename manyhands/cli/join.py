@@ -67,7 +67,8 @@ def _parser() -> options.Parser:
         prog="manyhands join",
         description="Let workers of this machine take part in a job that runs, or waits, elsewhere. "
         "Ctrl-C lets them leave; the job goes on.",
-        epilog="Exit codes: those of `manyhands train`.",
+        epilog="A job with parameter servers needs their token's file here, too, at the path that the job gives. Exit codes: those "
+        "of `manyhands train`.",
         allow_abbrev=False,
     )
     p.add_argument(
