@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyhands.cadence.every import EveryStep
+from manyhands.cli.train import told_once
 from manyhands.core import config
 from manyhands.core.callform import parse
 from manyhands.core.errors import UsageError
@@ -159,3 +160,29 @@ def test_shorthands_mean_the_optimizer_that_trains() -> None:
 def test_an_empty_text_is_a_text() -> None:
     assert config.assemble(Job, [("--prompt", {"prompt": ""})])[0].prompt == ""
     assert config.assemble(Job, [("--prompt", {"prompt": "none"})])[0].prompt is None
+
+
+@pytest.mark.parametrize(
+    ("below", "above", "left"),
+    [
+        ({"steps": 8}, {"epochs": 2.0}, {"epochs": 2.0}),
+        ({"epochs": 2.0}, {"steps": 8}, {"steps": 8}),
+        ({"steps": 8}, {"steps": 9}, {"steps": 9}),
+        ({"device_batch": 4}, {"reproducible": "true"}, {"reproducible": True}),
+        ({"device_batch": 4}, {"reproducible": "false"}, {"device_batch": 4}),
+        ({"steps": 8}, {"steps": "none", "epochs": 1.0}, {"epochs": 1.0}),
+    ],
+)
+def test_a_higher_layer_takes_back_what_it_excludes(
+    below: dict[str, Any], above: dict[str, Any], left: dict[str, Any]
+) -> None:
+    """A run's own configuration says steps and derived values: nobody has to take them back by hand."""
+    job, _ = config.assemble(Job, told_once([("config.toml", below), ("--", above)]))
+    expected = config.assemble(Job, [("here", left)])[0]
+    for name in ("steps", "epochs", "device_batch", "reproducible"):
+        assert getattr(job, name) == getattr(expected, name)
+
+
+def test_one_layer_that_says_both_is_an_error() -> None:
+    with pytest.raises(UsageError, match="both given"):
+        config.assemble(Job, told_once([("config.toml", {"steps": 8, "epochs": 2.0})]))

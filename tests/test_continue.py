@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import manyhands
-from manyhands.core.errors import CheckpointError
+from manyhands.core.errors import CheckpointError, ModelError, UsageError
 from manyhands.data import tokenize
+from manyhands.exchange.combine import leaves
 from manyhands.models import build
 from manyhands.strategy import optimizers, schedules
 from manyhands.train import checkpoint, durable, session
@@ -189,6 +190,89 @@ def test_a_restored_replica_continues_as_if_nothing_had_been(name: str, tmp_path
             assert torch.equal(tensor, two.model.state_dict()[key])
         for key, tensor in one.optimizer_state().items():
             assert torch.equal(tensor, two.optimizer_state()[key])
+
+
+STRATEGIES = [
+    "hierarchical",
+    "hierarchical(across=int8)",
+    "powersgd(rank=2)",
+    "ddp(exchange=ef21(topk(density=0.3)))",
+    "ddp(exchange=warmup(error-feedback(topk(density=0.3)), rounds=3))",
+    "ddp(exchange=momentum(topk(density=0.3)))",
+    "local-sgd(every=3)",
+    "post-local-sgd(every=3, start=4)",
+    "slowmo(every=3)",
+    "diloco(every=3, exchange=error-feedback(int4))",
+    "streaming-diloco(every=4, fragments=2, delay=1)",
+    "muloco(every=3)",
+    "sparseloco(every=3)",
+    "demo(lr=1e-3)",
+    "eager",
+    "eager(exchange=error-feedback(int4))",
+    "forecast(every=3, delay=1, exchange=error-feedback(int4))",
+    "zero1(exchange=error-feedback(int8))",
+]
+
+
+@pytest.mark.parametrize("text", STRATEGIES)
+def test_every_method_continues_to_the_bit(text: str, tmp_path: Path) -> None:
+    if text.startswith("muloco") and not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch.optim.Muon came with torch 2.9")
+    hands = manyhands.join(device="cpu")
+    source = torch.Generator().manual_seed(1)
+    rows = [
+        (torch.randn(4, generator=source).double(), torch.randn(1, generator=source).double())
+        for _ in range(25)
+    ]
+    replica = hands.replicate(mlp(), text, max_grad_norm=0.5, total=20.0, precision="fp64")
+    for part in parts(hands, rows, 0):
+        replica.step(part, squared)
+        if replica.steps == 6:
+            hands.save(replica, tmp_path)
+    other = mlp()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    resumed = hands.replicate(other, text, max_grad_norm=0.5, total=20.0, precision="fp64")
+    start = hands.restore(resumed, tmp_path)
+    for part in parts(hands, rows, start):
+        resumed.step(part, squared)
+    for each in (replica, resumed):
+        each.meet()
+    assert start == 6
+    assert resumed.steps == replica.steps == 20
+    for key, tensor in resumed.model.state_dict().items():
+        assert torch.equal(tensor, replica.model.state_dict()[key]), key
+    for one, two in zip(leaves(resumed.states), leaves(replica.states), strict=True):
+        assert torch.equal(one[1], two[1]), one[0]
+
+
+def test_mistakes_of_a_loop_of_ones_own_are_one_message(tmp_path: Path) -> None:
+    hands = manyhands.join(device="cpu")
+    rows = [(torch.randn(4).double(), torch.randn(1).double()) for _ in range(6)]
+    replica = hands.replicate(mlp(), "ddp(lr=1e-3)", precision="fp64")
+    part = next(parts(hands, rows, 0))
+    for said, words in (
+        (lambda model, batch: squared(model, batch)[0], "loss returned a Tensor of shape"),
+        (lambda model, batch: ((model(batch[0]) - batch[1]) ** 2, 6), "Tensor, int"),
+        (lambda model, batch: (1.0, 6), "float, int"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            replica.step(part, said)
+    assert replica.step(part, squared).target_tokens == 6
+    with pytest.raises(UsageError, match="did you mean 'ddp'"):
+        hands.replicate(mlp(), "dpp")
+    with pytest.raises(UsageError, match="call form"):
+        hands.replicate(mlp(), 3)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="epochs = inf"):
+        next(hands.share(rows, global_batch=2, epochs=float("inf")))
+    path = hands.save(replica, tmp_path)
+    with pytest.raises(ModelError, match="into=model"):
+        manyhands.load(path)
+    loaded = manyhands.load(path, into=mlp().double())
+    assert not loaded.training
+    for key, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, replica.model.state_dict()[key])
 
 
 def test_a_checkpoint_of_something_else_changes_nothing(tmp_path: Path) -> None:

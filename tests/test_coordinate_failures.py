@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from coordinators import Play, ids
 
-from manyhands.coordinate.journal import Journal, restore
-from manyhands.coordinate.messages import Refused
+from manyhands.coordinate.journal import Journal, restore, unfinished
+from manyhands.coordinate.messages import VERSION, Refused, epoch_to
 from manyhands.coordinate.words import Rules
 from manyhands.core.errors import CheckpointError, UsageError
 from manyhands.core.membership import Epoch
@@ -279,6 +279,25 @@ def test_after_a_jobs_end_the_next_one_begins_anew() -> None:
     play.state.lose("w0", how="death", detail="SIGKILL", now=play.now)
     again = restarted(play)
     assert (again.state.ended, again.state.facts, again.state.number) == (None, {}, 1)
+
+
+def test_a_job_that_was_ended_to_begin_anew_turns_its_workers_away(tmp_path: Path) -> None:
+    path = tmp_path / "coordinator.jsonl"
+    assert unfinished(path) is None
+    play = Play("w0")
+    play.state.publish("order", "x")
+    journal = Journal(path, lambda line: None)
+    for note in [{"kind": "epoch", **epoch_to(play.epoch)}, {"kind": "fact", "key": "order", "text": "x"}]:
+        journal.append(note)
+    journal.close()
+    assert unfinished(path) == {"order": "x"}
+    assert unfinished(path, end=True) == {"order": "x"}
+    assert unfinished(path) is None
+    state = restore(Journal(path, lambda line: None).records, Rules(), 0.0)
+    assert (state.number, state.epoch, state.facts) == (1, None, {})
+    with pytest.raises(Refused, match="begun anew"):
+        state.hello(play.epoch.seats[0], holding=play.epoch, step=3, version=VERSION, now=0.0)
+    state.hello(play.epoch.seats[0], holding=None, step=0, version=VERSION, now=0.0)
 
 
 def test_a_journal_with_a_torn_line_and_one_that_is_damaged(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_coordinator_and_workers_that_join_it_and_its_restart(tmp_path: Path, 
     first.wait()
     before = steps_made(output)
     until_steps(output, before + 5)  # nobody needs it while nothing changes
-    second = start("coordinate", *waiting, "--listen", there["address"])
+    second = start("coordinate", "--data", tmp_path / "corpus.txt", "--output", output)  # all else is known
     _, errors = joined.communicate(timeout=WAIT_S)
     assert joined.returncode == 0, errors
     _, errors = second.communicate(timeout=WAIT_S)
@@ -101,6 +101,31 @@ def test_a_coordinator_and_workers_that_join_it_and_its_restart(tmp_path: Path, 
     assert "the job is done" in errors
     assert steps_made(output) == 400
     assert not (output / CONTACT).exists()
+
+
+def test_all_die_and_one_command_goes_on(tmp_path: Path, start: Start) -> None:
+    """Coordinator and workers at once, as when the power fails."""
+    output = tmp_path / "out"
+    first = start("coordinate", *job(tmp_path, output, "--workers", 1, "--steps", 10**6, "--save-every", 5))
+    there = contact(output)
+    to = ("--token-file", there["token_file"], "--fingerprint", there["fingerprint"])
+    joined = start("join", there["address"], *to, "--workers", 1, "--threads", 1)
+    until_steps(output, 12)
+    for process in (first, joined):
+        process.kill()
+        process.wait()
+    (output / CONTACT).unlink()
+    done = steps_made(output) + 5
+    again = start("coordinate", "--resume", output, "--steps", done)
+    address = contact(output)["address"]
+    joined = start("join", address, *to, "--workers", 1, "--threads", 1)
+    _, errors = joined.communicate(timeout=WAIT_S)
+    assert joined.returncode == 0, errors
+    _, errors = again.communicate(timeout=WAIT_S)
+    assert again.returncode == 0, errors
+    assert "begins anew from its checkpoint" in errors
+    assert json.loads((output / "summary.json").read_text())["steps"] == done
+    assert '"resumed"' in (output / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "parameter-server(consistency=async)"])
@@ -139,6 +164,7 @@ def test_joining_a_local_job_by_its_output_and_leaving_it(
         (["coordinate", "--listen", "127.0.0.1:99999", "--output", "{}"], "free HOST:PORT"),
         (["coordinate", "--min-workers", "3", "--workers", "2", "--output", "{}"], "min_workers = 3"),
         (["coordinate", "--hang-s", "0", "--output", "{}"], "hang_s = 0"),
+        (["coordinate", "--strategy", "parameter-server", "--output", "{}"], "serve-parameters"),
         (["train", "--elastic", "off", "--restarts", "5"], "elastic = 'off'"),
         (["train", "--restarts", "-1"], "restarts = -1"),
     ],
