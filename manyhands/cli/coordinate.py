@@ -74,6 +74,7 @@ def main(arguments: Sequence[str]) -> int:
     if before is not None and job.resume is not None:
         _log("the job begins anew from its checkpoint; whoever still runs it is turned away")
     elif before is not None and "order" in before:  # its workers know an address and rules
+        _log("the job goes on as it was given; of this command only where to listen and --replace-s count")
         awaited = Order.from_json(before["order"]).job
         listen = _address_of(output / CONTACT) or listen if listen == p.get_default("listen") else listen
     token_file = given.token_file or str(output / "coordinator.token")
