@@ -328,7 +328,9 @@ def test_resume_by_output_or_by_checkpoint(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(first)
     assert checkpoint.verify(checkpoint.resolve_resume(".", run))["step"] == 9
     edit(first / "config.json")
-    with pytest.raises(CheckpointError, match=r"--resume \S*checkpoint-10 continues"):
+    with pytest.raises(
+        CheckpointError, match=r"newest good one is \S*checkpoint-10: --resume \S*checkpoint-10 continues"
+    ):
         checkpoint.verify(Path())
 
 

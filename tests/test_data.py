@@ -158,6 +158,16 @@ def test_an_empty_label_is_no_class_and_a_name_may_look_like_a_pattern(tmp_path:
     assert prepared.skipped == {"label": 1}
 
 
+def test_a_link_that_leads_nowhere_ends_no_job_unless_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("one\n")
+    (tmp_path / "texts" / "b.txt").symlink_to(tmp_path / "gone.txt")
+    prepared = prepare(DataSpec(data=(str(tmp_path / "texts"),)), cache=tmp_path / "cache")
+    assert prepared.documents == 1
+    with pytest.raises(DataError, match=r"b\.txt"):
+        prepare(DataSpec(data=(str(tmp_path / "texts" / "b.txt"),)), cache=tmp_path / "cache")
+
+
 def test_lines_are_counted_from_the_file_not_from_the_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,6 +178,8 @@ def _expand(name: str) -> tuple[Any, list[str]]:
         raise DataError(
             f"{name}: {str(error).splitlines()[0]}", "it must be readable", "check the address"
         ) from error
+    # a link that leads nowhere is named by its owner or not meant: in a directory or by a pattern it holds nothing
+    paths = [p for p in paths if len(paths) == 1 or not os.path.islink(p) or os.path.exists(p)]
     if not paths:
         raise DataError(
             f"{name} matches no file",

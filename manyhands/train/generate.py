@@ -26,6 +26,8 @@ def continuation(
     import torch
     from transformers import AutoTokenizer
 
+    from manyhands.models.store import quiet
+
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     if ids.numel() == 0:
@@ -46,7 +48,7 @@ def continuation(
     )
     was_training = model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), quiet():  # it advises an attention mask, which it is given
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

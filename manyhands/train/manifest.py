@@ -122,7 +122,7 @@ def _refused(path: Path, what: str) -> CheckpointError:
         None,
     )
     remedy = (
-        f"--resume {good} continues from the newest good one"
+        f"the newest good one is {good}: --resume {good} continues from it"
         if good
         else "no other good checkpoint is beside it"
     )
