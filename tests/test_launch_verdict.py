@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ def end(rank: int, code: int, time_s: float = 10.0, kind: str | None = None) -> 
             "where": "",
         }
     return End(rank=rank, host="h", code=code, time_s=time_s, record=record, log=Path(f"rank-{rank}.log"))
+
+
+def survivor(gone: End) -> End:
+    return dataclasses.replace(gone, survived=True)
 
 
 FAILED, LOST, STOPPED = "failed", "peer-lost", "stopped"
@@ -56,6 +61,16 @@ FAILED, LOST, STOPPED = "failed", "peer-lost", "stopped"
         ([end(0, 143, 5, STOPPED), end(1, 1, 6, LOST)], None, 5.5, 143, None),  # one was stopped from outside
         ([end(0, -15, 5), end(1, 143, 6, STOPPED)], None, 5.5, 143, None),
         ([end(0, 9, 5)], None, None, 1, 0),
+        # the job had gone on without each: the last is why there is nobody left
+        (
+            [survivor(end(0, -9, 4)), survivor(end(0, 1, 9, FAILED)), survivor(end(1, 1, 7, FAILED))],
+            None,
+            None,
+            1,
+            0,
+        ),
+        ([survivor(end(1, -9, 4)), survivor(end(0, 130, 9, STOPPED))], None, None, 130, None),
+        ([survivor(end(1, -9, 4)), end(0, 0, 9)], None, None, 0, None),
     ],
 )
 def test_verdict(

@@ -22,6 +22,7 @@ CONTACT = (
     "coordinator.json"  # in the output directory while the job runs: how `manyhands join OUTPUT` finds it
 )
 REACH_S = 20.0
+GONE_S = 2.0  # without the coordinator, until that is told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,11 @@ class Control(Protocol):
         """(exit code, why) once the job has ended for everybody."""
         ...
 
+    @property
+    def gone(self) -> str:
+        """Why the coordinator has not been reached for some seconds; empty: it is reached, or the job has ended."""
+        ...
+
     def expect(self, *ids: str) -> None: ...
 
     def lost(self, id: str, *, how: str, detail: str, final: bool = False, then: str = "") -> None: ...
@@ -119,6 +125,10 @@ class Embedded:
     @property
     def ended(self) -> tuple[int, str] | None:
         return self._coordinator.ended
+
+    @property
+    def gone(self) -> str:
+        return ""
 
     def expect(self, *ids: str) -> None:
         self._coordinator.expect(ids)
@@ -199,6 +209,15 @@ class Joined:
     @property
     def ended(self) -> tuple[int, str] | None:
         return self._ended
+
+    @property
+    def gone(self) -> str:
+        since = self._line.gone_s
+        return (
+            self._line.reason
+            if since is not None and self._ended is None and time.monotonic() - since > GONE_S
+            else ""
+        )
 
     def expect(self, *ids: str) -> None:
         for id in ids:

@@ -101,6 +101,7 @@ class Crew:
         default_factory=list
     )  # failures until they are replaced
     _nursery: Nursery | None = None
+    _without: bool = False  # the coordinator is not reached, which was told
     _kills_before: int = field(default_factory=lambda: place.oom_kills())
     _forwarded: int = 0
 
@@ -160,6 +161,7 @@ class Crew:
                     worker.ended_s = time.time()
                     self._ended(worker)
             self._hear()
+            self._tell_gone()
             self._let_go()
             if not self._held and all(worker.ended_s is not None for worker in self.workers):
                 return
@@ -170,6 +172,20 @@ class Crew:
             if self.told_s is not None and time.time() - self.told_s > GRACE_S:
                 self._signal(signal.SIGKILL)
             self._nap()
+
+    def _tell_gone(self) -> None:
+        """Once when the coordinator is no longer reached, and once when it is again."""
+        why = self.control.gone if self.control is not None else ""
+        if bool(why) == self._without:
+            return
+        self._without = bool(why)
+        line = "manyhands: the coordinator is reached again"
+        if why:
+            line = (
+                f"manyhands: the coordinator is not reached ({why}). The workers go on until one comes, leaves or is lost, and "
+                "then wait for it for a minute: start it again with the same --output"
+            )
+        print(line, file=sys.stderr, flush=True)
 
     def _nap(self) -> None:
         """Until a worker ends, for `POLL_S` at most."""
@@ -236,7 +252,8 @@ class Crew:
         ending = finished or control.ended is not None or self.requests.stop or self.told_s is not None
         early = not control.began
         others = [w.end() for w in self.workers if w.ended_s is not None and w is not worker]
-        hopeless = how != "left" and final(end, others if early else ())
+        alone = bool(control.gone) and end.record is not None  # nobody would tell a successor where to go
+        hopeless = how != "left" and (alone or final(end, others if early else ()))
         if ending or (early and hopeless):
             self.hopeless = self.hopeless or not ending
             control.lost(worker.id, how=how, detail=detail, final=hopeless)
@@ -260,6 +277,8 @@ class Crew:
                 self.start(worker.rank, self._variables[worker.rank], worker.generation + 1)
             self._known[worker.id] = (detail, then)
             self._clear(worker)
+            if self._without:  # who else would say it
+                print(f"manyhands: worker {worker.id} {detail}; {then}", file=sys.stderr, flush=True)
             self._say_lost(worker)
 
     def _succession(self, worker: Worker, hopeless: bool) -> str:

@@ -58,7 +58,8 @@ def judge(
     """What to say of a launch.
 
     Real causes come before their consequences: first whatever failed by itself, by time; then a lost peer. A
-    worker that a signal stopped is no failure, and neither is one that ended after it was told to (`told_s`).
+    worker that a signal stopped is no failure, and neither is one that ended after it was told to (`told_s`). Where the job
+    had gone on without each of them, the last is the reason.
 
     Args:
         stopped_by: the signal that this launcher was sent.
@@ -68,7 +69,7 @@ def judge(
     """
     if ended is not None and ended[0] != 0 and any(end.survived for end in ends) and stopped_by is None:
         return Verdict(ended[0], f"manyhands: {ended[1]}")  # the losses that led to it were told one by one
-    ends = [end for end in ends if not end.survived] or ends
+    ends = [end for end in ends if not end.survived] or sorted(ends, key=lambda end: end.since_s)[-1:]
     bad = sorted((end for end in ends if end.code != 0), key=lambda end: end.since_s)
     kinds = [_kind(end, stopped_by is not None, told_s) for end in bad]
     failed = [end for end, kind in zip(bad, kinds, strict=True) if kind == "failed"]
