@@ -89,7 +89,7 @@ def test_a_halt_and_what_is_known_of_the_lost_survive(serve: Any, tmp_path: Path
     b.push(0, gradient(0, 1))  # taken at version 0: three updates ago
     b.servers.close()
     told = a.servers.halt()
-    assert told == ({"worker-0": 3, "worker-1": 1}, {"worker-1": {0}})
+    assert (told.clocks, told.unused) == ({"worker-0": 3, "worker-1": 1}, {"worker-1": {0}})
     vanish(server)
     again = serve(**options)
     (a,) = serve.workers([again], 1)

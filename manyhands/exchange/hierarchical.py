@@ -130,6 +130,8 @@ def _gathered(piece: Tensor, numel: int, size: int) -> Any:
 
 def _corrected(kept: Tensor, own: slice, sent: Tensor, offered: Tensor) -> Tensor:
     """My contribution, less what was lost of the slice that I speak for."""
-    corrected = kept.clone()
-    corrected.reshape(-1)[own] += sent - offered  # contiguous: a clone's view
+    import torch
+
+    corrected = kept.clone(memory_format=torch.contiguous_format)  # else its flat form would be a copy
+    corrected.view(-1)[own] += sent - offered
     return corrected
