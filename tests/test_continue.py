@@ -133,6 +133,23 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
 
 
+def pairs() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    source = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(4, generator=source).double(), torch.randn(1, generator=source).double())
+        for _ in range(25)
+    ]
+
+
+def zeroed() -> nn.Sequential:
+    """What is loaded must all come from the checkpoint."""
+    model = mlp()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    return model
+
+
 def parts(hands: Any, rows: list[tuple[torch.Tensor, torch.Tensor]], start: int) -> Iterator[Any]:
     return iter(hands.share(rows, global_batch=6, seed=3, epochs=4, start=start))
 
@@ -156,11 +173,7 @@ def test_a_restored_replica_continues_as_if_nothing_had_been(name: str, tmp_path
     if name == "muon" and not hasattr(torch.optim, "Muon"):
         pytest.skip("torch.optim.Muon came with torch 2.9")
     hands = manyhands.join(device="cpu")
-    source = torch.Generator().manual_seed(1)
-    rows = [
-        (torch.randn(4, generator=source).double(), torch.randn(1, generator=source).double())
-        for _ in range(25)
-    ]
+    rows = pairs()
     strategy = manyhands.Strategy(outer=OPTIMIZERS[name])
     total = 120.0 if "tokens" in name else 20.0
 
@@ -176,11 +189,7 @@ def test_a_restored_replica_continues_as_if_nothing_had_been(name: str, tmp_path
     assert len(results) == 20
     assert len({r.lr for r in results}) > 10, "the schedule moves"
 
-    other = mlp()
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.zero_()
-    resumed = replicate(other)
+    resumed = replicate(zeroed())
     start = hands.restore(resumed, tmp_path)
     assert start == 7
     assert [resumed.step(part, squared) for part in parts(hands, rows, start)] == results[7:]
@@ -219,21 +228,13 @@ def test_every_method_continues_to_the_bit(text: str, tmp_path: Path) -> None:
     if text.startswith("muloco") and not hasattr(torch.optim, "Muon"):
         pytest.skip("torch.optim.Muon came with torch 2.9")
     hands = manyhands.join(device="cpu")
-    source = torch.Generator().manual_seed(1)
-    rows = [
-        (torch.randn(4, generator=source).double(), torch.randn(1, generator=source).double())
-        for _ in range(25)
-    ]
+    rows = pairs()
     replica = hands.replicate(mlp(), text, max_grad_norm=0.5, total=20.0, precision="fp64")
     for part in parts(hands, rows, 0):
         replica.step(part, squared)
         if replica.steps == 6:
             hands.save(replica, tmp_path)
-    other = mlp()
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.zero_()
-    resumed = hands.replicate(other, text, max_grad_norm=0.5, total=20.0, precision="fp64")
+    resumed = hands.replicate(zeroed(), text, max_grad_norm=0.5, total=20.0, precision="fp64")
     start = hands.restore(resumed, tmp_path)
     for part in parts(hands, rows, start):
         resumed.step(part, squared)

@@ -21,6 +21,15 @@ from manyhands.strategy.delayed_nesterov import DelayedNesterov
 from manyhands.strategy.optimizers import SGD, AdamW
 
 serve = pushers.serve  # the fixture
+HEADER = {
+    "step": 0,
+    "version": 0,
+    "share": 0.5,
+    "nominal": 8.0,
+    "loss": 1.0,
+    "count": 4,
+    "norm": 1.0,
+}  # of a push
 
 # ---------------------------------------------------------------------------------------- arithmetic
 
@@ -284,15 +293,14 @@ def test_after_a_halt_it_is_known_which_pushes_count(serve: Any) -> None:
     status = servers[0].shard.status()
     halted = a.servers.halt()
     assert (halted.clocks, halted.unused) == ({"worker-0": 3, "worker-1": 1, "worker-2": 0}, {})
-    header = {"step": 0, "version": 0, "share": 0.5, "nominal": 8.0, "loss": 1.0, "count": 4, "norm": 1.0}
     payloads = [torch.zeros(lay.size_bytes, dtype=torch.uint8) for lay in c.servers.layouts]
     used = dict.fromkeys(SHAPES, True)
-    assert c.servers.push(header, used, payloads, c.out) == {"halted": True}
+    assert c.servers.push(HEADER, used, payloads, c.out) == {"halted": True}
     assert servers[0].shard.status() == {**status, "members": {"worker-0": 3, "worker-2": 0}}
     a.begin(SGD(0.1), serial=1, steps=1, consistency="async")
     a.servers.serial = 1
     assert a.servers.join(1, exact=True) == 1
-    assert c.servers.push(header, used, payloads, c.out) == {"halted": True}  # of the beginning before
+    assert c.servers.push(HEADER, used, payloads, c.out) == {"halted": True}  # of the beginning before
     assert c.servers.halt() is None
     c.servers.close()  # and does not take along who has its name now
     assert set(servers[0].shard.members) == {"worker-0"}
@@ -320,7 +328,6 @@ def test_a_halt_applies_what_waits_and_a_new_beginning_counts_on(serve: Any) -> 
 def first_halves(workers: list[Worker], sums: list[dict[str, torch.Tensor]]) -> list[dict[str, Any]]:
     """All push step 0 to two servers; each one's request that tells the norm of the whole, which nobody has told yet."""
     used = dict.fromkeys(SHAPES, True)
-    header = {"step": 0, "version": 0, "share": 0.5, "nominal": 8.0, "loss": 1.0, "count": 4, "norm": 1.0}
 
     def push(worker: Worker, mine: dict[str, torch.Tensor], server: int) -> float:
         layout = worker.servers.layouts[server]
@@ -328,7 +335,7 @@ def first_halves(workers: list[Worker], sums: list[dict[str, torch.Tensor]]) -> 
         for name, view in layout.views(flat).items():
             view.copy_(mine[name] / 8)
         flags = "1" * len([n for n in used if n in layout.views(flat)])
-        ask = {**header, **worker.servers._who("push"), "used": flags}
+        ask = {**HEADER, **worker.servers._who("push"), "used": flags}
         answer = worker.servers._links[server].call(ask, [protocol.view(flat)])
         return float(answer.header["norm_sq"])
 
@@ -383,11 +390,10 @@ def test_a_halt_wakes_those_who_wait_for_a_round(serve: Any) -> None:
         worker.servers.join(0)
         worker.servers.serial = 0
     layout = a.servers.layouts[0]
-    header = {"step": 0, "version": 0, "share": 0.5, "nominal": 8.0, "loss": 1.0, "count": 4, "norm": 1.0}
     payloads, used = [torch.zeros(layout.size_bytes, dtype=torch.uint8)], dict.fromkeys(SHAPES, True)
     answers: list[Any] = []
     waiting = threading.Thread(
-        target=lambda: answers.append(a.servers.push(header, used, payloads, a.out)), daemon=True
+        target=lambda: answers.append(a.servers.push(HEADER, used, payloads, a.out)), daemon=True
     )
     waiting.start()
     with server.shard.cond:

@@ -14,6 +14,7 @@ import pytest
 import warm
 from runs import TINY, command, environment, events, losses, manyhands, summary
 
+from manyhands.cli.main import main
 from manyhands.core import hardware
 
 STEPS = 8
@@ -323,20 +324,35 @@ BAD: list[tuple[list[Any], str, int]] = [
     (["--gradient-accumulation-steps", "4"], "give --global-batch alone", 2),
     (["--micro-batch", "99"], "part of the global batch", 2),
     (["--reproducible", "--compile", "on"], "leave out --compile on", 2),
-    (["--warmup-ratio", "3"], "below 1", 2),
-    (["--warmup-steps", "0.5"], "whole number", 2),
-    (["--warmup-ratio", "0.1", "--warmup-steps", "3"], "both given", 2),
-    (["--epochs", "inf"], "and ends", 2),
-    (["--max-grad-norm", "nan"], "finite", 2),
-    (["--report-to", "tensorbord"], "did you mean 'tensorboard'", 2),
-    (["--model", "json:dmps"], "did you mean 'dump", 2),
-    (["--format", "parket"], "did you mean 'parquet'", 2),
-    (["--strategy", "ddp(consistency=bounded(4))"], "parameter-server(consistency=bounded(4))", 2),
-    (["--strategy", "ddp(staleness=4)"], "parameter-server(consistency=bounded(4))", 2),
-    (["--strategy", "ddp(every=4)"], "it belongs to accumulate", 2),
-    (["--strategy", "parameter-server(exchange=error-feedback(powersgd))"], "one way", 2),
-    (["--strategy", "parameter-server(exchange=topk(average=senders))"], "average='all'", 2),
 ]
+
+# of these the process around tells nothing more
+BAD_VALUES: list[tuple[list[str], str]] = [
+    (["--warmup-ratio", "3"], "below 1"),
+    (["--warmup-steps", "0.5"], "whole number"),
+    (["--warmup-ratio", "0.1", "--warmup-steps", "3"], "both given"),
+    (["--epochs", "inf"], "and ends"),
+    (["--max-grad-norm", "nan"], "finite"),
+    (["--report-to", "tensorbord"], "did you mean 'tensorboard'"),
+    (["--model", "json:dmps"], "did you mean 'dump"),
+    (["--format", "parket"], "did you mean 'parquet'"),
+    (["--strategy", "ddp(consistency=bounded(4))"], "parameter-server(consistency=bounded(4))"),
+    (["--strategy", "ddp(staleness=4)"], "parameter-server(consistency=bounded(4))"),
+    (["--strategy", "ddp(every=4)"], "it belongs to accumulate"),
+    (["--strategy", "parameter-server(exchange=error-feedback(powersgd))"], "one way"),
+    (["--strategy", "parameter-server(exchange=topk(average=senders))"], "average='all'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD_VALUES, ids=lambda v: str(v)[:60])
+def test_values_that_cannot_be_are_one_line(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *arguments, "--output", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert len(said.strip().splitlines()) <= 2
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("arguments", "words", "code"), BAD, ids=lambda v: str(v)[:40])

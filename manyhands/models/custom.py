@@ -87,18 +87,16 @@ def check_function(name: str) -> None:
 
 
 def _defined(module: ast.Module) -> set[str] | None:
-    """The names that a module's source defines at its top; None where only running it would tell."""
+    """All names that a module's source could define, those inside its functions among them; None: only running it would tell."""
     names: set[str] = set()
-    for node in module.body:
+    for node in ast.walk(module):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.add(node.name)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names |= {(a.asname or a.name).partition(".")[0] for a in node.names}
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-        elif not isinstance(node, ast.Expr):
-            return None
-    return None if "*" in names or "__getattr__" in names else names
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.Name):
+            names.add(node.id)
+    return None if names & {"*", "__getattr__", "globals", "exec", "setattr"} else names
 
 
 def make(
