@@ -4,7 +4,6 @@ from the recipe that a checkpoint keeps."""
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -77,13 +76,15 @@ def check_function(name: str) -> None:
         )
     if spec.origin is None or not spec.origin.endswith(".py"):
         return
-    with contextlib.suppress(OSError, SyntaxError, ValueError):  # whoever imports it will say it better
+    try:
         names = _defined(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
-        if names is not None and attribute.split(".")[0] not in names:
-            public = [n for n in names if not n.startswith("_")]
-            raise UsageError(
-                f"model = {name!r}: {module_name} has no {attribute!r}", "", nearest(attribute, public)
-            )
+    except (OSError, SyntaxError, ValueError):  # whoever imports it will say it better
+        return
+    if names is not None and attribute.split(".")[0] not in names:
+        public = [n for n in names if not n.startswith("_")]
+        raise UsageError(
+            f"model = {name!r}: {module_name} has no {attribute!r}", "", nearest(attribute, public)
+        )
 
 
 def _defined(module: ast.Module) -> set[str] | None:
