@@ -51,7 +51,7 @@ LOSSES = (
 def server(directory: Path, *arguments: str) -> Iterator[tuple[Any, str]]:
     """A server process; its endpoint and token."""
     from manyhands.core import tls
-    from manyhands.serve.client import endpoints
+    from manyhands.serve.link import endpoints
 
     ready, token = directory / "ready.json", directory / "token"
     command = [sys.executable, "-m", "manyhands", "serve-parameters", "--ready", str(ready)]
@@ -72,7 +72,8 @@ def transfers(mib: int, rounds: int) -> dict[str, Any]:
     import torch
 
     from manyhands.core import config
-    from manyhands.serve.client import Link, Servers
+    from manyhands.serve.client import Servers
+    from manyhands.serve.link import Link
     from manyhands.strategy.optimizers import SGD
 
     torch.set_num_threads(1)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from manyhands.core import config
-from manyhands.serve.client import Endpoint, Link, Servers
+from manyhands.serve.client import Servers
+from manyhands.serve.link import Endpoint, Link
 from manyhands.serve.server import Server
 
 TOKEN = "a token that only the tests know"
@@ -123,6 +124,15 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 def enter(stack: contextlib.ExitStack, worker: Worker) -> Worker:
     stack.callback(worker.servers.close)
     return worker
+
+
+def vanish(server: Server) -> None:
+    """As after a SIGKILL: nothing more is written. The lock goes with the process."""
+    server._ended.set()
+    server._server.stop(0).wait()
+    keeper: Any = server.shard._keeper
+    keeper._journal.close()
+    server.shard._keeper = None
 
 
 def together(*calls: Callable[[], Any]) -> list[Any]:

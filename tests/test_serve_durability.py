@@ -12,13 +12,13 @@ from typing import Any
 import pushers
 import pytest
 import torch
-from pushers import WAIT_S, Worker, close_to, gradient, initial, plain, together
+from pushers import WAIT_S, Worker, close_to, gradient, initial, plain, together, vanish
 
 from manyhands.core import tls
 from manyhands.core.errors import CheckpointError
 from manyhands.serve import protocol
-from manyhands.serve.client import Endpoint, Link, Servers
-from manyhands.serve.server import Server
+from manyhands.serve.client import Servers
+from manyhands.serve.link import Endpoint, Link
 from manyhands.strategy.optimizers import SGD, AdamW
 
 serve = pushers.serve  # the fixture
@@ -52,15 +52,6 @@ def test_acknowledged_pushes_survive(serve: Any, tmp_path: Path, durability: Any
     close_to(runs[0][0], runs[1][0], 0.0)
     close_to(runs[0][1], runs[1][1], 0.0)
     assert runs[0][2] == runs[1][2]
-
-
-def vanish(server: Server) -> None:
-    """As after a SIGKILL: nothing more is written. The lock goes with the process."""
-    server._ended.set()
-    server._server.stop(0).wait()
-    keeper: Any = server.shard._keeper
-    keeper._journal.close()
-    server.shard._keeper = None
 
 
 def test_interval_loses_what_it_says(serve: Any, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pushers import TOKEN, WAIT_S, close_to, gradient, together
 from manyhands.core import tls
 from manyhands.core.errors import PeerLost, UsageError
 from manyhands.serve import protocol
-from manyhands.serve.client import Endpoint, Link
+from manyhands.serve.link import Endpoint, Link
 from manyhands.serve.server import Server
 from manyhands.strategy.optimizers import SGD
 

@@ -1,43 +1,25 @@
-"""A worker's connection to its parameter servers.
-
-`Link` is one connection: it pins the server's certificate, sends the token, and calls again while a server is gone (a
-server under the launcher is started anew and continues). `Servers` is all of them: parameters are divided among them by
-bytes, and every request goes to all at once.
+"""A worker's connections to its parameter servers, as one: parameters are divided among them by bytes, and every request goes
+to all at once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from manyhands.core import errors, rpc
-from manyhands.core.errors import ManyhandsError, PeerLost, UsageError
+from manyhands.core import errors
+from manyhands.core.errors import ManyhandsError
 from manyhands.serve import protocol
 from manyhands.serve.layout import Layout, divide
+from manyhands.serve.link import Answer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FIRST_S, LONGEST_S = 0.05, 1.0  # between calls to a server that is gone
-
-
-class Endpoint(NamedTuple):
-    """Where a server is: HOST:PORT or unix:PATH, and its certificate's fingerprint (empty: plain)."""
-
-    address: str
-    fingerprint: str = ""
-
-
-class Answer(NamedTuple):
-    """A reply: its header and its payload (uint8)."""
-
-    header: dict[str, Any]
-    payload: Tensor
+    from manyhands.serve.link import Link
 
 
 class Halted(NamedTuple):
@@ -56,116 +38,6 @@ class Halted(NamedTuple):
     step: int
     tokens: int
     applied: list[bool]
-
-
-class _Channel(NamedTuple):
-    """A gRPC channel and its one method."""
-
-    channel: Any
-    method: Any
-
-
-class Link:
-    """One connection to one server.
-
-    Args:
-        where: asked at each (re)connection: a restarted server may be elsewhere. May raise `OSError`: not yet there.
-        token: the server's.
-        patience_s: how long to try to reach a server that is gone.
-    """
-
-    def __init__(self, where: Callable[[], Endpoint], token: str, *, patience_s: float = 60.0) -> None:
-        self._grpc = rpc.grpc_module()
-        self._where, self._patience_s = where, patience_s
-        self._metadata = rpc.bearer(token)
-        self._lock = threading.Lock()
-        self._channel: _Channel | None = None
-        self._closed = False
-        self.sent_bytes = self.received_bytes = 0
-
-    def call(
-        self, header: Mapping[str, Any], payload: Sequence[memoryview] = (), *, out: Tensor | None = None
-    ) -> Answer:
-        """Ask and wait for the answer.
-
-        Args:
-            out: where the answer's payload goes (uint8 of its size); None: into a new tensor.
-
-        Raises:
-            PeerLost: the server could not be reached for `patience_s`.
-            ManyhandsError: what the server says, in its own type.
-        """
-        codes = self._grpc.StatusCode
-        gone = (codes.UNAVAILABLE, codes.CANCELLED, codes.INTERNAL, codes.UNKNOWN, codes.ABORTED)
-        deadline, pause = time.monotonic() + self._patience_s, FIRST_S
-        while True:
-            if self._closed:
-                raise PeerLost(None, f"a call to the parameter server ({header.get('op')})", "hung up")
-            used = None
-            try:
-                used = self._connect()
-                return self._once(used.method, header, payload, out)
-            except self._grpc.RpcError as error:
-                code, detail = error.code(), error.details() or ""
-                if code is codes.UNAUTHENTICATED:
-                    raise UsageError(
-                        "the parameter server refused the token", detail, "give the token_file of that server"
-                    ) from None
-                if code not in gone:
-                    raise _raised(code.name, detail) from None
-                reason = f"{code.name}: {detail}"
-            except ManyhandsError:
-                raise
-            except (OSError, ValueError) as error:  # ValueError: another thread has just closed the channel
-                reason = str(error)
-            if time.monotonic() > deadline:
-                raise PeerLost(None, f"a call to the parameter server ({header.get('op')})", reason[:300])
-            self._disconnect(used)
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_S)
-
-    def close(self) -> None:
-        self._closed = True
-        self._disconnect(self._channel)
-
-    def _once(
-        self, method: Any, header: Mapping[str, Any], payload: Sequence[memoryview], out: Tensor | None
-    ) -> Answer:
-        replies = method(protocol.messages(header, payload), metadata=self._metadata)
-        try:
-            opening = protocol.opening(replies)
-            size = opening.size_bytes
-            if out is None or not size:
-                out, view = protocol.buffer(size)
-            elif out.numel() != size:
-                raise protocol.Garbage(f"an answer of {size:,} bytes", f"{out.numel():,} were expected", "")
-            else:
-                view = protocol.view(out)
-            protocol.receive(replies, view)
-        finally:
-            replies.cancel()
-        self.sent_bytes += sum(len(part) for part in payload)
-        self.received_bytes += size
-        return Answer(opening.header, out)
-
-    def _connect(self) -> _Channel:
-        with self._lock:
-            if self._channel is None:
-                endpoint = self._where()
-                channel = rpc.channel(
-                    endpoint.address,
-                    fingerprint=endpoint.fingerprint,
-                    message_bytes=protocol.MESSAGE_BYTES,
-                )
-                self._channel = _Channel(channel, channel.stream_stream(protocol.METHOD))
-            return self._channel
-
-    def _disconnect(self, used: _Channel | None) -> None:
-        """Close the channel `used`, unless another thread has done so; a newer one of its is left alone."""
-        with self._lock:
-            if self._channel is not None and self._channel is used:
-                self._channel.channel.close()
-                self._channel = None
 
 
 class Servers:
@@ -274,8 +146,8 @@ class Servers:
         answers = self._all(one)
         if any(a.header.get("halted") for a in answers):
             return {"halted": True}
-        if any("version" not in a.header for a in answers):  # a round over several servers is complete
-            answers = self._agree(answers, int(header["step"]), out, one)
+        if any("version" not in a.header for a in answers):  # all of several servers have it
+            answers = self._agree(answers, header, out, one)
             if any(a.header.get("halted") for a in answers):
                 return {"halted": True}
         return {**answers[0].header, "applied": [bool(a.header.get("applied")) for a in answers]}
@@ -288,12 +160,14 @@ class Servers:
     def halt(self) -> Halted | None:
         """No push is taken any more until the job begins anew; which are in the parameters. None: it has begun already.
 
-        A round that some of several servers have applied, and others not yet, is finished on these.
+        A round or a push that some of several servers have applied, and others not yet, is finished on these.
         """
         # not by the pool, whose threads may all be in a push that waits for somebody who is gone
         told = [link.call(self._who("halt")).header for link in self._links]
         if any(each.get("over") for each in told):
             return None
+        if not told[0]["sync"]:
+            return self._finish_pushes(told)
         ahead = max(told, key=lambda each: int(each["step"]))
         rest = {"step": int(ahead["step"]) - 1, "norm_sq": ahead["norm_sq"], "finish": True}
         for server, (link, each) in enumerate(zip(self._links, told, strict=True)):
@@ -305,11 +179,7 @@ class Servers:
                         "continue from the last checkpoint with --resume",
                     )
                 told[server] = link.call(self._who("halt")).header
-        everywhere = set(told[0]["clocks"]).intersection(*(each["clocks"] for each in told))
-        clocks = {who: min(int(each["clocks"][who]) for each in told) for who in everywhere}
-        unused = {who: set(steps) for who, steps in told[0]["unused"].items()}
-        applied = [bool(each["applied"]) for each in told]
-        return Halted(clocks, unused, int(told[0]["step"]), int(told[0]["tokens"]), applied)
+        return _halted(told)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
         """(the first server's answer, parameters, optimizer state), by name."""
@@ -353,12 +223,39 @@ class Servers:
     def _who(self, op: str) -> dict[str, Any]:
         return {"op": op, "member": self.member, "job": self.job, "serial": self.serial}
 
+    def _finish_pushes(self, told: list[dict[str, Any]]) -> Halted:
+        """What some servers were told to apply, the others have, too: nobody is told before all have it."""
+        for who in {who for each in told for who in each["clocks"]}:
+            first = max(told, key=lambda each: int(each["clocks"].get(who, 0)))
+            clock = int(first["clocks"][who])
+            rest = {
+                "member": who,
+                "step": clock - 1,
+                "staleness": first["judged"].get(who, 0),
+                "finish": True,
+            }
+            for server, each in enumerate(told):
+                if int(each["clocks"].get(who, clock)) < clock:
+                    # one that lost it in a restart (durability = interval) does not have it: it counts for nobody
+                    self._links[server].call({**self._who("agree"), **rest})
+        return _halted([link.call(self._who("halt")).header for link in self._links])
+
     def _agree(
-        self, answers: Sequence[Answer], step: int, out: Sequence[Tensor], push: Callable[[int], Answer]
+        self,
+        answers: Sequence[Answer],
+        header: Mapping[str, Any],
+        out: Sequence[Tensor],
+        push: Callable[[int], Answer],
     ) -> list[Answer]:
-        """Its second half, with the norm of the whole; a server that lost the pushes in a restart gets them again."""
+        """The second half of a push, with the norm of the whole; a server that lost the first in a restart gets it again."""
         norm_sq = sum(float(a.header.get("norm_sq") or 0.0) for a in answers)
-        ask = {**self._who("agree"), "step": step, "norm_sq": norm_sq}
+        said = {key: header[key] for key in ("step", "norm", "loss", "count")}
+        ask = {
+            **self._who("agree"),
+            **said,
+            "norm_sq": norm_sq,
+            "staleness": answers[0].header.get("staleness"),
+        }
 
         def one(server: int) -> Answer:
             answer = self._links[server].call(ask, out=out[server])
@@ -381,24 +278,10 @@ class Servers:
                     link.call(self._who("beat"))
 
 
-def endpoints(file: str) -> Iterator[Endpoint]:
-    """The servers that a launcher's file names: one JSON object a line. Raises `OSError` while it is not there."""
-    with open(file, encoding="utf-8") as lines:
-        for line in lines:
-            found = json.loads(line)
-            yield Endpoint(found["address"], found["fingerprint"])
-
-
-def _raised(code: str, detail: str) -> ManyhandsError:
-    """The error that a server told of."""
-    try:
-        told = json.loads(detail)
-        kind = getattr(errors, told["type"], ManyhandsError)
-        if kind in (errors.PeerLost, errors.Stopped) or not issubclass(kind, ManyhandsError):
-            kind = ManyhandsError
-        found: ManyhandsError = kind(told["value"], told["rule"], told["remedy"])
-        return found
-    except (ValueError, KeyError, TypeError):
-        return ManyhandsError(
-            f"the parameter server answered {code}: {detail[:300]}", "", "see the server's log"
-        )
+def _halted(told: Sequence[Mapping[str, Any]]) -> Halted:
+    """What all servers have, of what each tells."""
+    everywhere = set(told[0]["clocks"]).intersection(*(each["clocks"] for each in told))
+    clocks = {who: min(int(each["clocks"][who]) for each in told) for who in everywhere}
+    unused = {who: set(steps) for who, steps in told[0]["unused"].items()}
+    applied = [bool(each["applied"]) for each in told]
+    return Halted(clocks, unused, int(told[0]["step"]), int(told[0]["tokens"]), applied)

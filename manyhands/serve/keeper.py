@@ -13,7 +13,7 @@ from manyhands.serve import protocol
 from manyhands.serve.journal import Journal, Level, replayed
 from manyhands.serve.members import Member
 from manyhands.serve.rules import Push, Rules
-from manyhands.serve.singly import flush, take
+from manyhands.serve.singly import behind, flush, take, take_kept
 from manyhands.serve.store import Store, split
 from manyhands.serve.together import apply_round
 
@@ -39,6 +39,7 @@ FIGURES = (
     "earlier",
     "halted",
     "unused",
+    "judged",
 )
 
 
@@ -73,6 +74,15 @@ class Keeper:
         store = shard.ready()
         number, state, tensors = self._journal.rotate(), state_of(shard), store.tensors()
         self._snapshot_s = time.monotonic()
+        try:
+            for (
+                push,
+                payload,
+            ) in shard.pending.values():  # of several servers: they wait for their second half
+                self.record({"op": "stage", **push.header()}, payload, "push")
+        except ManyhandsError as error:
+            self._log(f"snapshot {number} failed, the logs go on: {error}")
+            return
         self._writing = self._writer.submit(self._write, number, state, tensors, wait)
         if wait:
             self._writing.result()
@@ -127,6 +137,7 @@ def state_of(shard: Shard) -> dict[str, Any]:
         "staleness": {str(k): n for k, n in shard.staleness.items()},
         "applied": dict(shard.applied),  # copies: these change while the snapshot is written
         "left": dict(shard.left),
+        "judged": dict(shard.judged),
         "unused": {who: list(steps) for who, steps in shard.unused.items()},
         "wishes": dict(vars(shard.wishes)),
         "order": list(shard.ready().params),
@@ -174,14 +185,17 @@ def replay(shard: Shard, event: Mapping[str, Any], payload: Tensor) -> None:
         flush(shard)
     elif op == "halt":
         shard.halted = True
-    elif op == "push":
+    elif op == "commit":
+        if event["member"] in shard.pending:  # else the record of its first half was damaged
+            take_kept(shard, event["member"], event["staleness"])
+    elif op in ("push", "stage"):
         push = Push.read(event, len(store.layout.entries))
         shard.wishes.hear(push.step, stop=push.stop, save=push.save, change=push.change)
         shard.wishes.answered = max(shard.wishes.answered, push.step)
-        if store.rules.sync:
+        if store.rules.sync or op == "stage":
             shard.pending[push.member] = (push, payload)
         else:
-            take(shard, push, payload)
+            take(shard, push, payload, behind(shard, push))
     elif op == "round":
         shard.step = event["step"]
         for who in event["members"]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from manyhands.core import tls
 from manyhands.core.environment import read_env
 from manyhands.core.errors import UsageError
-from manyhands.serve.client import Endpoint, Link, endpoints
+from manyhands.serve.link import Endpoint, Link, endpoints
 
 if TYPE_CHECKING:
     from manyhands.placement.served import Served

@@ -162,7 +162,7 @@ class Server:
         if op in plain:
             return plain[op](header), ()
         if op == "agree":
-            return _timed(shard.agree(header), start)
+            return _timed(shard.agree(header, alive), start)
         if op == "pull":
             return _timed(shard.pull(header), start)
         if op == "state":

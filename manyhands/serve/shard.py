@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from manyhands.core.errors import ManyhandsError, UsageError
 from manyhands.serve.keeper import Keeper, opened, status_of
-from manyhands.serve.members import Member, Wishes, first_step, slowest
+from manyhands.serve.members import Member, Wishes, first_step
 from manyhands.serve.rules import Push, Rules, integer, name, number
-from manyhands.serve.singly import answer_alone, flush, take
+from manyhands.serve.singly import come, commit, flush
 from manyhands.serve.store import Store, split
 from manyhands.serve.together import answer_together, apply_round, gather, take_part
 
@@ -74,12 +74,13 @@ class Shard:
         self.loss, self.count = 0.0, 0
         self.staleness: Counter[int] = Counter()
         self.discarded = self.skipped = 0
-        self.pending: dict[str, tuple[Push, Tensor]] = {}
+        self.pending: dict[str, tuple[Push, Tensor]] = {}  # by member: a push that is not yet applied
         self.folded: list[str] = []
         self.partial: float | None = None  # sync, several servers: Σ of squares here of a complete round
         self.last: Answer = {"step": steps - 1}  # sync: what the last round came to
         self.gathered: list[Push] = []  # not yet applied
         self.applied: dict[str, int] = {}  # by member: its latest step that is in the parameters, or will be
+        self.judged: dict[str, int] = {}  # not sync, by member: how stale its latest push was
         self.wishes = Wishes(answered=steps - 1)
         self._image: tuple[int, Tensor] | None = None
 
@@ -141,8 +142,8 @@ class Shard:
         """Take no push any more until the job begins anew, and tell what has been applied.
 
         Where pushes are applied as they come, each worker's next step tells which of them are in the parameters: of a
-        worker that was lost, and of one whose answer is still on its way. Where they are applied together, the round does
-        (`Servers.halt` finishes one that only some of several servers have applied), and whether the asker's push is in it.
+        worker that was lost, and of one whose answer is still on its way. Where they are applied together, the round does,
+        and whether the asker's push is in it. (`Servers.halt` finishes what only some of several servers have applied.)
         """
         with self.cond:
             self.ready(header)
@@ -154,6 +155,7 @@ class Shard:
             self.cond.notify_all()
             clocks = {**self.left, **{who: m.clock for who, m in self.members.items()}}
             told: Answer = {"clocks": clocks, "unused": self.unused, "step": self.step, "tokens": self.tokens}
+            told |= {"judged": self.judged, "sync": self.ready().rules.sync}
             mine = self.applied.get(name(header))
             return {**told, "applied": mine == self.step - 1, "norm_sq": self.last.get("norm_sq_of_all")}
 
@@ -176,40 +178,28 @@ class Shard:
             alive: whether the worker still waits for the answer.
 
         Returns:
-            The answer, and the parameters (None after the first half of a round over several servers: see `agree`; and
-            where the push came after `halt`).
+            The answer, and the parameters (None after the first half of a push to several servers: see `agree`; and where
+            the push came after `halt`).
         """
         with self.cond:
             store = self.ready(header)
             if self.halted or self.stale(header):
                 return {"halted": True}, None
-            if push.member not in self.members:  # sent again after its lease has ended, it is known
-                known = 0 if store.rules.sync else self.left.get(push.member, 0)
-                self._enter(push.member, max(push.step, known))
-            member = self.members[push.member]
+            member = self.entered(push.member, push.step)
             member.seen = time.monotonic()
             self.wishes.hear(push.step, stop=push.stop, save=push.save, change=push.change)
             if store.rules.sync:
                 return take_part(self, push, payload, member, alive)
-            if push.step >= member.clock:
-                self.record({"op": "push", **push.header()}, "push", payload)
-                take(self, push, payload)
-                self.cond.notify_all()
-                self.snapshot_if_due()
-            bound = store.rules.bound
-            self.wait(
-                lambda: self.halted or bound is None or push.step + 1 - slowest(self.members) <= bound,
-                member,
-                alive,
-            )
-            return answer_alone(self, push, member), self.pulled(push.member)
+            return come(self, push, payload, member, alive)
 
-    def agree(self, header: Mapping[str, Any]) -> tuple[Answer, Tensor | None]:
-        """The second half of a round over several servers: the norm of the whole gradient is known now."""
+    def agree(self, header: Mapping[str, Any], alive: Alive) -> tuple[Answer, Tensor | None]:
+        """The second half of a push to several servers: all have it, and its round's norm (sync) or its staleness is known."""
         with self.cond:
-            self.ready(header)
+            store = self.ready(header)
             if self.stale(header):
                 return {"halted": True}, None
+            if not store.rules.sync:
+                return commit(self, header, alive)
             step = integer(header, "step")
             if step >= self.step:
                 if self.halted and not header.get("finish"):
@@ -266,6 +256,13 @@ class Shard:
             self._keeper.close()
 
     # -- members
+
+    def entered(self, who: str, step: int) -> Member:
+        """One that pushes `step`; one whose lease has ended is back, with what is known of it."""
+        if who not in self.members:
+            known = 0 if self.ready().rules.sync else self.left.get(who, 0)
+            self._enter(who, max(step, known))
+        return self.members[who]
 
     def _enter(self, who: str, step: int) -> None:
         self.record({"op": "join", "member": who, "step": step}, "member")
@@ -332,6 +329,6 @@ class Shard:
             self._keeper.record(header, payload, level)
 
     def snapshot_if_due(self) -> None:
-        settled = not self.pending and not self.gathered
+        settled = not self.gathered and not (self.pending and self.ready().rules.sync)
         if self._keeper is not None and settled and self._keeper.due(self.size_bytes):
             self._keeper.snapshot(self)

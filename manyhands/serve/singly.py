@@ -1,10 +1,19 @@
-"""Pushes that are applied one by one, as they come: bounded and asynchronous consistency."""
+"""Pushes that are applied one by one, as they come: bounded and asynchronous consistency.
+
+With several servers a push has two halves, so that all of them apply it, or none: each keeps its piece, and when all have
+theirs the worker says `commit`. One that only some were told to apply is then finished on the others, whoever was lost
+(`Servers.halt`). How stale it is, is for all of them what the first server says: they drop the same pushes.
+"""
 
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from manyhands.serve.members import slowest
+from manyhands.serve.rules import integer, name, number
 from manyhands.serve.store import finite
 
 if TYPE_CHECKING:
@@ -15,14 +24,71 @@ if TYPE_CHECKING:
     from manyhands.serve.shard import Shard
 
 
-def take(shard: Shard, push: Push, payload: Tensor) -> None:
+def come(
+    shard: Shard, push: Push, payload: Tensor, member: Member, alive: Callable[[], bool]
+) -> tuple[dict[str, Any], Tensor | None]:
+    """Apply a push (with several servers: keep it until `commit`), and answer when its worker may go on."""
+    alone, new = shard.ready().rules.alone, push.step >= member.clock
+    if not alone:
+        held = shard.pending.get(push.member)
+        if new and (held is None or held[0].step != push.step):
+            shard.record({"op": "stage", **push.header()}, "push", payload)
+            shard.pending[push.member] = (push, payload)
+        staleness = behind(shard, push) if new else shard.judged.get(push.member, 0)
+        return {"step": push.step, "staleness": staleness}, None
+    if new:
+        shard.record({"op": "push", **push.header()}, "push", payload)
+        take(shard, push, payload, behind(shard, push))
+    return _answered(shard, push.member, push.step, (push.norm, push.loss, push.count), alive)
+
+
+def commit(
+    shard: Shard, header: Mapping[str, Any], alive: Callable[[], bool]
+) -> tuple[dict[str, Any], Tensor | None]:
+    """The second half of a push to several servers: all have it.
+
+    Args:
+        header: names the push and its worker; ``finish``: asked by another one, after a halt.
+    """
+    who, step, finish = name(header), integer(header, "step"), bool(header.get("finish"))
+    if not finish:
+        shard.entered(who, step).seen = time.monotonic()
+    if step >= (shard.members[who].clock if who in shard.members else shard.left.get(who, 0)):
+        if shard.halted and not finish:
+            return {"halted": True}, None
+        held = shard.pending.get(who)
+        if held is None or held[0].step != step:  # this server has lost it in a restart
+            return {"again": True}, None
+        staleness = integer(header, "staleness")
+        shard.record({"op": "commit", "member": who, "staleness": staleness}, "push")
+        take_kept(shard, who, staleness)
+    if finish:
+        return {}, None
+    said = number(header, "norm", math.nan), number(header, "loss"), integer(header, "count")
+    return _answered(shard, who, step, said, alive)
+
+
+def take_kept(shard: Shard, who: str, staleness: int) -> None:
+    """Apply the push of `who` that waits for its second half."""
+    take(shard, *shard.pending.pop(who), staleness)
+
+
+def behind(shard: Shard, push: Push) -> int:
+    """How many updates were applied since the parameters at which the push was computed."""
+    return max(0, shard.version - push.version)
+
+
+def take(shard: Shard, push: Push, payload: Tensor, staleness: int) -> None:
     """Put a push into the gradient, or drop it: too stale, not finite, or of no target."""
     store = shard.ready()
-    shard.members[push.member].clock = push.step + 1
+    if push.member in shard.members:
+        shard.members[push.member].clock = push.step + 1
+    else:
+        shard.left[push.member] = push.step + 1
+    shard.judged[push.member] = staleness
     shard.progress += push.share
     if not push.count:
         return
-    staleness = max(0, shard.version - push.version)
     shard.staleness[staleness] += 1
     if store.rules.discard is not None and staleness > store.rules.discard:
         shard.discarded += 1
@@ -54,22 +120,29 @@ def flush(shard: Shard) -> None:
     shard.version += 1
 
 
-def answer_alone(shard: Shard, push: Push, member: Member) -> dict[str, Any]:
-    """What a worker hears: its push, and the losses of all since its last answer."""
-    store = shard.ready()
-    factor = store.rules.factor(shard.progress, shard.tokens)
-    skipped = bool(push.count) and not finite(push.norm, push.loss)
+def _answered(
+    shard: Shard, who: str, step: int, said: tuple[float, float, int], alive: Callable[[], bool]
+) -> tuple[dict[str, Any], Tensor | None]:
+    """When the worker may go on: its push, of the norm, loss and targets that it `said`, and all losses since its last answer."""
+    shard.cond.notify_all()
+    shard.snapshot_if_due()
+    store, member = shard.ready(), shard.entered(who, step)
+    bound = store.rules.bound
+    shard.wait(
+        lambda: shard.halted or bound is None or step + 1 - slowest(shard.members) <= bound, member, alive
+    )
+    norm, loss, count = said
     answer: dict[str, Any] = {
-        "step": push.step,
+        "step": step,
         "loss": shard.loss - member.loss,
         "count": shard.count - member.count,
-        "norm": push.norm,
-        "skipped": skipped,
-        "applied": shard.applied.get(push.member) == push.step,
-        "lr": factor * store.rules.optimizer.lr,
+        "norm": norm,
+        "skipped": bool(count) and not finite(norm, loss),
+        "applied": shard.applied.get(who) == step,
+        "lr": store.rules.factor(shard.progress, shard.tokens) * store.rules.optimizer.lr,
         "version": shard.version,
         "tokens": shard.tokens,
-        **shard.wishes.answer(push.step),
+        **shard.wishes.answer(step),
     }
     member.loss, member.count = shard.loss, shard.count
-    return answer
+    return answer, shard.pulled(who)

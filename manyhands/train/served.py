@@ -6,7 +6,7 @@
 so the result is all-reduce's to rounding. Otherwise each push is clipped by its own norm and applied as it comes; the
 workers meet only where all must (evaluation, checkpoints, a change of their set, the end), and there every one holds
 the same bits. When one is lost the servers take no more pushes and tell whose are in the parameters: what is missing of
-a step is then computed by those who are left. (Of a push that had come to some of several servers, all of it.)
+a step is then computed by those who are left. Of several servers all have a push, or none.
 
 What a push says is the strategy's `exchange`: ``all-reduce`` stands for raw numbers, a codec for its bytes, and
 ``error-feedback(codec)`` keeps on the worker what the bytes left out.

@@ -1,0 +1,169 @@
+"""A worker's connection to one parameter server.
+
+It pins the server's certificate, sends the token, and calls again while the server is gone (one under the launcher is
+started anew and continues).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from manyhands.core import errors, rpc
+from manyhands.core.errors import ManyhandsError, PeerLost, UsageError
+from manyhands.serve import protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FIRST_S, LONGEST_S = 0.05, 1.0  # between calls to a server that is gone
+
+
+class Endpoint(NamedTuple):
+    """Where a server is: HOST:PORT or unix:PATH, and its certificate's fingerprint (empty: plain)."""
+
+    address: str
+    fingerprint: str = ""
+
+
+class Answer(NamedTuple):
+    """A reply: its header and its payload (uint8)."""
+
+    header: dict[str, Any]
+    payload: Tensor
+
+
+class _Channel(NamedTuple):
+    """A gRPC channel and its one method."""
+
+    channel: Any
+    method: Any
+
+
+class Link:
+    """One connection to one server.
+
+    Args:
+        where: asked at each (re)connection: a restarted server may be elsewhere. May raise `OSError`: not yet there.
+        token: the server's.
+        patience_s: how long to try to reach a server that is gone.
+    """
+
+    def __init__(self, where: Callable[[], Endpoint], token: str, *, patience_s: float = 60.0) -> None:
+        self._grpc = rpc.grpc_module()
+        self._where, self._patience_s = where, patience_s
+        self._metadata = rpc.bearer(token)
+        self._lock = threading.Lock()
+        self._channel: _Channel | None = None
+        self._closed = False
+        self.sent_bytes = self.received_bytes = 0
+
+    def call(
+        self, header: Mapping[str, Any], payload: Sequence[memoryview] = (), *, out: Tensor | None = None
+    ) -> Answer:
+        """Ask and wait for the answer.
+
+        Args:
+            out: where the answer's payload goes (uint8 of its size); None: into a new tensor.
+
+        Raises:
+            PeerLost: the server could not be reached for `patience_s`.
+            ManyhandsError: what the server says, in its own type.
+        """
+        codes = self._grpc.StatusCode
+        gone = (codes.UNAVAILABLE, codes.CANCELLED, codes.INTERNAL, codes.UNKNOWN, codes.ABORTED)
+        deadline, pause = time.monotonic() + self._patience_s, FIRST_S
+        while True:
+            if self._closed:
+                raise PeerLost(None, f"a call to the parameter server ({header.get('op')})", "hung up")
+            used = None
+            try:
+                used = self._connect()
+                return self._once(used.method, header, payload, out)
+            except self._grpc.RpcError as error:
+                code, detail = error.code(), error.details() or ""
+                if code is codes.UNAUTHENTICATED:
+                    raise UsageError(
+                        "the parameter server refused the token", detail, "give the token_file of that server"
+                    ) from None
+                if code not in gone:
+                    raise _raised(code.name, detail) from None
+                reason = f"{code.name}: {detail}"
+            except ManyhandsError:
+                raise
+            except (OSError, ValueError) as error:  # ValueError: another thread has just closed the channel
+                reason = str(error)
+            if time.monotonic() > deadline:
+                raise PeerLost(None, f"a call to the parameter server ({header.get('op')})", reason[:300])
+            self._disconnect(used)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_S)
+
+    def close(self) -> None:
+        self._closed = True
+        self._disconnect(self._channel)
+
+    def _once(
+        self, method: Any, header: Mapping[str, Any], payload: Sequence[memoryview], out: Tensor | None
+    ) -> Answer:
+        replies = method(protocol.messages(header, payload), metadata=self._metadata)
+        try:
+            opening = protocol.opening(replies)
+            size = opening.size_bytes
+            if out is None or not size:
+                out, view = protocol.buffer(size)
+            elif out.numel() != size:
+                raise protocol.Garbage(f"an answer of {size:,} bytes", f"{out.numel():,} were expected", "")
+            else:
+                view = protocol.view(out)
+            protocol.receive(replies, view)
+        finally:
+            replies.cancel()
+        self.sent_bytes += sum(len(part) for part in payload)
+        self.received_bytes += size
+        return Answer(opening.header, out)
+
+    def _connect(self) -> _Channel:
+        with self._lock:
+            if self._channel is None:
+                endpoint = self._where()
+                channel = rpc.channel(
+                    endpoint.address,
+                    fingerprint=endpoint.fingerprint,
+                    message_bytes=protocol.MESSAGE_BYTES,
+                )
+                self._channel = _Channel(channel, channel.stream_stream(protocol.METHOD))
+            return self._channel
+
+    def _disconnect(self, used: _Channel | None) -> None:
+        """Close the channel `used`, unless another thread has done so; a newer one of its is left alone."""
+        with self._lock:
+            if self._channel is not None and self._channel is used:
+                self._channel.channel.close()
+                self._channel = None
+
+
+def endpoints(file: str) -> Iterator[Endpoint]:
+    """The servers that a launcher's file names: one JSON object a line. Raises `OSError` while it is not there."""
+    with open(file, encoding="utf-8") as lines:
+        for line in lines:
+            found = json.loads(line)
+            yield Endpoint(found["address"], found["fingerprint"])
+
+
+def _raised(code: str, detail: str) -> ManyhandsError:
+    """The error that a server told of."""
+    try:
+        told = json.loads(detail)
+        kind = getattr(errors, told["type"], ManyhandsError)
+        if kind in (errors.PeerLost, errors.Stopped) or not issubclass(kind, ManyhandsError):
+            kind = ManyhandsError
+        found: ManyhandsError = kind(told["value"], told["rule"], told["remedy"])
+        return found
+    except (ValueError, KeyError, TypeError):
+        return ManyhandsError(
+            f"the parameter server answered {code}: {detail[:300]}", "", "see the server's log"
+        )
