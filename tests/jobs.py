@@ -65,10 +65,12 @@ class Launched:
 class Job(Launched):
     """A running `manyhands train`, whose workers can be reached by their seats."""
 
-    def __init__(self, output: Path, corpus: Path, *options: object, workers: int = 3) -> None:
+    def __init__(
+        self, output: Path, corpus: Path, *options: object, workers: int = 3, **variables: str
+    ) -> None:
         self.output = output
         given = [*("--data", corpus, *TINY, "--steps", STEPS, "--workers", workers), *("--output", output)]
-        super().__init__(command("train", *given, *options))
+        super().__init__(command("train", *given, *options), **variables)
 
     def reach(self, step: int) -> None:
         """Wait until `step` steps are done."""

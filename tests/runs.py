@@ -21,18 +21,24 @@ def command(*arguments: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
+    """Of commands that tests run.
+
+    Workers are forked from a process that has imported everything: starting an interpreter for each is half of the suite's
+    work. Tests of the launcher, and `manyhands(..., fresh=True)`, start them as a user does.
+    """
     env = {
         k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
     }
-    return {**env, "PYTHONWARNINGS": "default", "HF_HUB_OFFLINE": "1"}
+    return {"MANYHANDS_FORK": "1", **env, "PYTHONWARNINGS": "default", "HF_HUB_OFFLINE": "1"}
 
 
 def manyhands(
-    *arguments: object, code: int = 0, timeout_s: float = 300.0
+    *arguments: object, code: int = 0, timeout_s: float = 300.0, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run `manyhands ARGUMENTS` and check its exit code."""
+    """Run `manyhands ARGUMENTS` and check its exit code; `fresh`: each worker is an interpreter of its own."""
+    env = {**environment(), "MANYHANDS_FORK": "0"} if fresh else environment()
     done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=timeout_s, check=False, env=environment()
+        command(*arguments), capture_output=True, text=True, timeout=timeout_s, check=False, env=env
     )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

@@ -42,7 +42,8 @@ def test_survivors_finish_the_same_steps_to_the_bit(corpus: Path, tmp_path: Path
 
 
 def test_a_replacement_gets_the_state_from_a_peer(corpus: Path, tmp_path: Path) -> None:
-    with Job(tmp_path, corpus, "--reproducible", "--steps", 100000, workers=2) as job:
+    given = ("--reproducible", "--steps", 100000)
+    with Job(tmp_path, corpus, *given, workers=2, MANYHANDS_FORK="0") as job:
         job.reach(5)
         job.send("w1", signal.SIGKILL)
         job.wait_for(lambda: bool(job.seen("joined")), "a replacement")

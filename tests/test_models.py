@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from manyhands.core.callform import Call, parse
 from manyhands.core.errors import ModelError, UsageError
 from manyhands.core.registry import REGISTRY, resolve
+from manyhands.data import tokenize
+from manyhands.models import fit
 from manyhands.models.build import (
     build,
     describe,
@@ -130,6 +133,25 @@ def test_gpt2_small_is_transformers_default_without_dropout() -> None:
 @pytest.mark.parametrize("name", ["gpt2-nano", "llama-nano"])
 def test_attention_is_pytorchs_fused_one(name: str) -> None:
     assert make(name).config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+
+
+def test_special_tokens_that_the_files_tell_are_those_of_transformers(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read without Transformers where the files say all; anything else is left to it."""
+    own = tmp_path / "own"
+    tokenize.train("byte", [], own)
+    odd = shutil.copytree(own, tmp_path / "odd")
+    settings = json.loads((odd / "tokenizer_config.json").read_text())
+    (odd / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "<|not there|>"}))
+    (odd / "special_tokens_map.json").unlink(missing_ok=True)
+    told = {at: fit._told_tokens(at) for at in (own, tokenizer_dir, odd)}
+    assert told[own] is not None
+    assert told[odd] is None
+    assert fit.special_tokens(odd)["pad_id"] == 257  # Transformers adds it
+    monkeypatch.setattr(fit, "_told_tokens", lambda directory: None)
+    for at in (own, tokenizer_dir):
+        assert told[at] in (None, fit.special_tokens(at))
 
 
 def test_special_tokens_are_the_tokenizers(tokenizer_dir: Path) -> None:

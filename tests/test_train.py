@@ -49,6 +49,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         4,
         "--output",
         output,
+        fresh=True,
     )
     return output
 

@@ -13,6 +13,7 @@ from manyhands.core import config, hardware
 from manyhands.core.environment import read_env
 from manyhands.core.errors import CheckpointError, UsageError
 from manyhands.train.job import Job
+from manyhands.train.manifest import check_fresh
 from manyhands.train.order import BY_DEVICE, Order
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def start(job: Job, origins: Mapping[str, str]) -> int:
         )
     check_names(job)
     job = placed(job, origins)
+    if job.resume is None:
+        check_fresh(Path(job.output))
     return begin(ENTRY, Order(job, dict(origins), time.time()).to_json(), job)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,8 @@ def special_tokens(tokenizer_dir: str | Path | None) -> dict[str, int | None]:
     """bos, eos and pad ids of a saved tokenizer."""
     if tokenizer_dir is None:
         return {}
+    if (told := _told_tokens(Path(tokenizer_dir))) is not None:
+        return told
     from transformers import AutoTokenizer
 
     try:
@@ -100,3 +103,28 @@ def special_tokens(tokenizer_dir: str | Path | None) -> dict[str, int | None]:
             "check the path",
         ) from None
     return {f"{kind}_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+
+
+def _told_tokens(directory: Path) -> dict[str, int | None] | None:
+    """What `special_tokens` answers, read from the files where they say all: then Transformers, whose import takes longer than
+    many a step, may not be needed at all. None: they leave something to Transformers.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        told = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        if told.get("tokenizer_class") != "PreTrainedTokenizerFast":
+            return None
+        names = ("bos_token", "eos_token", "pad_token")
+        older = directory / "special_tokens_map.json"
+        mapped = json.loads(older.read_text(encoding="utf-8")) if older.exists() else {}
+        if any(mapped.get(name, told.get(name)) != told.get(name) for name in names):
+            return None
+        words = [told.get(name) for name in names]
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        ids = [None if word is None else tokenizer.token_to_id(word) for word in words]
+    except Exception:  # of `tokenizers`, too, which raises plain ones: Transformers says what is wrong
+        return None
+    if any(word is not None and found is None for word, found in zip(words, ids, strict=True)):
+        return None
+    return dict(zip(("bos_id", "eos_id", "pad_id"), ids, strict=True))

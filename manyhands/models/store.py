@@ -94,14 +94,14 @@ def load_model(directory: str | Path, *, trust: bool = False) -> nn.Module:
 
 def loading_line(directory: Path) -> str:
     """The line of Python that loads what `save_model` wrote; empty where only its maker can. Raises `ModelError`."""
-    from transformers.models.auto import modeling_auto as auto
-
     config, at = read_config(directory), json.dumps(str(directory))
     recipe = config.get("manyhands")
     if recipe is not None:
         name = recipe.get("model")
         trust = ", trust=True" if name and ":" in name else ""
         return f"import manyhands; model = manyhands.load({at}{trust})" if name else ""
+    from transformers.models.auto import modeling_auto as auto
+
     names = config.get("architectures") or ["AutoModel"]
     kinds = {
         "AutoModelForCausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from manyhands.core.errors import CheckpointError
+from manyhands.core.errors import CheckpointError, UsageError
 from manyhands.train import durable
 
 if TYPE_CHECKING:
@@ -41,6 +41,16 @@ def checkpoints(output: Path) -> list[Path]:
         if (m := _NAME.fullmatch(path.name)) and path.is_dir()
     ]
     return [path for _, _, path in sorted(found)]
+
+
+def check_fresh(output: Path) -> None:
+    """Raises `UsageError` where another run's checkpoints are in `output`."""
+    if checkpoints(output):
+        raise UsageError(
+            f"{output} already holds checkpoints of another run",
+            "a run does not mix with an earlier one",
+            f"continue it with --resume {output}, or give another --output",
+        )
 
 
 def saved_s(path: Path) -> float:

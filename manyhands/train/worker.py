@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from manyhands.core import config
 from manyhands.core.environment import read_env
-from manyhands.core.errors import PeerLost, Stopped, UsageError
+from manyhands.core.errors import PeerLost, Stopped
 from manyhands.core.events import Planned
 from manyhands.train import chaos_hook, ending
 from manyhands.train.order import Order
@@ -280,15 +280,11 @@ class _Run:
     # -- parts
 
     def _resume_path(self) -> Path | None:
-        from manyhands.train import checkpoint
+        from manyhands.train import checkpoint, manifest
 
         if self.job.resume is None:
-            if self.the_world.rank == 0 and checkpoint.checkpoints(self.output):
-                raise UsageError(
-                    f"{self.output} already holds checkpoints of another run",
-                    "a run does not mix with an earlier one",
-                    f"continue it with --resume {self.output}, or give another --output",
-                )
+            if self.the_world.rank == 0:
+                manifest.check_fresh(self.output)
             return None
         path = checkpoint.resolve_resume(self.job.resume, self.output)
         checkpoint.verify(path)
