@@ -59,6 +59,9 @@ class PipeMembership:
     def at(self, phase: str, step: int) -> None:
         pass
 
+    def fail(self, detail: str) -> None:
+        raise AssertionError(detail)
+
     def suspect(self, rank: int | None, detail: str) -> None:
         self.tell("suspect", rank, detail)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from jobs import STEPS, Job
 from runs import TINY, events, summary
 
 from manyhands.core.errors import ManyhandsError
+from manyhands.launch.chaos import flip
 from manyhands.train.division import remaining, spans_of
 from manyhands.train.standing import Position, conclude
 
@@ -57,6 +59,24 @@ def test_a_replacement_gets_the_state_from_a_peer(corpus: Path, tmp_path: Path) 
         job.process.send_signal(signal.SIGTERM)
         job.end(128 + signal.SIGTERM)
     assert "every sample once" in warm.manyhands("ledger", tmp_path)
+
+
+def test_replicas_that_differ_end_the_job_and_are_told_once(corpus: Path, tmp_path: Path) -> None:
+    told, output = tmp_path / "told", tmp_path / "run"
+    told.mkdir()
+    given = ("--check-every", 2, "--steps", 100000)
+    with Job(output, corpus, *given, MANYHANDS_CHAOS=str(told)) as job:
+        job.reach(3)
+        (mark,) = told.glob("w1.*")
+        assert flip(mark, int(mark.suffix[1:]), random.Random(1)).startswith("done")
+        said = job.end(1).strip().splitlines()
+    last = said[-1]
+    assert last.startswith("manyhands: after step ")
+    assert "w1" in last
+    assert " differs" in last
+    assert "--on-divergence mend" in last
+    assert not [line for line in said[:-1] if " differs" in line]
+    assert not any("takes its place" in line for line in said)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,14 @@ def survivor(gone: End) -> End:
     return dataclasses.replace(gone, survived=True)
 
 
+def test_what_a_worker_told_of_the_whole_job_is_the_jobs_failure() -> None:
+    """Replicas that differ are no worker's failure, though each ends by it."""
+    ends = [end(0, 1, kind="failed"), end(1, 1, kind="failed")]
+    assert judge(ends, stopped_by=None, told_s=None, ended=(1, "m1")).words == "manyhands: m1"
+    assert "worker 0" in judge(ends, stopped_by=None, told_s=None, ended=(1, "another reason")).words
+    assert judge(ends, stopped_by=signal.SIGTERM, told_s=None, ended=(1, "m1")).words != "manyhands: m1"
+
+
 FAILED, LOST, STOPPED = "failed", "peer-lost", "stopped"
 
 

@@ -38,6 +38,16 @@ def test_steps_are_added_up_by_worker() -> None:
     assert loads.take(8, SEATS) is None
 
 
+def test_what_is_told_a_step_late_is_no_more_than_there_was() -> None:
+    """The first step was long, and is told in the second."""
+    loads = Loads()
+    loads.add([(0.3, 8), (1.5, 4)], [(0.1, 0.9, 0.1), (0.0, 0.2, 0.1)], wall_s=1.0)
+    balance = loads.take(2, SEATS)
+    assert balance is not None
+    told = [(w.compute_s, w.data_s, w.network_s, round(w.wait_s, 6)) for w in balance.workers]
+    assert told == [(0.3, 0.1, 0.1, 0.5), (1.0, 0.0, 0.0, 0.0)]
+
+
 def test_a_changed_group_begins_anew() -> None:
     loads = Loads()
     loads.add([(1.0, 4), (1.0, 4), (1.0, 4)], wall_s=1.0)

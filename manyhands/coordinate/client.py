@@ -164,6 +164,10 @@ class Member:
             self._suspicion = fields
             self._line.say("suspect", **fields)
 
+    def fail(self, detail: str) -> None:
+        """See `Membership.fail`."""
+        self._line.say("fail", detail=detail[: messages.DETAIL_LENGTH])
+
     def leave(self, detail: str) -> None:
         """See `Membership.leave`; "done" says that the job is done. Returns once it is known (or cannot be told)."""
         if self._line.say("leaving", detail=detail[: messages.DETAIL_LENGTH]):

@@ -3,7 +3,7 @@
 A worker says hello first; the coordinator answers welcome. Whatever does not have the form below is `Garbage`; it is
 refused and changes nothing.
 
-    worker       hello, beat, ready, suspect, leaving, publish, ack; a launcher that joins says hello without a seat, expect, lost
+    worker       hello, beat, ready, suspect, fail, leaving, publish, ack; a launcher that joins: hello without a seat, expect, lost
     coordinator  welcome, epoch, over, wanted, fact, stop, left, evicted, ended
 """
 

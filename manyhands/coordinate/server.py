@@ -277,6 +277,8 @@ class Coordinator:
                 rank = None if message.get("rank") is None else messages.whole(message, "rank")
                 detail = messages.text(message, "detail", most=messages.DETAIL_LENGTH)
                 state.suspect(id, epoch=messages.whole(message, "epoch"), rank=rank, detail=detail, now=now)
+            elif op == "fail":
+                state.fail(messages.text(message, "detail", most=messages.DETAIL_LENGTH, least=1))
             elif op == "leaving":
                 detail = messages.text(message, "detail", most=messages.DETAIL_LENGTH)
                 state.leaving(id, detail=detail, now=now)
@@ -287,7 +289,7 @@ class Coordinator:
                 line.acknowledged = True
                 self._lock.notify_all()
             else:
-                raise Garbage(f"op = {op[:40]!r}", "beat, ready, suspect, leaving, publish, ack", "")
+                raise Garbage(f"op = {op[:40]!r}", "beat, ready, suspect, fail, leaving, publish, ack", "")
 
     def _hear_launcher(self, line: _Line, message: Mapping[str, Any]) -> None:
         op, id = message["op"], messages.text(message, "id", least=1)

@@ -125,6 +125,10 @@ class Membership(Protocol):
         """A collective of this epoch failed: end the epoch for everybody."""
         ...
 
+    def fail(self, detail: str) -> None:
+        """The job cannot go on, whoever computes: it ends for everybody, with these words."""
+        ...
+
     def leave(self, detail: str) -> None:
         """I am about to end in an orderly way: nobody is to wait for me."""
         ...

@@ -223,16 +223,20 @@ class Chaos:
         told = self.parameters / f"{seat}.{pid}" if self.parameters is not None else None
         if told is None or not told.exists():
             return "the worker has not said where a parameter is"
-        name, address, size = told.read_text().split()
-        draw = random.Random(fault.victim)
-        at = int(address) + draw.randrange(int(size) // 4) * 4
-        bit = 12 + draw.randrange(11)  # of the mantissa's upper half: a different number, and a finite one
-        with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
-            memory.seek(at)
-            (word,) = struct.unpack("<I", memory.read(4))
-            memory.seek(at)
-            memory.write(struct.pack("<I", word ^ (1 << bit)))
-        return f"done: bit {bit} of {name}"
+        return flip(told, pid, random.Random(fault.victim))
+
+
+def flip(told: Path, pid: int, draw: random.Random) -> str:
+    """Flip one bit of the parameter of which a worker has `told` where it is (see `manyhands.train.chaos_hook`)."""
+    name, address, size = told.read_text().split()
+    at = int(address) + draw.randrange(int(size) // 4) * 4
+    bit = 12 + draw.randrange(11)  # of the mantissa's upper half: a different number, and a finite one
+    with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+        memory.seek(at)
+        (word,) = struct.unpack("<I", memory.read(4))
+        memory.seek(at)
+        memory.write(struct.pack("<I", word ^ (1 << bit)))
+    return f"done: bit {bit} of {name}"
 
 
 def cut(pid: int) -> str:

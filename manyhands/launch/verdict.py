@@ -67,8 +67,11 @@ def judge(
         out_of_memory: whether the kernel killed a process for memory meanwhile.
         ended: (exit code, why), where the coordinator has ended the job.
     """
-    if ended is not None and ended[0] != 0 and any(end.survived for end in ends) and stopped_by is None:
-        return Verdict(ended[0], f"manyhands: {ended[1]}")  # the losses that led to it were told one by one
+    if ended is not None and ended[0] != 0 and stopped_by is None:
+        losses = any(end.survived for end in ends)  # that led to it were told one by one
+        own = any(end.record is not None and end.record["message"] == ended[1] for end in ends)
+        if losses or own:  # the job's own failure, told by a worker for all
+            return Verdict(ended[0], f"manyhands: {ended[1]}")
     ends = [end for end in ends if not end.survived] or sorted(ends, key=lambda end: end.since_s)[-1:]
     bad = sorted((end for end in ends if end.code != 0), key=lambda end: end.since_s)
     kinds = [_kind(end, stopped_by is not None, told_s) for end in bad]

@@ -63,10 +63,7 @@ class Loads:
                 rank=rank,
                 host=seat.host,
                 rows=round(rows),
-                compute_s=min(compute_s, wall_s),  # told with the next header, so a step late
-                data_s=min(data_s, wall_s),
-                wait_s=min(wait_s, wall_s),
-                network_s=min(network_s, wall_s),
+                **_within(wall_s, compute_s=compute_s, data_s=data_s, network_s=network_s, wait_s=wait_s),
             )
             for rank, (seat, (compute_s, rows, data_s, wait_s, network_s)) in enumerate(
                 zip(seats, sums, strict=True)
@@ -74,6 +71,14 @@ class Loads:
         )
         slowest, reason = blame(loads, wall_s)
         return Balance(step=step, wall_s=wall_s, workers=loads, slowest=slowest, reason=reason)
+
+
+def _within(wall_s: float, **seconds: float) -> dict[str, float]:
+    """No more than there was, the first ones before the last: they are told with the next header, so they are a step late."""
+    found: dict[str, float] = {}
+    for name, spent in seconds.items():
+        found[name] = min(spent, wall_s - sum(found.values()))
+    return found
 
 
 def blame(loads: Sequence[Load], wall_s: float) -> tuple[str, str]:

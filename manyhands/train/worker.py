@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from manyhands.core import config
 from manyhands.core.environment import read_env
-from manyhands.core.errors import PeerLost, Stopped
+from manyhands.core.errors import Diverged, PeerLost, Stopped
 from manyhands.core.events import Planned
 from manyhands.train import chaos_hook, ending
 from manyhands.train.order import Order
@@ -53,6 +53,12 @@ def work(order: Order) -> dict[str, Any]:
         run = _Run(order, device, interrupts, enlisted, allocator)
         try:
             return run.run()
+        except (
+            Diverged
+        ) as error:  # all workers see it: no worker's failure, and a successor would see it, too
+            if enlisted is not None:
+                enlisted.membership.fail(str(error))
+            raise
         finally:
             run.close()
 
