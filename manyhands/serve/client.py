@@ -223,7 +223,7 @@ class Servers:
     def _who(self, op: str) -> dict[str, Any]:
         return {"op": op, "member": self.member, "job": self.job, "serial": self.serial}
 
-    def _finish_pushes(self, told: list[dict[str, Any]]) -> Halted:
+    def _finish_pushes(self, told: list[dict[str, Any]]) -> Halted | None:
         """What some servers were told to apply, the others have, too: nobody is told before all have it."""
         for who in {who for each in told for who in each["clocks"]}:
             first = max(told, key=lambda each: int(each["clocks"].get(who, 0)))
@@ -238,7 +238,10 @@ class Servers:
                 if int(each["clocks"].get(who, clock)) < clock:
                     # one that lost it in a restart (durability = interval) does not have it: it counts for nobody
                     self._links[server].call({**self._who("agree"), **rest})
-        return _halted([link.call(self._who("halt")).header for link in self._links])
+        told = [
+            link.call(self._who("halt")).header for link in self._links
+        ]  # what was finished is applied now
+        return None if any(each.get("over") for each in told) else _halted(told)
 
     def _agree(
         self,

@@ -77,7 +77,7 @@ def _within(wall_s: float, **seconds: float) -> dict[str, float]:
     """No more than there was, the first ones before the last: they are told with the next header, so they are a step late."""
     found: dict[str, float] = {}
     for name, spent in seconds.items():
-        found[name] = min(spent, wall_s - sum(found.values()))
+        found[name] = max(0.0, min(spent, wall_s - sum(found.values())))
     return found
 
 
