@@ -75,14 +75,14 @@ def test_a_halt_applies_what_waits_and_a_new_beginning_counts_on(serve: Any) -> 
     assert (status["version"], status["updates"], status["staleness"]) == (0, 1, {"0": 2})
 
 
-def first_half(worker: Worker, sums: dict[str, torch.Tensor], server: int, step: int = 0) -> dict[str, Any]:
+def first_half(worker: Worker, sums: dict[str, torch.Tensor], server: int, **more: Any) -> dict[str, Any]:
     """Push to one of two servers and no further; its answer."""
     layout = worker.servers.layouts[server]
     flat = torch.zeros(layout.size_bytes, dtype=torch.uint8)
     for name, view in layout.views(flat).items():
         view.copy_(sums[name] / 8)
     flags = "1" * len(layout.entries)
-    ask = {**HEADER, **worker.servers._who("push"), "used": flags, "step": step}
+    ask = {**HEADER, **worker.servers._who("push"), "used": flags, **more}
     return worker.servers._links[server].call(ask, [protocol.view(flat)]).header
 
 
@@ -252,3 +252,100 @@ def test_a_snapshot_between_the_halves_of_a_push_loses_neither(serve: Any, tmp_p
     assert [s.shard.version for s in servers] == [4, 4]
     assert [second_half(b, server, 0)["applied"] for server in range(2)] == [True, True]  # asked again
     assert [s.shard.version for s in servers] == [4, 4]
+
+
+def test_a_restart_between_the_halves_of_everybodys_push_changes_nothing(serve: Any, tmp_path: Path) -> None:
+    """No round is made of pushes that wait for their second half."""
+    found = []
+    for restart in (False, True):
+        options = [{"state": tmp_path / f"{restart}-{i}"} for i in range(2)]
+        servers = [serve(**options[i]) for i in range(2)]
+        a, b = serve.workers(servers, 2)
+        begun([a, b])
+        for step in range(2):
+            pushes = [(w, gradient(step, i), server) for i, w in enumerate((a, b)) for server in range(2)]
+            for worker, sums, server in pushes:
+                first_half(worker, sums, server, step=step)
+            if restart:
+                for server in servers:
+                    vanish(server)
+                servers = [serve(**options[i]) for i in range(2)]
+                a, b = serve.workers(servers, 2)
+                a.servers.serial = b.servers.serial = 0
+            for worker in (a, b):
+                for server in range(2):
+                    assert second_half(worker, server, 0, step=step)["applied"]
+        a.servers.pull(a.out)
+        found.append(a.params)
+    close_to(found[1], found[0], 0.0)
+
+
+def test_a_wish_that_was_heard_before_a_restart_is_decided_as_it_was(serve: Any, tmp_path: Path) -> None:
+    """`stop` of a, after b has pushed a later step and was not answered yet."""
+    options = {"state": tmp_path / "0"}
+    servers = [serve(**options), serve()]
+    a, b = serve.workers(servers, 2)
+    begun([a, b])
+    for step in range(3):
+        b.push(step, gradient(step, 1))
+    first_half(b, gradient(3, 1), 0, step=3)
+    first_half(a, gradient(0, 0), 0, stop=15)
+    assert second_half(b, 0, 0, step=3)["stop"] == 15
+    vanish(servers[0])
+    servers[0] = serve(**options)
+    a, _ = serve.workers(servers, 2)
+    a.servers.serial = 0
+    assert second_half(a, 0, 0)["stop"] == 0
+    first_half(a, gradient(3, 0), 0, step=3)
+    assert second_half(a, 0, 0, step=3)["stop"] == 15  # after the same step as b
+
+
+def test_an_orderly_end_keeps_all_beside_half_a_push(serve: Any, tmp_path: Path) -> None:
+    options = {"state": tmp_path / "0", "durability": "interval"}
+    servers = [serve(**options), serve()]
+    a, b = serve.workers(servers, 2)
+    begun([a, b])
+    for step in range(3):
+        a.push(step, gradient(step, 0))
+    first_half(b, gradient(0, 1), 0)
+    servers[0].stop(0)
+    again = serve(**options)
+    assert again.shard.version == 3
+    assert again.shard.members["worker-0"].clock == 3
+
+
+def test_a_finished_push_makes_the_same_updates_on_all_servers(serve: Any) -> None:
+    """Two pushes make one update: the one that waits for company is not applied before what is finished joins it."""
+    servers = [serve(), serve()]
+    a, b = serve.workers(servers, 2)
+    begun([a, b], accumulate=2)
+    a.push(0, gradient(0, 0))
+    for server in range(2):
+        first_half(b, gradient(0, 1), server)
+    second_half(b, 0, 0)
+    assert [s.shard.version for s in servers] == [1, 0]
+    assert a.servers.halt() is not None
+    assert [s.shard.version for s in servers] == [1, 1]
+
+
+def test_a_push_that_is_finished_after_its_worker_left_is_compensated(serve: Any) -> None:
+    found = []
+    for left in (False, True):
+        servers = [serve(), serve()]
+        a, b = serve.workers(servers, 2)
+        begun([a, b], compensation=2.0)
+        a.servers.pull(a.out)
+        b.servers.pull(b.out)
+        a.push(0, gradient(0, 0))
+        for server in range(2):
+            first_half(b, gradient(0, 1), server)
+        second_half(b, 0, 1)
+        if left:
+            b.servers.close()
+            assert a.servers.halt() is not None
+            assert "worker-1" not in servers[1].shard.store.backups
+        else:
+            second_half(b, 1, 1)
+        a.servers.pull(a.out)
+        found.append(a.params)
+    close_to(found[1], found[0], 0.0)

@@ -113,7 +113,9 @@ def _told_tokens(directory: Path) -> dict[str, int | None] | None:
 
     try:
         told = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-        if told.get("tokenizer_class") != "PreTrainedTokenizerFast":
+        if told.get("tokenizer_class") != "PreTrainedTokenizerFast" or "auto_map" in told:
+            return None
+        if (directory / "config.json").exists():  # some kinds of model have a class of their own
             return None
         names = ("bos_token", "eos_token", "pad_token")
         older = directory / "special_tokens_map.json"

@@ -163,7 +163,8 @@ class Servers:
         A round or a push that some of several servers have applied, and others not yet, is finished on these.
         """
         # not by the pool, whose threads may all be in a push that waits for somebody who is gone
-        told = [link.call(self._who("halt")).header for link in self._links]
+        ask = {**self._who("halt"), "flush": len(self._links) == 1}
+        told = [link.call(ask).header for link in self._links]
         if any(each.get("over") for each in told):
             return None
         if not told[0]["sync"]:
@@ -173,11 +174,7 @@ class Servers:
         for server, (link, each) in enumerate(zip(self._links, told, strict=True)):
             if int(each["step"]) < int(ahead["step"]):
                 if "again" in link.call({**self._who("agree"), **rest}).header:
-                    raise ManyhandsError(
-                        f"parameter server {server} lost the pushes of step {rest['step']}, which others have applied",
-                        "servers that restart keep what they have acknowledged (durability = each)",
-                        "continue from the last checkpoint with --resume",
-                    )
+                    raise _lost(server, rest["step"])
                 told[server] = link.call(self._who("halt")).header
         return _halted(told)
 
@@ -236,11 +233,14 @@ class Servers:
             }
             for server, each in enumerate(told):
                 if int(each["clocks"].get(who, clock)) < clock:
-                    # one that lost it in a restart (durability = interval) does not have it: it counts for nobody
-                    self._links[server].call({**self._who("agree"), **rest})
-        told = [
-            link.call(self._who("halt")).header for link in self._links
-        ]  # what was finished is applied now
+                    answer = self._links[server].call({**self._who("agree"), **rest}).header
+                    if "again" in answer and each["keeps"]:
+                        raise _lost(server, rest["step"])
+        ask = {
+            **self._who("halt"),
+            "flush": True,
+        }  # only now: all make the same updates of what waits for company
+        told = [link.call(ask).header for link in self._links]
         return None if any(each.get("over") for each in told) else _halted(told)
 
     def _agree(
@@ -279,6 +279,14 @@ class Servers:
             for link in self._links:
                 with contextlib.suppress(ManyhandsError):
                     link.call(self._who("beat"))
+
+
+def _lost(server: int, step: int) -> ManyhandsError:
+    return ManyhandsError(
+        f"parameter server {server} lost the pushes of step {step}, which others have applied",
+        "servers that restart keep what they have acknowledged (durability = each)",
+        "continue from the last checkpoint with --resume",
+    )
 
 
 def _halted(told: Sequence[Mapping[str, Any]]) -> Halted:

@@ -55,6 +55,7 @@ class Keeper:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
         self._writing: Future[None] | None = None
         self._snapshot_s = time.monotonic()
+        self._again_bytes = 0  # of the log's: what was in the log before
 
     def record(self, header: Mapping[str, Any], payload: Tensor | None, level: Level) -> None:
         """Append an event. Raises `CheckpointError`."""
@@ -65,7 +66,13 @@ class Keeper:
         if self._writing is not None and not self._writing.done():
             return False
         old = time.monotonic() - self._snapshot_s > self._interval_s
-        return old or self._journal.log_bytes > max(LOG_LEAST, LOG_FACTOR * size_bytes)
+        new_bytes = self._journal.log_bytes - self._again_bytes
+        return old or new_bytes > max(LOG_LEAST, LOG_FACTOR * size_bytes)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether all that was acknowledged survives a restart."""
+        return self._journal.durability != "interval"
 
     def snapshot(self, shard: Shard, *, wait: bool = False) -> None:
         """Copy everything now (under the shard's lock); write it on a thread of its own, or `wait` for it."""
@@ -80,6 +87,7 @@ class Keeper:
                 payload,
             ) in shard.pending.values():  # of several servers: they wait for their second half
                 self.record({"op": "stage", **push.header()}, payload, "push")
+            self._again_bytes = self._journal.log_bytes
         except ManyhandsError as error:
             self._log(f"snapshot {number} failed, the logs go on: {error}")
             return
@@ -186,12 +194,17 @@ def replay(shard: Shard, event: Mapping[str, Any], payload: Tensor) -> None:
     elif op == "halt":
         shard.halted = True
     elif op == "commit":
+        shard.wishes.answered = max(shard.wishes.answered, event["step"])
         if event["member"] in shard.pending:  # else the record of its first half was damaged
             take_kept(shard, event["member"], event["staleness"])
     elif op in ("push", "stage"):
         push = Push.read(event, len(store.layout.entries))
-        shard.wishes.hear(push.step, stop=push.stop, save=push.save, change=push.change)
-        shard.wishes.answered = max(shard.wishes.answered, push.step)
+        if "wishes" in event:
+            vars(shard.wishes).update(event["wishes"])
+        elif op == "push":  # of an earlier version
+            shard.wishes.hear(push.step, stop=push.stop, save=push.save, change=push.change)
+        if op == "push":
+            shard.wishes.answered = max(shard.wishes.answered, push.step)
         if store.rules.sync or op == "stage":
             shard.pending[push.member] = (push, payload)
         else:

@@ -143,19 +143,22 @@ class Shard:
 
         Where pushes are applied as they come, each worker's next step tells which of them are in the parameters: of a
         worker that was lost, and of one whose answer is still on its way. Where they are applied together, the round does,
-        and whether the asker's push is in it. (`Servers.halt` finishes what only some of several servers have applied.)
+        and whether the asker's push is in it. (`Servers.halt` finishes what only some of several servers have applied; it
+        asks twice then, and what waits for company is applied when it asks to ``flush``.)
         """
         with self.cond:
             self.ready(header)
             if self.stale(header):
                 return {"over": True}
-            self._flush()  # what waits for company is in nobody's state
+            if header.get("flush"):
+                self._flush()  # what waits for company is in nobody's state
             self.record({"op": "halt"}, "member")
             self.halted = True
             self.cond.notify_all()
             clocks = {**self.left, **{who: m.clock for who, m in self.members.items()}}
             told: Answer = {"clocks": clocks, "unused": self.unused, "step": self.step, "tokens": self.tokens}
             told |= {"judged": self.judged, "sync": self.ready().rules.sync}
+            told["keeps"] = self._keeper is not None and self._keeper.keeps
             mine = self.applied.get(name(header))
             return {**told, "applied": mine == self.step - 1, "norm_sq": self.last.get("norm_sq_of_all")}
 
@@ -251,7 +254,7 @@ class Shard:
         with self.cond:
             if self._keeper is None:
                 return
-            if self.store is not None and not self.pending and not self.gathered:
+            if self.store is not None and self.settled:
                 self._keeper.snapshot(self, wait=True)
             self._keeper.close()
 
@@ -283,7 +286,7 @@ class Shard:
         """It has no part in the work any more; how far it came is kept."""
         if who in self.members:
             self.left[who] = self.members.pop(who).clock
-        if self.store is not None:
+        if self.store is not None and who not in self.pending:
             self.store.backups.pop(who, None)
 
     def wait(self, until: Callable[[], bool], member: Member, alive: Alive) -> None:
@@ -328,7 +331,15 @@ class Shard:
         if self._keeper is not None:
             self._keeper.record(header, payload, level)
 
+    def record_push(self, op: str, push: Push, payload: Tensor) -> None:
+        """With what has been decided of the workers' wishes: it depends on what was answered by then."""
+        self.record({"op": op, **push.header(), "wishes": {**vars(self.wishes)}}, "push", payload)
+
+    @property
+    def settled(self) -> bool:
+        """Whether a snapshot, and the pushes that wait for their second half, are all there is."""
+        return not self.gathered and not (self.pending and self.ready().rules.sync)
+
     def snapshot_if_due(self) -> None:
-        settled = not self.gathered and not (self.pending and self.ready().rules.sync)
-        if self._keeper is not None and settled and self._keeper.due(self.size_bytes):
+        if self._keeper is not None and self.settled and self._keeper.due(self.size_bytes):
             self._keeper.snapshot(self)

@@ -32,12 +32,12 @@ def come(
     if not alone:
         held = shard.pending.get(push.member)
         if new and (held is None or held[0].step != push.step):
-            shard.record({"op": "stage", **push.header()}, "push", payload)
+            shard.record_push("stage", push, payload)
             shard.pending[push.member] = (push, payload)
         staleness = behind(shard, push) if new else shard.judged.get(push.member, 0)
         return {"step": push.step, "staleness": staleness}, None
     if new:
-        shard.record({"op": "push", **push.header()}, "push", payload)
+        shard.record_push("push", push, payload)
         take(shard, push, payload, behind(shard, push))
     return _answered(shard, push.member, push.step, (push.norm, push.loss, push.count), alive)
 
@@ -60,7 +60,7 @@ def commit(
         if held is None or held[0].step != step:  # this server has lost it in a restart
             return {"again": True}, None
         staleness = integer(header, "staleness")
-        shard.record({"op": "commit", "member": who, "staleness": staleness}, "push")
+        shard.record({"op": "commit", "member": who, "step": step, "staleness": staleness}, "push")
         take_kept(shard, who, staleness)
     if finish:
         return {}, None
@@ -71,6 +71,8 @@ def commit(
 def take_kept(shard: Shard, who: str, staleness: int) -> None:
     """Apply the push of `who` that waits for its second half."""
     take(shard, *shard.pending.pop(who), staleness)
+    if who not in shard.members:  # `forget` has left it for this
+        shard.ready().backups.pop(who, None)
 
 
 def behind(shard: Shard, push: Push) -> int:

@@ -23,7 +23,7 @@ def take_part(
     """Keep a push for its round; the answer when the round is complete (see `Shard.push`)."""
     held = shard.pending.get(push.member)
     if push.step >= shard.step and (held is None or held[0].step != push.step):
-        shard.record({"op": "push", **push.header()}, "push", payload)
+        shard.record_push("push", push, payload)
         shard.pending[push.member] = (push, payload)
         shard.cond.notify_all()
     gather(shard)
@@ -36,8 +36,8 @@ def take_part(
 
 
 def gather(shard: Shard) -> None:
-    """Go on with the round as far as the pushes go."""
-    if shard.pending:
+    """Go on with the round as far as the pushes go; nothing where they are applied one by one."""
+    if shard.pending and shard.ready().rules.sync:
         _fold(shard)
         _advance(shard)
 
