@@ -455,6 +455,31 @@ def test_a_run_that_ends_within_a_round_uses_all_that_was_computed() -> None:
 
 
 @pytest.mark.parametrize("texts", [False, True])
+def test_workers_that_agree_every_so_many_steps_are_divided_as_by_single_steps(texts: bool) -> None:
+    """What a step costs beside its rows is paid in each of them: 64 steps at once are not one with 64 times the cost."""
+    found = []
+    for every in (1, 64):
+        feed = feed_of(
+            rows=Texts(400) if texts else Numbers(400),
+            order=Order(400, 16, seed=1),
+            weights=[1.0, 1.0],
+            micro_batch=1,
+        )
+        balancer, told = Balancer(["a", "b"], n_units=16), []
+        for step in range(every, 9 * every, every):
+            amounts = [feed.amounts(each) for each in range(step - every, step)]
+            work = [
+                (sum(fixed + each * amount[rank][1] for amount in amounts), sum(a[rank][0] for a in amounts))
+                for rank, (fixed, each) in enumerate([(0.05, 0.01), (0.10, 0.02)])
+            ]
+            result = StepResult(0.0, 16, 16, 0.0, 0.1, False, 0, False, 8, work=tuple(work))
+            rebalance(balancer, feed, result, step, told.append)
+        found.append(tuple(feed.weights))
+    assert found[0] == found[1]
+    assert found[1][1] >= 3
+
+
+@pytest.mark.parametrize("texts", [False, True])
 def test_the_next_batch_is_divided_by_what_was_measured(texts: bool) -> None:
     rows = Texts(400) if texts else Numbers(400)
     feed = feed_of(rows=rows, order=Order(400, 40, seed=1), weights=[1.0, 1.0], micro_batch=1)

@@ -34,14 +34,22 @@ def rebalance(balancer: Balancer | None, feed: Feed, result: StepResult, step: i
     if balancer is None or len(result.work) != len(balancer.weights):
         return
     before = balancer.weights
-    feed.weights = balancer.observe(_in_mean_rows(feed, result.work, step - 1))
+    feed.weights = balancer.observe(_of_a_step(feed, result.work, step))
     if balancer.weights != before:
         emit(Redivided(step=step, shares=balancer.weights, rows_per_s=balancer.speeds()))
 
 
-def _in_mean_rows(feed: Feed, work: Work, step: int) -> Work:
-    """(seconds, rows) of each rank with long rows counted for more, where the rows are those of `step`'s division."""
-    if getattr(feed.rows, "lengths", None) is None:
-        return work
-    pairs = zip(work, feed.amounts(step), strict=True)
-    return [(seconds, cost if rows == own else rows) for (seconds, rows), (own, cost) in pairs]
+def _of_a_step(feed: Feed, work: Work, step: int) -> Work:
+    """(seconds, rows) of each rank in a mean step of those, before `step`, of which it tells.
+
+    Where workers agree every H steps it tells of H at once, and H times what a step costs beside its rows is not what one
+    costs. Long rows are counted for more, where the rows are those of these steps' division.
+    """
+    told = max(1, round(sum(rows for _, rows in work) / feed.order.global_batch))
+    if getattr(feed.rows, "lengths", None) is not None:
+        amounts = [feed.amounts(each) for each in range(max(0, step - told), step)]
+        own = [sum(rows for rows, _ in rank) for rank in zip(*amounts, strict=True)]
+        costs = [sum(cost for _, cost in rank) for rank in zip(*amounts, strict=True)]
+        pairs = zip(work, own, costs, strict=True)
+        work = [(seconds, cost if rows == mine else rows) for (seconds, rows), mine, cost in pairs]
+    return [(seconds / told, rows / told) for seconds, rows in work]
