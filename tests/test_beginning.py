@@ -126,3 +126,14 @@ def test_what_would_happen_to_everybody_ends_the_job(corpora: Path, tmp_path: Pa
     assert said.count("manyhands: worker") == 1
     assert "broken.jsonl" in said
     assert "takes its place" not in said
+
+
+def test_a_thread_that_stands_still_in_the_first_step_is_replaced(corpora: Path, tmp_path: Path) -> None:
+    """Its heart beats on, and the others wait for it."""
+    traps = [{"seat": "w1", "place": "compile"}]
+    with Job(tmp_path / "run", corpora, "--restarts", 1, "--stuck-s", 2.5, traps=traps) as job:
+        said = job.end()
+    (told,) = [line for line in said.splitlines() if line.startswith("manyhands: worker")]
+    assert "worker w1 (rank 1) on" in told
+    assert "was given up: its main thread has stood still in compile of step 1 for" in told
+    assert "w1-1 takes its place" in told

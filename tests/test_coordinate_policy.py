@@ -258,6 +258,24 @@ def test_where_all_stand_still_the_first_is_stuck_and_slow_phases_are_not() -> N
         assert [happening.seat_id for happening in play.happenings("evict")] == stuck
 
 
+def test_in_the_first_step_who_came_least_far_is_given_up_and_preparing_may_take_any_time() -> None:
+    for phase, stuck in (("compile", ["w1"]), ("prepare", [])):
+        play = Play("w0", "w1", "w2", stuck_s=20.0, begun=False)
+        for id in ("w0", "w1", "w2"):
+            play.step(0, id, phase=phase)
+        play.wait(1.0)
+        for id in ("w0", "w2"):  # their passes are done
+            play.step(0, id, phase=phase)
+        begun = play.now
+        while play.now - begun < 140.0 and "w1" in play.state.members:
+            for id in ("w0", "w1", "w2"):
+                play.beat(id, phase=phase)
+            play.wait(5.0)
+        assert [happening.seat_id for happening in play.happenings("evict")] == stuck
+        if stuck:
+            assert 114.0 <= play.now - begun <= 125.0
+
+
 @pytest.mark.parametrize(("phase", "limit_s"), [("step", 20.0), ("evaluate", 120.0)])
 def test_whoever_the_others_wait_for_in_vain_is_given_up(phase: str, limit_s: float) -> None:
     """Its heart beats on, its epoch is over, and it never becomes ready for the next: in a slow phase, too."""

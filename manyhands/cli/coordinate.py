@@ -85,6 +85,7 @@ def main(arguments: Sequence[str]) -> int:
         journal=journal,
         rules=Rules(
             hang_s=awaited.hang_s,
+            stuck_s=awaited.stuck_s,
             min_workers=awaited.min_workers,
             awaited=awaited.workers or awaited.min_workers,
             patience_s=given.replace_s,

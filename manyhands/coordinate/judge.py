@@ -91,12 +91,21 @@ def stuck(inside: Sequence[Member], stuck_s: float, now: float) -> Member | None
     return first if passed or all_still else None
 
 
-def late(inside: Sequence[Member], stuck_s: float, now: float, *, over: bool) -> Member | None:
+def late(
+    inside: Sequence[Member], stuck_s: float, now: float, *, over: bool, begun: bool = True
+) -> Member | None:
     """The member that holds up the others: as `stuck`, or it stands still in a slow phase, or they wait for it to be `ready`.
 
     Args:
         over: the epoch is over: whoever is ready waits for the next.
+        begun: a step is done. Before that only who stands still in the first step is late, and of several the one that has
+            stood still for longest, as the others wait for it: how long a corpus takes to prepare nobody knows.
     """
+    if not begun:
+        first = min(inside, key=lambda member: member.moved_s, default=None)
+        if first is None or len(inside) < 2 or any(member.phase != "compile" for member in inside):
+            return None
+        return first if now - first.moved_s >= SLOWLY * stuck_s else None
     for member in inside if len(inside) > 1 else ():
         limit = SLOWLY * stuck_s if member.phase in SLOW else stuck_s
         waited = not member.ready and now - member.moved_s >= limit

@@ -261,10 +261,10 @@ class State:
             elif silent > self.rules.hang_s:
                 what = "no sign of life" if member.connected else "it has not come back since the restart"
                 self._evict(id, f"{what} for {silent:.1f} s", now)
-        if self.began and self._longest_s > 0:  # a step may take long
-            limit = max(self.rules.stuck_s, judge.PATIENCE * self._longest_s)
-            if (found := judge.late(self._staying(), limit, now, over=self.over)) is not None:
-                self._evict(found.seat.id, judge.still(found, now), now)
+        limit = max(self.rules.stuck_s, judge.PATIENCE * self._longest_s)  # a step may take long
+        begun = self.began and self._longest_s > 0
+        if (found := judge.late(self._staying(), limit, now, over=self.over, begun=begun)) is not None:
+            self._evict(found.seat.id, judge.still(found, now), now)
         self._enough(now)
 
     # -- how

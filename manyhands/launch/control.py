@@ -33,6 +33,7 @@ class Elastic:
         restarts: replacements for each worker; counted anew after ten minutes of health.
         min_workers: fewer cannot go on.
         hang_s: a worker unheard of for so long is given up.
+        stuck_s: and so is one whose main thread stands still for so long.
         warm: modules that a waiting process imports beforehand, so that a replacement is there at once; empty: none waits.
         spare_after_s: how long the job runs undisturbed before one waits: its imports cost seconds, which a short job needs itself.
     """
@@ -40,6 +41,7 @@ class Elastic:
     restarts: int = 3
     min_workers: int = 1
     hang_s: float = 10.0
+    stuck_s: float = 300.0
     warm: tuple[str, ...] = ()
     spare_after_s: float = 60.0
 
@@ -106,6 +108,7 @@ class Embedded:
         tls.private(path, token.encode())
         rules = Rules(
             hang_s=elastic.hang_s,
+            stuck_s=elastic.stuck_s,
             min_workers=elastic.min_workers,
             resume=f"manyhands train --resume {output}",
         )

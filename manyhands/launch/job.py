@@ -141,7 +141,13 @@ def elastic_of(job: Job) -> Elastic | None:
     from manyhands.launch.control import Elastic
 
     grpc_module()
-    return Elastic(restarts=job.restarts, min_workers=job.min_workers, hang_s=job.hang_s, warm=WARM)
+    return Elastic(
+        restarts=job.restarts,
+        min_workers=job.min_workers,
+        hang_s=job.hang_s,
+        stuck_s=job.stuck_s,
+        warm=WARM,
+    )
 
 
 def servers_of(job: Job) -> ServerProcesses | None:

@@ -129,6 +129,11 @@ class Job:
     )
     min_workers: int = option(1, help="fewer cannot go on: the job waits for a replacement, or ends")
     hang_s: float = option(10.0, help="seconds without a sign of life after which a worker is given up")
+    stuck_s: float = option(
+        300.0,
+        help="seconds (at least five times the longest step) after which a worker is given up whose main thread stands still; "
+        "six times that in phases that may take long",
+    )
     lost_round: Literal["auto", "redo", "drop"] = option(
         "auto",
         help="local steps that a lost worker has made since the last agreement: made again by the others, or left out (the "
@@ -189,6 +194,8 @@ class Job:
             raise UsageError(
                 f"hang_s = {self.hang_s}", "a busy worker may be silent for a moment", "give hang_s >= 1"
             )
+        if not 1 <= self.stuck_s < 1e6:
+            raise UsageError(f"stuck_s = {self.stuck_s}", "a step takes its time", "give stuck_s >= 1")
         if not 0 <= self.eval_fraction < 1:
             raise UsageError(
                 f"eval_fraction = {self.eval_fraction}", "it is a share of the rows", "give 0 <= x < 1"
@@ -266,6 +273,7 @@ class Job:
                 ("restarts", 3),
                 ("min_workers", 1),
                 ("hang_s", 10.0),
+                ("stuck_s", 300.0),
                 ("lost_round", "auto"),
             ):
                 if getattr(self, name) != default:

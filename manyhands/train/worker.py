@@ -280,8 +280,8 @@ class _Run:
             self.crew.membership.at(phase, steps)
 
     def _tell_in_step(self, phase: str, steps: int) -> None:
-        if self.loop is not None and not self.loop.compiling:  # which may take longer than a step
-            self._tell_phase(phase, steps)
+        if self.loop is not None:  # compiling may take longer than a step
+            self._tell_phase("compile" if self.loop.compiling else phase, steps)
 
     # -- parts
 
