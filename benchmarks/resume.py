@@ -119,6 +119,7 @@ ROWS = (
     Row("demo(lr=1e-3, schedule=constant)"),
     Row(f"gossip({LR}, every=4)", rounds=True),
     Row(f"eager({LR}, {EF})", rounds=True),
+    Row(f"forecast({LR}, every=3, delay=1, {EF})", rounds=True),
     Row("hogwild(lr=0.1, schedule=constant, every=3)", rounds=True),
     Row(f"zero1({LR})", exact=True),
     Row(f"zero1({LR}, {EF})"),
@@ -129,7 +130,10 @@ ROWS = (
     Row(f"ddp({LR})", exact=True, ring=SHORT, cli=True),
     Row(f"zero3({LR})", exact=True, ring=SHORT, cli=True),
     Row(f"diloco({LR}, every=4, {EF})", ring=SHORT, cli=True, rounds=True),
-    Row("parameter-server(lr=3e-3, schedule=constant)", exact=True, cli=True),
+    Row(f"parameter-server({LR})", exact=True, cli=True),
+    Row(f"parameter-server({LR}, {EF})", cli=True),
+    Row(f"parameter-server({LR}, consistency=bounded(2), {EF})", cli=True),
+    Row(f"parameter-server({LR}, consistency=async, servers=2)", cli=True),
 )
 
 

@@ -18,6 +18,7 @@ from manyhands.core.errors import ManyhandsError
 from manyhands.launch.chaos import flip
 from manyhands.train.division import remaining, spans_of
 from manyhands.train.standing import Position, conclude
+from manyhands.train.tally import LOSS_STEPS
 
 
 def test_survivors_finish_the_same_steps_to_the_bit(corpus: Path, tmp_path: Path) -> None:
@@ -58,6 +59,11 @@ def test_a_replacement_gets_the_state_from_a_peer(corpus: Path, tmp_path: Path) 
         job.reach(done + 8)
         job.process.send_signal(signal.SIGTERM)
         job.end(128 + signal.SIGTERM)
+    told = {e["step"]: (e["loss"], e["samples"]) for e in events(tmp_path, "stepped")}
+    last = [told[step] for step in sorted(told)[-LOSS_STEPS:]]
+    mean = sum(loss * rows for loss, rows in last) / sum(rows for _, rows in last)
+    # the newcomer speaks for all at the end: of steps before its time, too
+    assert summary(tmp_path)["train_loss"] == pytest.approx(mean, rel=1e-6)
     assert "every sample once" in warm.manyhands("ledger", tmp_path)
 
 

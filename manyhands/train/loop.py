@@ -280,7 +280,7 @@ class Loop:
             "balancer": self.balancer.state() if self.balancer is not None else None,
             "weights": list(self.feed.weights),
             "attempt": list(self.books.attempt),
-            "step_s": self.tally.step_s,
+            **self.tally.facts(),
         }
 
     def take_facts(self, facts: Mapping[str, Any]) -> None:
@@ -290,7 +290,8 @@ class Loop:
             self.balancer.load(facts["balancer"])
             self.balancer.weights = tuple(facts["weights"])
         self.feed.weights = tuple(facts["weights"])
-        self.tally.step_s = self.tally.step_s or float(facts["step_s"])
+        if self.tally.take_facts(facts):
+            self._begun = time.perf_counter() - self.tally.train_s
         self.books.take_part(facts["attempt"])
         self._set_mark()
 

@@ -126,7 +126,8 @@ class Parts:
         if self.job.reproducible:
             strategy = dataclasses.replace(strategy, exchange=Ordered())
         placement: Any = strategy.placement
-        if hasattr(placement, "fitted") and (regrouped or self._planned_for is not None):
+        began = self._planned_for is not None or self.job.resume is not None
+        if hasattr(placement, "fitted") and (regrouped or began):
             strategy = dataclasses.replace(strategy, placement=placement.fitted(world.size))
         if regrouped and getattr(placement, "needs_group", False):
             self.model, self.forward = self.fresh_model(), None

@@ -60,6 +60,12 @@ def restore(loop: Loop, path: Path, job: Job, material: Material, emit: Emit) ->
     if loop.world.rank == 0:
         if lost:
             emit(Warned(message=lost, where="resume"))
+        asked: Any = job.strategy.placement
+        made: Any = loop.replica.strategy.placement
+        if asked != made:  # `Sharded.fitted`
+            groups = made.shard * made.tensor_parallel or loop.world.size
+            said = f"{asked!r} does not divide {loop.world.size} workers: groups of {groups}"
+            emit(Warned(message=said, where="resume"))
         emit(
             Resumed(
                 step=loop.replica.steps,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +73,22 @@ class Tally:
             what = f"loss {result.loss}, gradient norm {result.grad_norm}"
             emit(Warned(message=f"step {step}: {what}: update skipped", where="train"))
             self.skipped = True
+
+    def facts(self) -> dict[str, Any]:
+        """What is the job's and not this worker's, as JSON data: for one that may speak for all later."""
+        return {
+            "step_s": self.step_s,
+            "train_s": self.train_s,
+            "losses": [list(each) for each in self.losses],
+        }
+
+    def take_facts(self, facts: Mapping[str, Any]) -> bool:
+        """What `facts` said on another worker; whether this one knew nothing yet."""
+        new = not self.began and not self.losses
+        if new:
+            self.step_s, self.train_s = float(facts["step_s"]), float(facts["train_s"])
+            self.losses.extend((float(loss), int(count)) for loss, count in facts["losses"])
+        return new
 
     def settle(self, emit: Emit) -> StepResult | None:
         """Wait for what is late; that step's result, if there is one."""
