@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import socket
 import subprocess
@@ -168,7 +169,7 @@ def test_a_connection_is_cut_from_outside() -> None:
             with ours:
                 ours.settimeout(30)
                 try:
-                    said = chaos.cut(process.pid)
+                    said = chaos.cut(process.pid, random.Random(1))
                 except OSError as error:
                     pytest.skip(f"pidfd_getfd: {error}")
                 assert said.startswith("done: the connection with 127.0.0.1:")

@@ -205,7 +205,7 @@ class Chaos:
         return "done"
 
     def _cut(self, seat: str, pid: int, fault: Fault) -> str:
-        return cut(pid)
+        return cut(pid, random.Random(fault.victim))
 
     def _full(self, seat: str, pid: int, fault: Fault) -> str:
         before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
@@ -239,8 +239,10 @@ def flip(told: Path, pid: int, draw: random.Random) -> str:
     return f"done: bit {bit} of {name}"
 
 
-def cut(pid: int) -> str:
+def cut(pid: int, draw: random.Random) -> str:
     """Shut down one established TCP connection of a process, from outside: both ends see it closed.
+
+    To the coordinator, to another worker, to a server: each is as likely.
 
     Raises:
         OSError: the kernel does not let us.
@@ -248,7 +250,9 @@ def cut(pid: int) -> str:
     libc = ctypes.CDLL(None, use_errno=True)
     handle = os.pidfd_open(pid)
     try:
-        for entry in sorted(os.listdir(f"/proc/{pid}/fd"), key=int):
+        entries = sorted(os.listdir(f"/proc/{pid}/fd"), key=int)
+        draw.shuffle(entries)
+        for entry in entries:
             with contextlib.suppress(OSError):
                 if not os.readlink(f"/proc/{pid}/fd/{entry}").startswith("socket:"):
                     continue
