@@ -76,6 +76,19 @@ def lose_then_fail(argument: str) -> int:
         raise OSError("the disk is full")
 
 
+def fail_on_a_full_disk(argument: str) -> int:
+    """Nothing more goes into this worker's log; it goes on, and then fails."""
+    import resource
+
+    size = os.fstat(2).st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5000, resource.RLIM_INFINITY))
+    for stream in (sys.stdout, sys.stderr):
+        for _ in range(200):
+            print("many hands " * 5, file=stream)
+    Path(argument).write_text("it goes on")
+    raise ValueError("but not for long")
+
+
 def save_and_stop(argument: str) -> int:
     """A loop that notices the signal at a step boundary, saves and ends."""
     from manyhands.core.errors import Stopped

@@ -187,6 +187,16 @@ def test_a_lost_peer_gives_way_to_the_cause(tmp_path: Path, capfd: pytest.Captur
     assert json.loads((tmp_path / "logs" / "rank-0.error.json").read_text())["kind"] == "peer-lost"
 
 
+def test_a_full_disk_under_the_logs_ends_nobody_and_hides_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told = tmp_path / "told"
+    assert launch("launch_entries:fail_on_a_full_disk", str(told), workers=1, output=tmp_path) == 1
+    assert told.read_text() == "it goes on"
+    assert "ValueError: but not for long" in capfd.readouterr().err
+    assert (tmp_path / "logs" / "rank-0.log").stat().st_size == 5000
+
+
 def test_an_entry_that_does_not_exist(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert launch("launch_entries:nothing", "", workers=1, output=tmp_path) == 1
     assert "AttributeError" in capfd.readouterr().err

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TextIO
 
+from manyhands.core import streams
 from manyhands.core.errors import UsageError
 
 
@@ -144,14 +145,7 @@ def console() -> TextIO:
     number = os.environ.get("MANYHANDS_CONSOLE")
     if number is None:
         return sys.stdout
-    return os.fdopen(
-        int(number),
-        "w",
-        buffering=1,
-        encoding=sys.stdout.encoding or "utf-8",
-        errors="replace",
-        closefd=False,
-    )
+    return streams.lossy(int(number), encoding=sys.stdout.encoding or "utf-8")
 
 
 def told_by_launcher(seat: str) -> bool:

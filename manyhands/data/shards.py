@@ -7,7 +7,6 @@ name is the beginning of its content's sha256. It is written under a temporary n
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from manyhands.core.errors import DataError
+from manyhands.core.streams import FULL
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,7 +67,7 @@ def _write(directory: Path, batch: Any) -> str:
 
 def failure(path: Path, error: OSError) -> DataError:
     """The error of a cache that cannot be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in FULL:
         return DataError(
             f"{path}: {error.strerror}",
             "what was prepared before is kept and used again",

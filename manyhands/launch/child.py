@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from manyhands.core import streams
 from manyhands.core.errors import (
     CheckpointError,
     DataError,
@@ -58,7 +59,8 @@ def work(entry: str, tell_code: Callable[[int], None] | None = None) -> None:
     faulthandler.enable()
     if hasattr(faulthandler, "register"):
         faulthandler.register(signal.SIGUSR1)  # kill -USR1 PID: where is it? The stacks go to the log
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout, sys.stderr = (streams.lossy(number, encoding=encoding) for number in (1, 2))
     if "MANYHANDS_CONSOLE" in os.environ:
         os.set_inheritable(int(os.environ["MANYHANDS_CONSOLE"]), False)
     _leave(_run(entry, error_file), tell_code)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from manyhands.core.errors import CheckpointError
+from manyhands.core.streams import FULL
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
