@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +40,50 @@ def manyhands(
 ) -> subprocess.CompletedProcess[str]:
     """Run `manyhands ARGUMENTS` and check its exit code; `fresh`: each worker is an interpreter of its own."""
     env = {**environment(), "MANYHANDS_FORK": "0"} if fresh else environment()
-    done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=timeout_s, check=False, env=env
-    )
-    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+    words = command(*arguments)
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            stands = where_it_stands(process.pid)
+            process.kill()
+            out, err = process.communicate()
+            logs = [] if "--output" not in arguments else _logs(arguments)
+            raise AssertionError("\n".join([f"stands still: {words}", out, err, stands, *logs])) from None
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def _logs(arguments: tuple[object, ...]) -> list[str]:
+    directory = Path(str(arguments[arguments.index("--output") + 1])) / "logs"
+    return [f"{path.name}:\n{path.read_text()}" for path in sorted(directory.glob("*.log"))]
+
+
+def where_it_stands(pid: int) -> str:
+    """What each thread of a process and of its descendants does; workers write their stacks to their logs."""
+    parents: dict[int, list[int]] = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            stat = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+            parents.setdefault(int(stat[1]), []).append(int(entry))
+    lines, todo = [], [pid]
+    while todo:
+        one = todo.pop()
+        todo += parents.get(one, [])
+        with contextlib.suppress(OSError):
+            for task in sorted(os.listdir(f"/proc/{one}/task")):
+                at = Path(f"/proc/{one}/task/{task}")
+                name, _, rest = (at / "stat").read_text().rpartition(")")
+                state, ticks = rest.split()[0], rest.split()[11:13]
+                channel = (at / "wchan").read_text()
+                lines.append(f"{one}/{name}) {state}, ticks of user and system {ticks}, in {channel}")
+        if one != pid:
+            with contextlib.suppress(OSError):
+                os.kill(one, signal.SIGUSR1)
+    time.sleep(2.0)  # for them to write
+    return "\n".join(lines)
 
 
 def summary(output: Path) -> dict[str, Any]:

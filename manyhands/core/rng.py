@@ -36,7 +36,15 @@ def key(*parts: int) -> int:
 
 
 def seed_torch(*parts: int) -> None:
-    """Seed torch's generators (CPU and every GPU) from `key(*parts)`."""
+    """Seed torch's generators (CPU and every GPU that is in use) from `key(*parts)`.
+
+    `torch.manual_seed` notes its caller's stack for a GPU that may be used later, which takes longer than a small layer: where
+    none is in use only the CPU's generator is seeded.
+    """
     import torch
 
-    torch.manual_seed(key(*parts) >> 1)
+    seed = key(*parts) >> 1
+    if torch.cuda.is_initialized() or torch.backends.mps.is_available():  # type: ignore[no-untyped-call]
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
