@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class Worker:
         stop: int = 0,
         save: bool = False,
         change: bool = False,
+        load: Sequence[float] | None = None,
     ) -> dict[str, Any]:
         payloads = []
         for lay in self.servers.layouts:
@@ -87,6 +88,7 @@ class Worker:
             "stop": stop,
             "save": save,
             "change": change,
+            "load": load,
         }
         answer = self.servers.push(header, used or dict.fromkeys(sums, True), payloads, self.out)
         self.version = answer["version"]

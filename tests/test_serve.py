@@ -219,6 +219,39 @@ def test_nobody_is_further_ahead_than_the_bound(serve: Any) -> None:
     assert done == list(range(6))
 
 
+@pytest.mark.parametrize("n_servers", [1, 2])
+def test_a_round_tells_all_alike_who_was_busy_and_each_how_long_it_waited(serve: Any, n_servers: int) -> None:
+    servers = [serve() for _ in range(n_servers)]
+    a, b = serve.workers(servers, 2)
+    a.begin(SGD(0.1), consistency="sync")
+    for worker in (a, b):
+        worker.servers.join(0)
+
+    def later() -> dict[str, Any]:
+        for server in servers:
+            with server.shard.cond:
+                assert server.shard.cond.wait_for(lambda s=server: "worker-0" in s.shard.pending, WAIT_S)
+        return b.push(0, gradient(0, 1), load=[2.0, 8, 0.1, 0.2, 0.3])
+
+    first, last = together(lambda: a.push(0, gradient(0, 0), load=[1.0, 4, 0, 0, 0]), later)
+    table = {"worker-0": [1.0, 4, 0, 0, 0], "worker-1": [2.0, 8, 0.1, 0.2, 0.3]}
+    assert first["loads"] == last["loads"] == table
+    assert first["waited_s"] > 0.0
+    assert last["waited_s"] == 0.0
+
+
+def test_without_rounds_the_latest_of_each_is_told(serve: Any) -> None:
+    a, b = serve.workers([serve()], 2)
+    a.begin(SGD(0.1), consistency="async")
+    for worker in (a, b):
+        worker.servers.join(0)
+    assert a.push(0, gradient(0, 0))["loads"] == {}  # a worker that tells nothing
+    assert a.push(1, gradient(1, 0), load=[1.0, 4, 0, 0, 0])["loads"] == {"worker-0": [1.0, 4, 0, 0, 0]}
+    a.push(2, gradient(2, 0), load=[2.0, 8, 0, 0, 0])
+    answer = b.push(0, gradient(0, 1), load=[5.0, 4, 0, 0, 0])
+    assert answer["loads"] == {"worker-0": [2.0, 8, 0, 0, 0], "worker-1": [5.0, 4, 0, 0, 0]}
+
+
 def test_a_round_goes_on_without_a_worker_that_left_and_it_may_come_back(serve: Any) -> None:
     server = serve()
     a, b = serve.workers([server], 2)

@@ -39,13 +39,15 @@ def test_acknowledged_pushes_survive(serve: Any, tmp_path: Path, durability: Any
         worker.servers.join(0)
         worker.servers.pull(worker.out)
         for step in range(5):
-            worker.push(step, gradient(step, 0))
+            answer = worker.push(step, gradient(step, 0), load=[step + restart] * 5 if restart else None)
+            assert bool(answer["loads"]) == restart
         if restart:
             vanish(server)
             server = serve(**options)
             (worker,) = serve.workers([server], 1)
             assert server.shard.members["worker-0"].clock == 5
-            worker.push(4, gradient(4, 0))  # its answer was lost, say: it is not applied again
+            again = worker.push(4, gradient(4, 0))  # its answer was lost, say: it is not applied again
+            assert again["loads"] == {}  # who was busy is not kept: nothing depends on it
         for step in range(5, 8):
             worker.push(step, gradient(step, 0))
         runs.append((worker.params, worker.servers.state()[2], worker.servers.status()[0]["version"]))

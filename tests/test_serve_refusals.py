@@ -15,7 +15,7 @@ import pytest
 from pushers import TOKEN, WAIT_S, close_to, gradient, together
 
 from manyhands.core import tls
-from manyhands.core.errors import PeerLost, UsageError
+from manyhands.core.errors import ManyhandsError, PeerLost, UsageError
 from manyhands.serve import protocol
 from manyhands.serve.link import Endpoint, Link
 from manyhands.serve.server import Server
@@ -71,6 +71,22 @@ def test_garbage_is_refused_logged_and_harmless(serve: Any, what: str) -> None:
     assert len(server.lines) > said
     close_to(worker.params, {n: p.detach() for n, p in server.shard.store.params.items()}, 0.0)
     assert worker.push(1, gradient(1, 0))["version"] == 2
+
+
+@pytest.mark.parametrize(
+    "load",
+    [[1.0] * 4, [1.0] * 6, {"a": 1}, "12345", 3.0, ["1"] * 5, [0, 0, 0, 0, -1], [True] * 5]
+    + [[0, 0, 0, 0, bad] for bad in (float("nan"), float("inf"), None, [])],
+    ids=str,
+)
+def test_foreign_figures_of_a_workers_time_are_refused(serve: Any, load: Any) -> None:
+    server = serve()
+    (worker,) = serve.workers([server], 1)
+    worker.begin(SGD(0.1), consistency="async")
+    with pytest.raises(ManyhandsError, match=r"load = .*5 finite numbers that are not negative"):
+        worker.push(0, gradient(0, 0), load=load)
+    assert any("refused" in line and "load = " in line for line in server.lines)
+    assert worker.push(0, gradient(0, 0), load=[0.5, 4, 0, 0, 0])["version"] == 1
 
 
 def test_a_message_longer_than_allowed_is_refused(serve: Any) -> None:

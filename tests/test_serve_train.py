@@ -29,6 +29,7 @@ from manyhands.strategy.base import Strategy
 from manyhands.strategy.optimizers import SGD, AdamW
 from manyhands.train import session
 from manyhands.train.feed import Feed
+from manyhands.train.method import rows_of
 from manyhands.train.replica import Part, Replica
 from manyhands.wire.solo import Solo
 from manyhands.wire.world import Member, World
@@ -56,9 +57,11 @@ def run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
     )
     if case.get("resume"):
         session.restore_replica(replica, Path(case["resume"]))
-    results = []
+    results, own = [], []
     while replica.steps < case["steps"]:
-        results.append(replica.step(feed.part(replica.steps), summed))
+        part = feed.part(replica.steps)
+        own.append(sum(rows_of(batch) for _, batch in part.micro_batches))
+        results.append(replica.step(part, summed))
     replica.meet()
     replica.check_agreement()
     if case.get("save"):
@@ -73,6 +76,9 @@ def run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
         "norms": [r.grad_norm for r in results],
         "weights": weights,
         "figures": figures,
+        "own": own,
+        "rows": [[rows for _, rows in r.work] for r in results],
+        "busy": [[(*work, *spent) for work, spent in zip(r.work, r.spent, strict=True)] for r in results],
     }
 
 
@@ -123,6 +129,9 @@ def test_without_staleness_it_is_all_reduce(
             assert worker["losses"] == pytest.approx(reference["losses"], abs=1e-10)
             assert worker["norms"] == pytest.approx(reference["norms"], abs=1e-10)
         assert set(found[0]["figures"]["staleness"]) == {"0"}
+        assert found[0]["rows"] == [list(step) for step in zip(*(w["own"] for w in found), strict=True)]
+        assert all(worker["busy"] == found[0]["busy"] for worker in found)
+        assert all(seconds > 0 for step in found[0]["busy"] for seconds, *_ in step)
 
 
 @pytest.mark.parametrize("consistency", ["sync", "bounded(3)", "async"])
@@ -139,6 +148,10 @@ def test_without_order_workers_still_end_with_the_same_bits(fleets: Any, serving
         case = {"optimizer": SGD(0.05), "steps": 12, "placement": serving(**fields)}
         found = fleets(2).run(run, case)
         equal(found[0]["weights"], found[1]["weights"], 0.0)
+        for rank, worker in enumerate(found):
+            heard, own = [sum(step[rank] for step in w["rows"]) for w in found], sum(worker["own"])
+            assert heard[rank] == own  # of its own pushes it knows all
+            assert 0 <= heard[1 - rank] <= own  # the other, as far as they had come
         figures = found[0]["figures"]
         assert sum(figures["staleness"].values()) <= 24
         assert figures["updates"] > 0

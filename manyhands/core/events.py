@@ -264,7 +264,8 @@ class Load:
     Attributes:
         rows: of the global batches, that it computed.
         compute_s: in forward, backward and the optimizer. data_s: until its rows were there.
-        wait_s: until the slowest other worker had arrived. network_s: moving what the workers tell each other.
+        wait_s: until the slowest other worker had arrived. network_s: moving what the workers tell each other, or
+            a parameter server, its work included.
     """
 
     seat: str
@@ -284,7 +285,8 @@ class Balance(Event):
     Attributes:
         workers: in rank order.
         slowest: the seat that the others wait for; empty where nobody waits to speak of.
-        reason: why: "compute" or "data" of the slowest, or "network" where moving bytes holds up all; empty: nothing does.
+        reason: why: "compute", "data" or "network" of the slowest; "network" without a slowest where moving bytes holds up
+            all; empty: nothing does.
     """
 
     step: int

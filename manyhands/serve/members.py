@@ -5,6 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from manyhands.serve.rules import Push
 
 
 @dataclass
@@ -14,12 +18,27 @@ class Member:
     Attributes:
         clock: the step of its next push.
         loss, count: totals at its last answer.
+        load: what it has told of its time (see `Push`); empty until it has, and after a restart: nothing depends on it.
+        came_s: when its push of this round came (synchronous), on this server's clock.
+        waited_s: how long its last push waited for those of others.
     """
 
     clock: int
     seen: float = field(default_factory=time.monotonic)
     loss: float = 0.0
     count: int = 0
+    load: tuple[float, ...] = ()
+    came_s: float = field(default_factory=time.monotonic)
+    waited_s: float = 0.0
+
+    def took(self, push: Push) -> None:
+        """`push` is dealt with; one of a log says nothing of time."""
+        self.clock, self.load = push.step + 1, push.load or self.load
+
+
+def loads(members: Mapping[str, Member]) -> dict[str, tuple[float, ...]]:
+    """What the members have told of their time, by name."""
+    return {who: member.load for who, member in members.items() if member.load}
 
 
 def slowest(members: Mapping[str, Member]) -> int:

@@ -12,6 +12,8 @@ from manyhands.core.errors import UsageError
 from manyhands.placement.served import bound_of
 from manyhands.serve.protocol import Garbage
 
+N_LOAD = 5  # figures of a push about its worker's time
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -85,6 +87,8 @@ class Push:
         nominal: the payload is Σ ∇(loss sum) / nominal.
         norm: of the mean gradient of this part over all servers; used where pushes are applied one by one.
         used: for each of the server's parameters in the layout's order, whether it has a gradient.
+        load: what the worker has done so far: (seconds computing, rows, seconds waiting for data, for others, moving bytes).
+            Totals, so that whoever hears some of them late, or twice, miscounts nothing. Empty: it does not tell.
     """
 
     member: str
@@ -99,6 +103,7 @@ class Push:
     stop: int
     save: bool
     change: bool
+    load: tuple[float, ...] = ()
 
     @staticmethod
     def read(data: Mapping[str, Any], n_parameters: int) -> Push:
@@ -119,13 +124,26 @@ class Push:
             stop=integer(data, "stop", 0),
             save=bool(data.get("save", False)),
             change=bool(data.get("change", False)),
+            load=_load(data),
         )
         if not (0 <= push.share <= 1 and 0 < push.nominal < math.inf):
             raise Garbage(f"a push of share {push.share}, nominal {push.nominal}", "0 … 1, and positive", "")
         return push
 
     def header(self) -> dict[str, Any]:
-        return {**vars(self)}
+        """For the log, from which `read` makes the same push; what it says of time is of no use later."""
+        return {name: value for name, value in vars(self).items() if name != "load"}
+
+
+def _load(data: Mapping[str, Any]) -> tuple[float, ...]:
+    """What a push says of its worker's time. Raises `Garbage`."""
+    found = data.get("load")
+    if found is None:
+        return ()
+    numbers = found if isinstance(found, list) else []
+    if len(numbers) != N_LOAD or not all(type(x) in (int, float) and 0 <= x < math.inf for x in numbers):
+        raise Garbage(f"load = {str(found)[:80]}", f"it is {N_LOAD} finite numbers that are not negative", "")
+    return tuple(float(x) for x in numbers)
 
 
 def name(data: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from manyhands.serve.members import slowest
+from manyhands.serve.members import loads, slowest
 from manyhands.serve.rules import integer, name, number
 from manyhands.serve.store import finite
 
@@ -84,7 +84,7 @@ def take(shard: Shard, push: Push, payload: Tensor, staleness: int) -> None:
     """Put a push into the gradient, or drop it: too stale, not finite, or of no target."""
     store = shard.ready()
     if push.member in shard.members:
-        shard.members[push.member].clock = push.step + 1
+        shard.members[push.member].took(push)
     else:
         shard.left[push.member] = push.step + 1
     shard.judged[push.member] = staleness
@@ -129,10 +129,11 @@ def _answered(
     shard.cond.notify_all()
     shard.snapshot_if_due()
     store, member = shard.ready(), shard.entered(who, step)
-    bound = store.rules.bound
+    bound, since = store.rules.bound, time.monotonic()
     shard.wait(
         lambda: shard.halted or bound is None or step + 1 - slowest(shard.members) <= bound, member, alive
     )
+    member.waited_s = time.monotonic() - since
     norm, loss, count = said
     answer: dict[str, Any] = {
         "step": step,
@@ -144,6 +145,8 @@ def _answered(
         "lr": store.rules.factor(shard.progress, shard.tokens) * store.rules.optimizer.lr,
         "version": shard.version,
         "tokens": shard.tokens,
+        "loads": loads(shard.members),
+        "waited_s": member.waited_s,
         **shard.wishes.answer(step),
     }
     member.loss, member.count = shard.loss, shard.count

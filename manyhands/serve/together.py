@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import TYPE_CHECKING, Any
 
+from manyhands.serve.members import loads
 from manyhands.serve.store import finite
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ def take_part(
     held = shard.pending.get(push.member)
     if push.step >= shard.step and (held is None or held[0].step != push.step):
         shard.record_push("push", push, payload)
-        shard.pending[push.member] = (push, payload)
+        shard.pending[push.member], member.came_s = (push, payload), time.monotonic()
         shard.cond.notify_all()
     gather(shard)
     shard.wait(lambda: shard.step > push.step or shard.partial is not None or shard.halted, member, alive)
@@ -99,9 +101,11 @@ def apply_round(shard: Shard, norm_sq: float) -> None:
     shard.step += 1
     shard.progress += 1.0
     own, shard.folded, shard.partial = shard.partial, [], None
-    for push in pushes:
-        if push.member in shard.members:
-            shard.members[push.member].clock = shard.step
+    there = [(shard.members[push.member], push) for push in pushes if push.member in shard.members]
+    whole_s = max((member.came_s for member, _ in there), default=0.0)
+    for member, push in there:
+        member.took(push)
+        member.waited_s = whole_s - member.came_s  # what comes after the last push is the server's own work
     shard.last = {
         "step": shard.step - 1,
         "loss": loss,
@@ -120,5 +124,6 @@ def answer_together(shard: Shard, who: str, step: int) -> dict[str, Any]:
     """A late worker goes on from the step that it is told, so it hears what is due after that one."""
     known = shard.last if shard.last["step"] == step else {"step": shard.step - 1, "late": True}
     wishes = shard.wishes.answer(int(known["step"]))
-    applied = shard.applied.get(who) == step
-    return {**known, "applied": applied, "version": shard.version, "tokens": shard.tokens, **wishes}
+    found = {"applied": shard.applied.get(who) == step, "version": shard.version, "tokens": shard.tokens}
+    waited_s = shard.members[who].waited_s if who in shard.members else 0.0
+    return {**known, **found, **wishes, "loads": loads(shard.members), "waited_s": waited_s}

@@ -1,7 +1,8 @@
 """Who is slow, who waits for whom, and why: from what every step's header tells of all workers.
 
 In a step all workers start together and end together, so what a worker does not spend on its own rows it spends on moving
-bytes and on waiting for the last one. The one that waits least is the one that the others wait for.
+bytes and on waiting for the last one. The one that waits least is the one that the others wait for. Where workers push to a
+server at different times, what each has done by then takes the place of the step's.
 
 In train/loop.py, on rank 0::
 
@@ -12,7 +13,7 @@ In train/loop.py, on rank 0::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from manyhands.core.events import Balance, Load
@@ -73,6 +74,44 @@ class Loads:
         return Balance(step=step, wall_s=wall_s, workers=loads, slowest=slowest, reason=reason)
 
 
+@dataclass
+class Totals:
+    """What workers have done where they do not speak with each other at every step of mine: each tells its totals.
+
+    Attributes:
+        own: mine: [compute_s, rows, data_s, wait_s, network_s].
+        heard: by name, those that are accounted for.
+    """
+
+    own: list[float] = field(default_factory=lambda: [0.0] * 5)
+    heard: dict[str, Sequence[float]] = field(default_factory=dict)
+
+    def add(self, more: Sequence[float]) -> list[float]:
+        """Mine, with what I have done since I last told."""
+        self.own = [a + b for a, b in zip(self.own, more, strict=True)]
+        return self.own
+
+    def new(
+        self, told: Mapping[str, Sequence[float]], names: Sequence[str]
+    ) -> tuple[tuple[tuple[float, float], ...], tuple[tuple[float, float, float], ...]]:
+        """(`work`, `spent`) of a `StepResult`: what `names` have told beyond what is accounted for.
+
+        >>> totals = Totals()
+        >>> totals.new({"a": [2.0, 8.0, 0.0, 1.0, 0.5]}, ["a", "b"])
+        (((2.0, 8.0), (0.0, 0.0)), ((0.0, 1.0, 0.5), (0.0, 0.0, 0.0)))
+        >>> totals.new({"a": [3.0, 12.0, 0.0, 1.0, 0.5]}, ["a"])
+        (((1.0, 4.0),), ((0.0, 0.0, 0.0),))
+        """
+        work, spent = [], []
+        for name in names:
+            before = self.heard.get(name, [0.0] * 5)
+            now = self.heard[name] = told.get(name, before)
+            seconds, rows, data_s, wait_s, network_s = (b - a for a, b in zip(before, now, strict=True))
+            work.append((seconds, rows))
+            spent.append((data_s, wait_s, network_s))
+        return tuple(work), tuple(spent)
+
+
 def _within(wall_s: float, **seconds: float) -> dict[str, float]:
     """No more than there was, the first ones before the last: they are told with the next header, so they are a step late."""
     found: dict[str, float] = {}
@@ -92,11 +131,13 @@ def blame(loads: Sequence[Load], wall_s: float) -> tuple[str, str]:
     if not loads or wall_s <= 0:
         return "", ""
     if len(loads) > 1 and max(load.wait_s for load in loads) > MATTERS * wall_s:
-        slowest = max(loads, key=lambda load: load.compute_s + load.data_s)
-        others = [load for load in loads if load is not slowest]
-        late = slowest.compute_s - sum(load.compute_s for load in others) / len(others)
-        for_data = slowest.data_s - sum(load.data_s for load in others) / len(others)
-        return slowest.seat, "data" if for_data > late else "compute"
+        slowest = max(loads, key=lambda load: load.compute_s + load.data_s + load.network_s)
+
+        def more(reason: str) -> float:
+            spent = [float(getattr(load, f"{reason}_s")) for load in (slowest, *loads)]
+            return spent[0] - sum(spent[1:]) / len(loads)  # than the mean
+
+        return slowest.seat, max(("compute", "data", "network"), key=more)
     if max(load.network_s for load in loads) > MATTERS * wall_s:
         return "", "network"
     return "", ""

@@ -94,7 +94,9 @@ def blamed(event: e.Balance) -> str:
     who = longest.seat if len(waits) == 1 else "the others"
     verb = "waits" if len(waits) == 1 else "wait"
     up_to = "" if len(waits) == 1 else "up to "
-    why = {"data": "its data", "compute": "its computing"}.get(event.reason, event.reason)
+    why = {"data": "its data", "compute": "its computing", "network": "its network"}.get(
+        event.reason, event.reason
+    )
     return f"{who} {verb} for {event.slowest} ({why}), {up_to}{longest.wait_s / event.wall_s:.0%} of the time"
 
 

@@ -140,7 +140,9 @@ def _balance(job: Job, facts: Facts) -> tuple[bool, str]:
     if getattr(placement, "needs_group", False):
         return False, "all workers take part in every layer of a divided model"
     if hasattr(placement, "bound"):
-        return False, "servers tell nobody how long workers take" if placement.bound == 0 else "nobody waits"
+        if placement.bound == 0:
+            return False, "where a server or a worker is lost, an answer may have reached only some"
+        return False, "workers hear of each other at different times"
     return True, "re-estimated at every step"
 
 

@@ -31,7 +31,8 @@ from manyhands.core.request import Gather
 from manyhands.serve.client import Servers
 from manyhands.serve.reach import links, store_of
 from manyhands.train.gradients import FlatGradients
-from manyhands.train.method import Part, StepResult, Wishes, accumulate
+from manyhands.train.loads import Totals
+from manyhands.train.method import Part, StepResult, Wishes, accumulate, rows_of
 from manyhands.train.norm import norm_of
 from manyhands.train.pushes import PushCodec
 from manyhands.wire.solo import Solo
@@ -91,6 +92,7 @@ class Served:
         self.states += [self._codec.fresh(self._flats(i)) for i in range(len(layouts))]
         self._version = 0
         self.unused: tuple[int, ...] = ()  # places of my last push, where it was dropped by rule
+        self._members, self._totals = [_member(rank) for rank in range(replica.wire.size)], Totals()
         self._held: dict[int, list[int]] = {}  # places that I have pushed since the workers last met, by step
         self.applied: list[list[int]] = []  # after `rewind`: of which steps each rank's pushes count
         self._reached = int(replica.continues.get("reached", replica.steps))  # by the furthest of all
@@ -118,7 +120,7 @@ class Served:
         norm = math.nan
         if not self._sync and count:
             norm = norm_of(self.gradients.buckets) * nominal / count
-        rows = sum(len(next(iter(batch.values()))) for _, batch in part.micro_batches)
+        rows = sum(rows_of(batch) for _, batch in part.micro_batches)
         header = {
             "step": part.step,
             "version": self._version,
@@ -130,6 +132,7 @@ class Served:
             "stop": wishes.stop,
             "save": wishes.save,
             "change": wishes.change,
+            "load": self._totals.add(replica.work.take()),
         }
         self._held.setdefault(part.step, []).extend(done.places)
         answer = self._push(header)
@@ -146,6 +149,7 @@ class Served:
         self.unused = tuple(done.places) if dropped else ()
         if counted or skipped:
             replica.took(finite=not skipped, step=part.step, loss=everyones, norm=float(answer["norm"]))
+        work, spent = self._totals.new(answer.get("loads", {}), self._members)
         return StepResult(
             everyones,
             counted,
@@ -157,6 +161,8 @@ class Served:
             bool(answer["save"]),
             int(count),
             change=bool(answer["change"]),
+            work=work,
+            spent=spent,
         )
 
     def meet(self) -> None:
@@ -225,14 +231,13 @@ class Served:
                 replica.steps, replica.tokens = halted.step, halted.tokens
                 self._codec.keep(self.states, halted.applied)
             return {}
-        ranks = [_member(rank) for rank in range(replica.wire.size)]
-        reached = [halted.clocks.get(who, self._begun) for who in ranks]
+        reached = [halted.clocks.get(who, self._begun) for who in self._members]
         replica.steps, self._reached = min(reached), max(reached)
         # whoever was lost may not have told of its last step; and I not of mine, if its answer was still on its way
         first = max(self._begun, replica.steps - 1)
         self.applied = [
             [step for step in range(first, clock) if step not in halted.unused.get(who, ())]
-            for who, clock in zip(ranks, reached, strict=True)
+            for who, clock in zip(self._members, reached, strict=True)
         ]
         mine = self.applied[replica.wire.rank]
         self._codec.keep(self.states, [max(self._held, default=-1) in mine] * len(self.states))
@@ -345,7 +350,7 @@ class Served:
             raise PeerLost(None, "push", "the workers meet anew")
         self._codec.keep(self.states, answer["applied"])
         spent, after = time.perf_counter() - start, self._servers.traffic
-        waited = min(spent, float(answer.get("served_s", 0.0)))
+        waited = min(spent, float(answer.get("waited_s", 0.0)))  # for others; a server's own work is moving
         traffic.idle_s += waited
         traffic.communicate_s += spent - waited
         traffic.count(after[0] - before[0], after[1] - before[1])
