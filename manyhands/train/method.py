@@ -244,7 +244,7 @@ class Header:
             change=bool(table[:, 4].max()),
             check=bool(table[:, 5].max()),
             work=tuple((seconds, rows) for seconds, rows in table[:, 6:8].tolist()),
-            spent=tuple((data_s, wait_s, move_s) for data_s, wait_s, move_s in table[:, 8:11].tolist()),
+            spent=_apart(table[:, 8:11].tolist()),
             more=table[:, 11:],
         )
 
@@ -252,6 +252,21 @@ class Header:
     def used(self) -> list[bool]:
         """Which of the parameters that `more` has flags of anybody used."""
         return (self.more.sum(0) > 0).tolist()
+
+
+def _apart(told: Sequence[Sequence[float]]) -> tuple[tuple[float, float, float], ...]:
+    """Everybody's (data_s, waiting, moving), where a process group cannot tell waiting from moving and calls both moving.
+
+    A collective ends for all at once, and whoever came last has not waited: nobody has moved bytes for longer than the one
+    that spent the least on others in all.
+
+    >>> _apart([(0.0, 0.0, 5.0), (0.5, 0.0, 1.0)])
+    ((0.0, 4.0, 1.0), (0.5, 0.0, 1.0))
+    """
+    most = min(wait_s + move_s for _, wait_s, move_s in told)
+    return tuple(
+        (data_s, wait_s + max(0.0, move_s - most), min(move_s, most)) for data_s, wait_s, move_s in told
+    )
 
 
 @dataclass
