@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+from jobs import Job
+
 from manyhands.core.events import Load
 from manyhands.core.membership import Seat
-from manyhands.train.loads import Loads, blame
+from manyhands.launch import chaos
+from manyhands.train.loads import Loads, Totals, blame
 
 SEATS = [Seat(id="w0", host="a"), Seat(id="w1", host="b")]
 
@@ -64,5 +70,41 @@ def test_the_blame_goes_to_data_compute_or_network() -> None:
     assert blame([load("a", 1.0, data_s=1.0), load("b", 1.1, wait_s=0.9)], 2.0) == ("a", "data")
     assert blame([load("a", 2.0), load("b", 1.1, wait_s=0.9)], 2.0) == ("a", "compute")
     assert blame([load("a", 1.0, network_s=1.0), load("b", 1.0, network_s=1.0)], 2.0) == ("", "network")
+    assert blame([load("a", 1.0, network_s=1.0), load("b", 1.1, wait_s=0.8, network_s=0.1)], 2.0) == (
+        "a",
+        "network",
+    )
     assert blame([load("a", 2.0), load("b", 1.99, wait_s=0.01)], 2.0) == ("", "")
     assert blame([], 1.0) == ("", "")
+
+
+def test_totals_that_are_heard_late_or_twice_are_counted_once() -> None:
+    totals = Totals()
+    assert totals.add([1.0, 4, 0.1, 0.2, 0.3]) == [1.0, 4, 0.1, 0.2, 0.3]
+    assert totals.add([1.0, 4, 0.1, 0.2, 0.3]) == [2.0, 8, 0.2, 0.4, 0.6]
+    told = {"a": [1.0, 4, 0.0, 0.0, 0.0], "b": [9.0, 12, 0.0, 0.0, 0.0]}
+    assert [rows for _, rows in totals.new(told, ["a", "b"])[0]] == [4, 12]
+    assert [rows for _, rows in totals.new(told, ["a", "b"])[0]] == [0, 0]
+    assert [rows for _, rows in totals.new({}, ["a", "b"])[0]] == [0, 0]  # the server was started again
+    assert [rows for _, rows in totals.new({**told, "a": [4.0, 16, 0, 0, 0]}, ["a", "b"])[0]] == [12, 0]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "parameter-server", "zero3"])
+def test_a_slowed_worker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+    """One process of three is stopped for three quarters of the time; the line is what a log without a terminal gets."""
+    monkeypatch.setattr(chaos, "DUTY", 0.25)
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("many hands make light work\n" * 2000)
+    options = ["--strategy", f"{strategy}(lr=1e-3)", "--seq-len", 128, "--steps", 48, "--log-every", 8]
+    with Job(tmp_path / "run", corpus, *options) as job:
+        slow = chaos.Fault("slow", at_s=0.0, victim=0.5, for_s=1e6)
+        fault = chaos.Chaos(job.output, [slow], begun=lambda: job.step >= 1)
+        fault.start()
+        try:
+            said = job.end()
+        finally:
+            fault.stop()
+    assert [each.seat for each in fault.injected] == ["w1"]
+    blamed = [(event["slowest"], event["reason"]) for event in job.seen("balance")[1:]]
+    assert blamed.count(("w1", "compute")) >= 4, blamed
+    assert "the others wait for w1 (its computing)" in said

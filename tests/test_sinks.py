@@ -119,6 +119,9 @@ def test_who_waits_for_whom_is_shown_by_worker() -> None:
     assert text.count("w1 33% of rows (compute 95% data 1% network 4%)") == 1  # said again when it changes
     assert "the others wait for w1 (its computing), up to 43% of the time" in text
     assert plain([balance(), balance(slowest="w0")]).count("% of rows") == 3  # their shares are the same
+    three = [balance(slowest="w0")] * 3  # by now it is no chance
+    assert plain([balance(), *three, *three]).count("the others wait for w0") == 1
+    assert plain([balance(), *three[:2], balance(), *three[:2]]).count("wait for w0") == 0
     other = dataclasses.replace(balance(), workers=balance(workers=2).workers)
     assert plain([balance(), other]).count("% of rows") == 5
     assert "wait for" not in plain([balance(slowest="")])

@@ -19,6 +19,7 @@ PLAIN_S = 5.0  # between progress lines of preparing and evaluating where there 
 GONE = (errno.EIO, errno.EPIPE)  # a terminal that hung up, a pipe that nobody reads
 DRAWN_S = 0.1  # between two drawings of a bar
 BALANCE_S = 60.0  # between lines on workers whose shares stay the same, where there is no bar
+BLAMED = 3  # times in a row that the others wait for somebody else than was said: hardly by chance, so told at once
 NARROW = 60  # columns below which figures need the place of the bar
 _PLAINER = str.maketrans(
     {"→": "->", "…": "...", "·": "*", "×": "x", "–": "-", "—": "-", "’": "'", "“": '"', "”": '"'}
@@ -44,6 +45,8 @@ class Terminal:
         self._loads: list[tuple[str, str]] = []  # lines below the bar: (text, style)
         self._shares: tuple[object, ...] = ()  # as said last
         self._shares_at = -math.inf
+        self._slowest: list[str] = []  # of the last events
+        self._slowest_said = ""
         self._told_drift = 0.0
 
     def __call__(self, event: e.Event) -> None:
@@ -133,8 +136,10 @@ class Terminal:
             return
         rows = sum(load.rows for load in event.workers) or 1
         shares = tuple((load.seat, round(100 * load.rows / rows)) for load in event.workers)
-        if shares != self._shares or time.monotonic() - self._shares_at > BALANCE_S:
-            self._shares, self._shares_at = shares, time.monotonic()
+        self._slowest = [*self._slowest, event.slowest][-BLAMED:]
+        news = event.slowest != self._slowest_said and self._slowest == [event.slowest] * BLAMED
+        if shares != self._shares or news or time.monotonic() - self._shares_at > BALANCE_S:
+            self._shares, self._shares_at, self._slowest_said = shares, time.monotonic(), event.slowest
             self._say("  ".join(text for text, _ in membership.load_lines(event, short=True)))
 
     def _lost(self, event: e.Lost) -> None:
