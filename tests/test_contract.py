@@ -59,6 +59,8 @@ def test_the_lines_of_the_ledger(tmp_path: Path) -> None:
         ledger.commit(step, epoch=1, who={"w0": [(0, 1)], "w1": [(1, 2)]}, rows=4)
     ledger.commit(3, epoch=2, who={"w0": [(0, 1)]}, rows=1, alone=True)
     ledger.dropped(4, epoch=2, who={"w1": [(1, 2)]}, rows=4, why="killed")
+    ledger.left_out(4, epoch=2, who={"w0": [(0, 1)]}, rows=4, why="NaN", update=4)
+    ledger.left_out(4, epoch=2, who={"w1": [(1, 2)]}, rows=4, why="NaN", update=5, alone=True)
     ledger.close()
     assert (tmp_path / "ledger" / "w0.jsonl").read_text().splitlines() == [
         (
@@ -69,4 +71,6 @@ def test_the_lines_of_the_ledger(tmp_path: Path) -> None:
         '{"step":2}',
         '{"step":3,"epoch":2,"rows":1,"who":{"w0":[[0,1]]},"alone":true}',
         '{"step":4,"epoch":2,"rows":4,"dropped":{"w1":[[1,2]]},"why":"killed"}',
+        '{"step":4,"epoch":2,"rows":4,"skipped":{"w0":[[0,1]]},"why":"NaN","update":4}',
+        '{"step":4,"epoch":2,"rows":4,"skipped":{"w1":[[1,2]]},"why":"NaN","update":5,"alone":true}',
     ]

@@ -124,6 +124,35 @@ def test_a_step_finished_by_the_survivors_counts_once(tmp_path: Path) -> None:
     assert "from step 3 (epoch 2): without w2" in said
 
 
+def test_samples_of_a_skipped_update_are_told_once(tmp_path: Path) -> None:
+    """All tell of the update that nobody made, one of its own; a step that was done again tells for itself."""
+    write(tmp_path, "w2", range(1, 4), ["w0", "w1", "w2"])
+    _skip(tmp_path, "w2", 3, ["w0", "w1", "w2"])  # given up: the others did the step again, and its update
+    for seat in ("w0", "w1"):
+        write(tmp_path, seat, range(1, 3), ["w0", "w1", "w2"])
+        _skip(tmp_path, seat, 2, ["w0", "w1", "w2"])
+        write(tmp_path, seat, range(3, 9), ["w0", "w1"], epoch=2)
+    _skip(tmp_path, "w1", 5, ["w0", "w1"], epoch=2, only="w1")
+    report = told(tmp_path)
+    assert report.ok
+    assert (report.skipped, report.skipped_updates, report.skips) == (16 + 8, 2, {"NaN": 24})
+    assert (report.used, report.shares["w1"].skipped) == (100 - 24, 6 + 8)
+    said = run(tmp_path)[1]
+    assert "24 samples of 2 skipped updates changed nothing, by rule:" in said
+    assert said.splitlines()[-1].startswith("every sample once: 76 samples in 8 steps")
+    assert "w1: places 4–7  update skipped: NaN" in run(tmp_path, "--step", 5)[1]
+
+
+def _skip(
+    output: Path, seat: str, step: int, seats: list[str], *, epoch: int = 1, only: str | None = None
+) -> None:
+    ledger = Ledger(output, seat, BATCHES, attempt=1, resumed_at=0)
+    who = {s: spans for s, spans in division(step, seats).items() if only in (None, s)}
+    rows, alone = rows_of(step), only is not None
+    ledger.left_out(step, epoch=epoch, who=who, rows=rows, why="NaN", update=step, alone=alone)
+    ledger.close()
+
+
 def test_a_step_applied_twice_by_one_that_lived_is_found(tmp_path: Path) -> None:
     write(tmp_path, "w0", range(1, 4), ["w0", "w1"])
     write(tmp_path, "w0", range(3, 9), ["w0"], epoch=2)

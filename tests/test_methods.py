@@ -15,6 +15,7 @@ from test_exactness import SEQ, N, Rows, assert_close, make, plain_run, summed
 
 from manyhands.core import config, registry
 from manyhands.core.errors import UsageError
+from manyhands.core.membership import Seat
 from manyhands.core.request import partner
 from manyhands.data.partition import divide
 from manyhands.data.sample import Order
@@ -516,6 +517,9 @@ def test_every_strategy_reads_back_from_all_its_spellings(name: str) -> None:
     assert config.from_choice("strategies", config.to_data(strategy, "strategies"), "strategy") == strategy
 
 
+SEATS = [Seat(id=f"w{rank}", host=f"host{rank}") for rank in range(2)]
+
+
 def nan_run(world: Any, text: str) -> list[Any]:
     """One worker's data is poisoned in one round; nobody's parameters may become NaN, and training goes on."""
     torch.set_num_threads(1)
@@ -533,7 +537,8 @@ def nan_run(world: Any, text: str) -> list[Any]:
     word = replica.check_agreement()
     finite = all(bool(torch.isfinite(t).all()) for t in model.state_dict().values())
     held = torch.utils._pytree.tree_leaves(replica.states)
-    return [word, finite, replica.skipped, all(bool(torch.isfinite(t.double()).all()) for t in held)]
+    kept = all(bool(torch.isfinite(t.double()).all()) for t in held)
+    return [word, finite, replica.skipped, kept, replica.take_notes()]
 
 
 @pytest.mark.parametrize(
@@ -541,6 +546,8 @@ def nan_run(world: Any, text: str) -> list[Any]:
     [
         "ddp(lr=0.01, exchange=error-feedback(topk(density=0.1)))",
         "eager(lr=0.01)",
+        "zero1(lr=0.01)",
+        "hogwild(lr=0.01)",
         "forecast(lr=0.01, every=2, delay=1, exchange=error-feedback(int8))",
         "diloco(lr=0.01, every=2, exchange=error-feedback(int8))",
         "powersgd(lr=0.01)",
@@ -549,10 +556,12 @@ def nan_run(world: Any, text: str) -> list[Any]:
 def test_a_nan_of_one_worker_is_left_out_by_all(fleets: Any, text: str) -> None:
     answers = fleets(2, "shared").run(nan_run, text)
     assert answers[0][0] == answers[1][0]
-    for _, finite, _, held_finite in answers:
+    for _, finite, _, held_finite, notes in answers:
         assert finite
         assert held_finite
-    assert any(skipped for _, _, skipped, _ in answers)
+        assert any("w1 (rank 1, host1)" in note.words(SEATS) for note in notes)
+        assert not any("w0" in note.words(SEATS) for note in notes)
+    assert any(skipped for _, _, skipped, _, _ in answers)
 
 
 def test_counts_are_exact_between_uneven_shares(fleets: Any) -> None:

@@ -2,7 +2,8 @@
 
 Entry point ``traps:main``. $TRAPS is JSON: `directory`, where it tells what it meets, and `traps`, each with the `seat` that walks
 into it and the `place`: a phase as the worker tells it, or one of `INSIDE`; `step`: only after so many steps; `act`: "stop"
-(default: the thread stops there for good, other threads live on), "exit" (an exception) or "wait" (until the file `open` is there).
+(default: the thread stops there for good, other threads live on), "exit" (an exception) or "wait" (until the file `open` is there);
+or what becomes of a forward pass: "nan" (its loss), "nan-gradient" (its gradient alone), "nan-parameter" (the model, before it).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+POISONS = ("nan", "nan-gradient", "nan-parameter")
 INSIDE = ("claim", "piece", "forward", "exchange", "writing")
 
 
@@ -46,19 +48,22 @@ class Traps:
             self.member.publish(f"trap/{self.seat}", f"{time.time()}")
             self.echo.wait(30.0)
 
-    def meet(self, place: str) -> None:
-        """Walk into the trap that is there, if any."""
+    def meet(self, place: str) -> str:
+        """Walk into the trap that is there, if any; the poison that it holds."""
         phase, step = self.doing
         for trap in self.mine:
             if trap["place"] == place and step >= trap.get("step", 0):
                 self.mine.remove(trap)
+                if trap.get("act") in POISONS:
+                    return str(trap["act"])
                 self.known(phase, step)
                 self.tell("trapped", place=place, phase=phase, step=step)
                 if trap.get("act") == "exit":
                     raise OSError(5, "the device is gone")
                 while trap.get("act") != "wait" or not (self.directory / "open").exists():
                     time.sleep(0.01)
-                return
+                return ""
+        return ""
 
 
 def main(argument: str) -> int:
@@ -112,8 +117,17 @@ def _patch(traps: Traps) -> None:
 
 def _trapped(function: Any, traps: Traps, place: str, phases: tuple[str, ...]) -> Any:
     def trapped(*given: Any, **named: Any) -> Any:
-        if not phases or traps.doing[0] in phases:
-            traps.meet(place)
-        return function(*given, **named)
+        poison = traps.meet(place) if not phases or traps.doing[0] in phases else ""
+        return _poisoned(function, poison, *given, **named) if poison else function(*given, **named)
 
     return trapped
+
+
+def _poisoned(loss: Any, poison: str, task: Any, model: Any, batch: Any) -> tuple[Any, Any]:
+    nan = float("nan")
+    if poison == "nan-parameter":
+        next(iter(model.parameters())).data.fill_(nan)
+    loss_sum, count = loss(task, model, batch)
+    if poison == "nan-gradient":
+        loss_sum.register_hook(lambda gradient: gradient * nan)
+    return loss_sum * nan if poison == "nan" else loss_sum, count

@@ -60,6 +60,8 @@ def verdict(report: Report) -> str:
         parts = [f"{n:,} {what}" for n, what in ((report.lost, "lost"), (report.doubled, "used twice")) if n]
         return f"NOT every sample once: {', '.join(parts) or f'{report.problem_count} contradictions'}"
     dropped = f"; {report.dropped:,} left out by rule, as recorded" if report.dropped else ""
+    if report.skipped:
+        dropped += f"; {report.skipped:,} computed once, in {_updates(report)}"
     basis = "" if report.counted else " (by places: this order's sample numbers are not recomputed)"
     open_ = f"; {report.unfinished:,} of the last steps not yet" if report.unfinished else ""
     return (
@@ -75,6 +77,7 @@ def text(report: Report) -> str:
     for seat, share in sorted(report.shares.items()):
         span = f"{share.first:,}–{share.last:,}" if share.steps else "–"
         more = f"  ({share.dropped:,} more left out)" if share.dropped else ""
+        more += f"  ({share.skipped:,} more in skipped updates)" if share.skipped else ""
         part = share.samples / report.used if report.used else 0.0
         lines.append(f"{seat:<{width}}  {share.steps:>9,}  {share.samples:>12,}  {part:>6.1%}  {span}{more}")
     lines += ["", *_changes(report)]
@@ -83,6 +86,9 @@ def text(report: Report) -> str:
             f"{report.void:,} committed steps are void: given up with a state that nobody continued from"
         )
     lines += [f"{n:,} samples left out: {why}" for why, n in sorted(report.reasons.items())]
+    if report.skipped:
+        lines.append(f"{report.skipped:,} samples of {_updates(report)} changed nothing, by rule:")
+        lines += [f"    {n:,}: {why}" for why, n in sorted(report.skips.items())]
     lines += [f"note: {note}" for note in report.notes]
     lines += [_problem_text(report, problem) for problem in report.problems[:SHOWN]]
     if report.problem_count > SHOWN:
@@ -90,6 +96,10 @@ def text(report: Report) -> str:
             f"… and {report.problem_count - SHOWN:,} more problems (--json lists the first thousand)"
         )
     return "\n".join([*lines, verdict(report)])
+
+
+def _updates(report: Report) -> str:
+    return f"{report.skipped_updates:,} skipped update{'s' if report.skipped_updates > 1 else ''}"
 
 
 def _changes(report: Report) -> list[str]:
@@ -164,10 +174,15 @@ def step_story(found: Sequence[File], report: Report, step: int) -> dict[str, An
         )
     order, size = order_of(report.batches), report.batches.micro_batch
     ids = order.ids(step - 1) if report.batches.order == "shuffled" else None
-    shares = []
+    shares: list[dict[str, Any]] = []
     for (seat, dropped, why), spans in sorted(parts(here.valid).items(), key=lambda each: each[1]):
         samples = [int(i) for a, b in spans for i in ids[a * size : b * size]] if ids is not None else None
-        shares.append({"worker": seat, "places": spans, "samples": samples, "dropped": dropped, "why": why})
+        one = {"worker": seat, "places": spans, "samples": samples, "dropped": dropped, "why": why}
+        shares.append({**one, "skipped": ""})
+    for t in here.skipped:
+        for share in shares:
+            if t.run.who.get(share["worker"]) and not share["dropped"]:
+                share["skipped"] = t.run.why
     kinds = (("counts", here.valid), ("void", here.void), ("applied twice", here.again))
     told = [
         {"by": t.seat, "attempt": t.attempt, "epoch": t.run.epoch, "who": t.run.who, "is": what}
@@ -183,6 +198,7 @@ def _step_text(story: dict[str, Any]) -> str:
     for share in story["shares"]:
         places = ", ".join(f"{a}–{b - 1}" if b > a + 1 else str(a) for a, b in share["places"]) or "none"
         left = f"  left out: {share['why']}" if share["dropped"] else ""
+        left += f"  update skipped: {share['skipped']}" if share["skipped"] else ""
         lines.append(f"{share['worker']}: places {places}{left}")
         if share["samples"]:
             lines.append("    samples " + " ".join(map(str, share["samples"])))

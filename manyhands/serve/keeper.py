@@ -40,6 +40,7 @@ FIGURES = (
     "halted",
     "unused",
     "judged",
+    "unsound",
 )
 
 
@@ -146,6 +147,7 @@ def state_of(shard: Shard) -> dict[str, Any]:
         "applied": dict(shard.applied),  # copies: these change while the snapshot is written
         "left": dict(shard.left),
         "judged": dict(shard.judged),
+        "unsound": dict(shard.unsound),
         "unused": {who: list(steps) for who, steps in shard.unused.items()},
         "wishes": dict(vars(shard.wishes)),
         "order": list(shard.ready().params),

@@ -74,6 +74,7 @@ class Shard:
         self.loss, self.count = 0.0, 0
         self.staleness: Counter[int] = Counter()
         self.discarded = self.skipped = 0
+        self.unsound: dict[str, int] = {}  # by member: how many of its pushes were not finite
         self.pending: dict[str, tuple[Push, Tensor]] = {}  # by member: a push that is not yet applied
         self.folded: list[str] = []
         self.partial: float | None = None  # sync, several servers: Σ of squares here of a complete round

@@ -99,6 +99,7 @@ def take(shard: Shard, push: Push, payload: Tensor, staleness: int) -> None:
     shard.tokens += push.count
     if not finite(push.norm, push.loss):
         shard.skipped += 1
+        shard.unsound[push.member] = shard.unsound.get(push.member, 0) + 1
         return
     shard.loss += push.loss
     shard.count += push.count
@@ -142,6 +143,7 @@ def _answered(
         "norm": norm,
         "skipped": bool(count) and not finite(norm, loss),
         "applied": shard.applied.get(who) == step,
+        "unsound": dict(shard.unsound),
         "lr": store.rules.factor(shard.progress, shard.tokens) * store.rules.optimizer.lr,
         "version": shard.version,
         "tokens": shard.tokens,

@@ -10,7 +10,7 @@ from manyhands.serve.members import loads
 from manyhands.serve.store import finite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -106,6 +106,7 @@ def apply_round(shard: Shard, norm_sq: float) -> None:
     for member, push in there:
         member.took(push)
         member.waited_s = whole_s - member.came_s  # what comes after the last push is the server's own work
+    losses, gradients = unsound(pushes) if skipped else ([], [])
     shard.last = {
         "step": shard.step - 1,
         "loss": loss,
@@ -114,10 +115,19 @@ def apply_round(shard: Shard, norm_sq: float) -> None:
         "norm_sq": own,
         "norm_sq_of_all": norm_sq,
         "skipped": skipped,
+        "unsound_losses": losses,
+        "unsound_gradients": gradients,
         "lr": factor * store.rules.optimizer.lr * (not skipped),
     }
     shard.cond.notify_all()
     shard.snapshot_if_due()
+
+
+def unsound(pushes: Sequence[Push]) -> tuple[list[str], list[str]]:
+    """(whose loss, whose gradient alone) was not finite."""
+    counting = [push for push in pushes if push.count]
+    losses = [push.member for push in counting if not finite(push.loss)]
+    return losses, [p.member for p in counting if finite(p.loss) and not finite(p.norm)]
 
 
 def answer_together(shard: Shard, who: str, step: int) -> dict[str, Any]:

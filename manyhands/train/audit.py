@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manyhands.core.errors import DataError, UsageError
-from manyhands.train.ledger import Batches, File, files, read
+from manyhands.train.ledger import Batches, File, Spans, files, read
 from manyhands.train.ledger_merge import Interval, Told, claims_of, cover, intervals, parts
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Share:
     first: int = 0
     last: int = 0
     dropped: int = 0
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Report:
         steps: the last step that counts.
         used: samples used, with repetitions. `lost`, `doubled`: samples that were not used, used again.
         dropped: samples left out by rule, with the reason recorded.
+        skipped: samples, each computed once, of the `skipped_updates` that were left out because something was not finite;
+            `skips` counts them by reason. They are not among `used`.
         unfinished: samples of the last steps that workers that do not wait for each other had not come to.
         void: steps that were committed and given up (resumed before them, or lost with all who had applied them).
         passes: over the data, so far. `counted`: sample numbers were counted, not places alone.
@@ -90,6 +93,8 @@ class Report:
     lost: int = 0
     doubled: int = 0
     dropped: int = 0
+    skipped: int = 0
+    skipped_updates: int = 0
     unfinished: int = 0
     void: int = 0
     passes: float = 0.0
@@ -100,6 +105,7 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
     problem_count: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
+    skips: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -171,6 +177,7 @@ class _State:
         self.kept = self.order.seen(self.per_epoch)  # samples of one pass
         self.times: NDArray[np.uint8] | None = None
         self.pass_ = 0
+        self.skipped_updates: set[tuple[int, str]] = set()  # (last step, whose own)
 
     def go(self) -> None:
         import numpy as np
@@ -193,6 +200,7 @@ class _State:
         report.steps = expected - 1
         self._turn(None)
         report.passes = self.order.epoch(report.steps)
+        report.skipped_updates = len(self.skipped_updates)
         self._membership(valid)
 
     def _given_up(self, told: Told, step: int) -> bool:
@@ -276,11 +284,29 @@ class _State:
                 self.report.dropped += n * count
                 self.report.reasons[why] = self.report.reasons.get(why, 0) + n * count
             elif n:
-                self.report.used += n * count
-                share.samples += n * count
+                skipped = self._skipped(interval, seat, spans, rows, count)
+                share.skipped += skipped * count
+                self.report.skipped += skipped * count
+                self.report.used += (n - skipped) * count
+                share.samples += (n - skipped) * count
                 share.steps += count
                 share.first = min(first, share.first or first)
                 share.last = max(last, share.last)
+
+    def _skipped(self, interval: Interval, seat: str, spans: Spans, rows: int, count: int) -> int:
+        """How many rows of these places of each of `count` steps, which `seat` has computed, were in an update left out."""
+        places = {place for span in spans for place in range(*span)}
+        total = 0
+        for t in interval.skipped:
+            here = places.intersection(p for span in t.run.who.get(seat, ()) for p in range(*span))
+            if not here:
+                continue
+            places -= here  # several tell of it, and a round that is thrown away may have had updates left out in it
+            n = sum(self._rows_in((place, place + 1), rows) for place in here)
+            self.report.skips[t.run.why] = self.report.skips.get(t.run.why, 0) + n * count
+            self.skipped_updates.add((t.run.update, seat if t.run.alone else ""))
+            total += n
+        return total
 
     def _rows_in(self, span: tuple[int, int], rows: int) -> int:
         size = self.batches.micro_batch

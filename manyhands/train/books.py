@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manyhands.train.division import Division, spans_of
 from manyhands.train.ledger import Ledger, next_attempt
+from manyhands.train.leftout import LeftOut
 
 if TYPE_CHECKING:
     from manyhands.core.events import Emit
     from manyhands.core.membership import Seat
     from manyhands.train.ledger import Batches
+    from manyhands.train.leftout import Note
     from manyhands.train.method import Method
     from manyhands.train.standing import Standing
     from manyhands.wire.world import World
 
 DROPPED = "its worker was lost before the round's end (--lost-round drop)"
 UNUSED = "its push was staler than the servers take (discard)"
+
+_Told = dict[int, tuple[int, Mapping[str, Sequence[tuple[int, int]]], int]]  # by step: epoch, who, rows
 
 
 class Books:
@@ -38,11 +43,18 @@ class Books:
         self._output, self._me, self._batches, self._emit = output, me, batches, emit
         self.attempt = (0, 0, False)
         self._ledger: Ledger | None = None
+        self._left: list[
+            tuple[LeftOut, str]
+        ] = []  # updates that were left out, of steps not told of yet, and why
+        self._recent: deque[tuple[LeftOut, str]] = deque(maxlen=4)
+        self._told: deque[_Told] = deque([{}], maxlen=2)  # steps of the last two commits
 
     def begin_attempt(self, world: World, steps: int, *, goes_on: bool = False) -> None:
         """From here on it counts anew: what was committed after this step before is void. Collective."""
         number = next_attempt(self._output) if world.rank == 0 else 0
         self.attempt = (int(world.gather(number)[0]), steps, goes_on)
+        again = [each for each in self._recent if goes_on and each[0].places is not None]
+        self._left = [each for each in again if each[0].step >= steps]  # it is told once more
         self.close()
         self._open()
 
@@ -53,10 +65,17 @@ class Books:
         if self._ledger is None:
             self._open()
 
+    def leave_out(self, notes: Sequence[Note], seats: Sequence[Seat]) -> None:
+        """Updates were left out: that is told with their steps."""
+        self._left += [
+            (note, note.why(seats)) for note in notes if isinstance(note, LeftOut) and not note.part
+        ]
+
     def commit(self, division: Division, method: Method, seats: Sequence[Seat]) -> None:
         """Steps whose work is in the agreed parameters by now."""
         alone, me = bool(getattr(method, "alone", False)), self._me
         silent = {seat.id for seat in seats} - {me} if alone else set()  # each of them tells for itself
+        told: _Told = {}
         for step, epoch, who, rows in division.committed(method.committed):
             if self._ledger is None:
                 continue
@@ -69,12 +88,17 @@ class Books:
             self._ledger.commit(step + 1, epoch=epoch, who=said, rows=rows, alone=alone)
             if left_out := division.take_dropped(step):
                 self._ledger.dropped(step + 1, epoch=epoch, who=left_out, rows=rows, why=DROPPED)
+            told[step] = epoch, said, rows
+        if told:
+            self._told.append(told)
+        self._tell_left_out()
 
     def dropped(self, division: Division, steps: int, why: str) -> None:
         """What was computed up to step `steps` and is in no agreement is lost."""
         for step, epoch, who, rows in division.committed(steps):
             if self._ledger is not None:
                 self._ledger.dropped(step + 1, epoch=epoch, who=who, rows=rows, why=why)
+        self._left = [each for each in self._left if each[0].step >= steps]
 
     def tell_of_last(
         self, standing: Standing, method: Method, seats: Sequence[Seat], *, epoch: int, rows: int
@@ -85,6 +109,29 @@ class Books:
         said = {seat: spans_of(sorted(places)) for seat, places in done.items() if seat not in here}
         if said and self._ledger is not None and getattr(method, "alone", False):
             self._ledger.commit(standing.steps, epoch=epoch, who=said, rows=rows, alone=True)
+
+    def _tell_left_out(self) -> None:
+        """After the steps themselves: of a GPU it is known one step later."""
+        waiting = []
+        for left, why in self._left:
+            known = {step: told[step] for step in left.steps for told in self._told if step in told}
+            if not set(left.steps) <= known.keys():
+                waiting.append((left, why))
+                continue
+            for step, (epoch, who, rows) in sorted(known.items()):
+                whose = who if left.places is None else {self._me: spans_of(sorted(left.places[step]))}
+                assert self._ledger is not None
+                self._ledger.left_out(
+                    step + 1,
+                    epoch=epoch,
+                    who=whose,
+                    rows=rows,
+                    why=why,
+                    update=left.step + 1,
+                    alone=left.places is not None,
+                )
+            self._recent.append((left, why))
+        self._left = [each for each in waiting if each[0].step >= min(self._told[0], default=0)]
 
     def _open(self) -> None:
         number, resumed_at, goes_on = self.attempt

@@ -21,8 +21,9 @@ import torch
 
 from manyhands.core.request import Gather
 from manyhands.train.gradients import FlatGradients
+from manyhands.train.header import Header, Wishes
 from manyhands.train.mending import shared_of
-from manyhands.train.method import Header, Part, StepResult, Wishes, accumulate
+from manyhands.train.method import Part, StepResult, accumulate
 from manyhands.train.norm import clip_factor, is_finite, norm_of
 from manyhands.wire.drive import Interleave
 from manyhands.wire.solo import Solo
@@ -80,8 +81,9 @@ class DelayedSteps:
         loss_sum, count = done.loss_sum, done.count
         self.gradients.finish()
         used = list(self.gradients.used)
-        row = Header.row(loss_sum, count, wishes, replica.work, [float(u) for u in used])
         own = [b.clone() for b in self.gradients.buckets]
+        told_used = [float(u) for u in used]
+        row = Header.row(loss_sum, count, wishes, replica.work, told_used, finite=is_finite(norm_of(own)))
         arrived = self._arrive()
         for buffer, mine in zip(self._travelling, own, strict=True):
             buffer.copy_(mine)
@@ -223,7 +225,13 @@ class DelayedSteps:
         finite = is_finite(norm, told.loss_sum)
         lr = 0.0
         if told.count:
-            replica.took(finite=finite, step=replica.steps - 1, loss=told.loss_sum / told.count, norm=norm)
+            replica.took(
+                finite=finite,
+                step=replica.steps - 1,
+                loss=told.loss_sum / told.count,
+                norm=norm,
+                whose=told.unsound,
+            )
         if finite:
             self.states[:] = [each.state for each in agreed]
             lr = rate

@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from manyhands.core.types import Agreed
-    from manyhands.train.fragments import Fragment
-    from manyhands.train.local import Flight
-    from manyhands.train.method import Header, Loss, Part, StepResult, Wishes
+    from manyhands.train.fragments import Flight, Fragment
+    from manyhands.train.header import Header, Wishes
+    from manyhands.train.method import Loss, Part, StepResult
     from manyhands.train.replica import Replica
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,9 +14,23 @@ from manyhands.core.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from manyhands.core.types import Wire
+    from manyhands.core.types import Handle, Wire
+    from manyhands.wire.drive import Interleave
 
 LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass
+class Flight:
+    """An exchange on its way."""
+
+    talks: Interleave
+    header: Handle
+    nominal: float
+    told_nominal: int
+    targets: float
+    sums: list[float]
+    step: int
 
 
 @dataclass
@@ -31,7 +45,7 @@ class Fragment:
     targets: float = 0.0
     nominal: float = 0.0
     drifted: bool = False
-    flight: Any = None
+    flight: Flight | None = None
     met: int = 0  # the steps whose work is in the anchors
     places: list[tuple[int, int]] = field(default_factory=list)  # (flat, offset) of each view
 

@@ -9,7 +9,7 @@ request to stop): that also bounds how far they can be apart. With one worker it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,8 @@ from manyhands.core.errors import UsageError
 from manyhands.core.request import Gather
 from manyhands.train.alone import step_alone
 from manyhands.train.gradients import FlatGradients
-from manyhands.train.method import (
-    Header,
-    Part,
-    StepResult,
-    Wishes,
-    accumulate,
-)
+from manyhands.train.header import Header, Wishes
+from manyhands.train.method import Part, StepResult, accumulate
 from manyhands.wire.solo import Solo
 
 if TYPE_CHECKING:
@@ -80,7 +75,7 @@ class Hogwild:
         done = accumulate(replica, self.gradients, part, loss, float(nominal), announce=False).require()
         loss_sum, count = done.loss_sum, done.count
         self.gradients.finish()
-        norm, lr, skipped = self._update(part, loss_sum, count, nominal)
+        norm, lr, skipped = self._update(part, done.places, loss_sum, count, nominal)
         replica.steps += 1
         self._applied[replica.wire.rank] = replica.steps
         self._since += nominal
@@ -169,7 +164,9 @@ class Hogwild:
         self._applied = wire.common(wire.size, torch.int64)  # how many steps each rank has applied
         self._barrier()
 
-    def _update(self, part: Part, loss_sum: float, count: float, nominal: int) -> tuple[float, float, bool]:
+    def _update(
+        self, part: Part, places: Sequence[int], loss_sum: float, count: float, nominal: int
+    ) -> tuple[float, float, bool]:
         """My own update of the common parameters: (gradient norm, rate, skipped)."""
         replica = self._replica
         factor, lr = replica.rate(replica.strategy.outer)
@@ -177,7 +174,15 @@ class Hogwild:
             self.gradients.detach()
             return math.nan, lr, False
         norm, finite = step_alone(
-            replica, self.gradients, self.optimizer, factor, loss_sum, count, unit=nominal, step=part.step
+            replica,
+            self.gradients,
+            self.optimizer,
+            factor,
+            loss_sum,
+            count,
+            unit=nominal,
+            step=part.step,
+            places={part.step: places},
         )
         return norm, lr, not finite
 
@@ -190,6 +195,7 @@ class Hogwild:
         self._since, self._sums = 0, [0.0, 0.0]
         self._met, self._held = self._replica.steps, {}
         self._replica.tokens = self._exact
+        self._replica.hear(told.left_out)
         return told, correction
 
     def _barrier(self) -> None:

@@ -9,7 +9,7 @@ batch). The samples are the same, and what is agreed is weighted by targets as e
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from manyhands.train.alone import step_alone
@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Added:
-    """Gradients in the buffers that no step has used: Σ ∇loss / `unit`; none where `unit` is 0."""
+    """Gradients in the buffers that no step has used: Σ ∇loss / `unit`; none where `unit` is 0. `places`: of what, by step."""
 
     unit: float = 0.0
     loss_sum: float = 0.0
     count: float = 0.0
     step: int = 0
+    places: dict[int, list[int]] = field(default_factory=dict)
 
 
 class InnerSteps:
@@ -69,6 +70,7 @@ class InnerSteps:
             fresh=not added.unit,
         )
         added.unit, added.step = added.unit or nominal, part.step
+        added.places.setdefault(part.step, []).extend(done.places)
         added.loss_sum += done.loss_sum
         added.count += done.count
         return done
@@ -111,6 +113,7 @@ class InnerSteps:
             added.count,
             unit=added.unit,
             step=added.step,
+            places=added.places,
         )
         return norm, lr, not finite, (added.loss_sum, added.count) if finite else (0.0, 0.0)
 

@@ -8,12 +8,14 @@ of any survivor tells all. Lines::
     {"step": 1, "epoch": 1, "rows": 16, "who": {"w0": [[0, 5]], "w1": [[5, 8]]}}     after the update of step 1
     {"step": 2}                                                                      all else as in the line before
     {"step": 64, "epoch": 2, "rows": 16, "dropped": {"w1": [[5, 8]]}, "why": "…"}    work that no update has used
+    {"step": 64, "epoch": 2, "rows": 16, "skipped": {"w0": [[0, 5]]}, "why": "…", "update": 64}   the update was left out
 
 Steps are counted from 1, as in checkpoints' names and the log: step s takes the batch ``Order.ids(s - 1)``. ``epoch`` is
 the membership epoch; ``who`` maps seats to half-open ranges of places (micro-batches). An attempt that continues from
 checkpoint N voids what earlier attempts committed after step N; with ``"goes_on": true`` in its head it tells again what
-stays. ``"alone": true`` marks what a worker says of itself (and of those who are gone) only, where workers do not wait for
-each other.
+stays. ``"skipped"`` says of work that ``who`` tells of that its update, of which ``update`` would have been the last step, was
+left out because something was not finite; with ``"alone"`` it was one worker's own. In other lines ``"alone": true`` marks what
+a worker says of itself (and of those who are gone) only, where workers do not wait for each other.
 
 A line is one `write`, after the update: SIGKILL leaves it whole or cuts it off at the end of the file, where readers
 ignore it. Files are synced when a checkpoint is taken (`Ledger.sync`, *before* the checkpoint becomes durable), so a
@@ -129,6 +131,18 @@ class Ledger:
         """These places of step `step` were computed, or were to be, and no update has used or will use them."""
         self._tell(step, {"epoch": epoch, "rows": rows, "dropped": _plain(who), "why": why})
 
+    def left_out(
+        self, step: int, *, epoch: int, who: Who, rows: int, why: str, update: int, alone: bool = False
+    ) -> None:
+        """These places of step `step`, of which `commit` tells, were to be in an update that was left out by rule.
+
+        Args:
+            update: the last step in it.
+            alone: the update was one worker's own.
+        """
+        rest = {"epoch": epoch, "rows": rows, "skipped": _plain(who), "why": why, "update": update}
+        self._tell(step, {**rest, **({"alone": True} if alone else {})})
+
     def sync(self) -> None:
         """Force what was committed to disk, as far as the disk takes it."""
         self._write()
@@ -213,6 +227,8 @@ class Run:
     dropped: bool
     alone: bool
     why: str
+    skipped: bool = False
+    update: int = 0
 
 
 @dataclass
@@ -305,8 +321,8 @@ def _head(found: File, record: Mapping[str, Any]) -> None:
 
 
 def _told(record: Mapping[str, Any]) -> Run:
-    dropped = "dropped" in record
-    who = record["dropped" if dropped else "who"]
+    dropped, skipped = "dropped" in record, "skipped" in record
+    who = record["dropped" if dropped else "skipped" if skipped else "who"]
     spans = {str(seat): tuple((int(a), int(b)) for a, b in each) for seat, each in who.items()}
     if any(a < 0 or b < a for each in spans.values() for a, b in each):
         raise ValueError
@@ -319,6 +335,8 @@ def _told(record: Mapping[str, Any]) -> Run:
         dropped=dropped,
         alone=bool(record.get("alone", False)),
         why=str(record.get("why", "")),
+        skipped=skipped,
+        update=int(record["update"]) if skipped else 0,
     )
 
 

@@ -37,6 +37,7 @@ class Interval:
     valid: tuple[Told, ...]
     void: tuple[Told, ...]
     again: tuple[Told, ...]
+    skipped: tuple[Told, ...] = ()  # of what counts: its update was left out
 
 
 def intervals(found: Sequence[File]) -> Iterator[Interval]:
@@ -65,8 +66,13 @@ def intervals(found: Sequence[File]) -> Iterator[Interval]:
         here = [each[2] for each in active]
         kept = [t for t in here if (limit := limits[t.attempt]) is None or begin <= limit]
         void = [t for t in here if t not in kept]
-        valid, given_up, again = _last_word(kept, newest)
-        yield Interval(begin, end - 1, tuple(valid), tuple(void + given_up), tuple(again))
+        words = [t for t in kept if not t.run.skipped]
+        valid, given_up, again = _last_word(words, newest)
+        # a word and what is said of its update stand in the same file
+        count = {(t.seat, t.attempt, t.run.epoch) for t in valid}
+        skipped = [t for t in kept if t.run.skipped and (t.seat, t.attempt, t.run.epoch) in count]
+        void = [t for t in void if not t.run.skipped]
+        yield Interval(begin, end - 1, tuple(valid), tuple(void + given_up), tuple(again), tuple(skipped))
 
 
 def _limits(found: Sequence[File]) -> dict[int, int | None]:

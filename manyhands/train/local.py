@@ -25,17 +25,19 @@ import torch
 
 from manyhands.core.errors import ManyhandsError
 from manyhands.core.request import Gather, Sum
-from manyhands.train.fragments import Fragment, split
+from manyhands.train.fragments import Flight, Fragment, split
+from manyhands.train.header import Header, Unsound, Wishes
 from manyhands.train.inner import InnerSteps
+from manyhands.train.leftout import LeftOut
 from manyhands.train.mending import shared_of
-from manyhands.train.method import MAX_SKIPPED, Header, Part, StepResult, Wishes
+from manyhands.train.method import MAX_SKIPPED, Part, StepResult
 from manyhands.train.norm import is_finite, norm_of
 from manyhands.wire.drive import Interleave
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from manyhands.core.types import Agreed, Handle
+    from manyhands.core.types import Agreed
     from manyhands.train.method import Loss
     from manyhands.train.replica import Replica
 
@@ -282,7 +284,8 @@ class LocalSteps:
             self._inner_step()
         fragment = self._fragments[i]
         more = [fragment.targets, *self._measure(fragment)]
-        row = Header.row(self._sums[0], self._sums[1], wishes, self._replica.work, more)
+        finite = is_finite(norm_of(fragment.flats))
+        row = Header.row(self._sums[0], self._sums[1], wishes, self._replica.work, more, finite=finite)
         header = self._replica.wire.begin(Gather(row, even=True))
         talks = Interleave(self._replica.wire)
         if self._speaks:
@@ -309,9 +312,12 @@ class LocalSteps:
             return None
         found = flight.talks.finish()
         told = None if self._pairwise else Header.of(torch.stack(flight.header.wait()))
+        steps, held = range(fragment.met, flight.step), self._held
         fragment.flight, fragment.met, self._held = None, flight.step, {}
         keep = replica.strategy.keep_local if keep_local is None else keep_local
         lost = self._settle(i, flight, found, told, keep)
+        if lost:
+            self._note_lost(i, steps, told, held)
         if told is not None:
             self.agreements += 1
             return self._told(flight, told, lost=lost)
@@ -339,12 +345,29 @@ class LocalSteps:
         self._count_lost(lost, norm)
         return lost
 
+    def _note_lost(self, i: int, steps: range, told: Header | None, held: dict[int, list[int]]) -> None:
+        """A round was thrown away: everybody's, or where pairs agree mine (`held`)."""
+        many, mine = len(self._fragments), None if told is not None else held
+        note = LeftOut(
+            step=steps.stop - 1,
+            loss=told.loss_sum / told.count if told is not None and told.count else math.nan,
+            norm=math.nan,
+            whose=told.unsound if told is not None else Unsound((), ()),
+            steps=steps,
+            places=mine,
+            part=f"fragment {i + 1} of {many}" if many > 1 else "",
+            given="change",
+        )
+        self._replica.notes.append(note)
+
     def _read(self, flight: Flight, *, lost: bool) -> _Told:
         """The header of an exchange, which may still be under way."""
         return self._told(flight, Header.of(torch.stack(flight.header.wait())), lost=lost)
 
     def _told(self, flight: Flight, told: Header, *, lost: bool) -> _Told:
         """Everybody's sums."""
+        late = told.unsound.gradients or () if self._pairwise else ()
+        self._replica.hear(told.left_out, late, at=flight.step - 1)
         self._exact += told.count - flight.told_nominal
         self._replica.tokens = self._exact + self._since
         return _Told(told.loss_sum / told.count if told.count else math.nan, flight.told_nominal, told, lost)
@@ -395,16 +418,3 @@ class _Told:
     nominal: int
     header: Header
     lost: bool
-
-
-@dataclass
-class Flight:
-    """An exchange on its way."""
-
-    talks: Interleave
-    header: Handle
-    nominal: float
-    told_nominal: int
-    targets: float
-    sums: list[float]
-    step: int

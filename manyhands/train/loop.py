@@ -110,7 +110,7 @@ class Loop:
             except PeerLost as lost:
                 if self.crew is None:
                     raise
-                self.tally.settle(self.emit)
+                self.tally.settle()
                 self.crew.renew(self, lost)
 
     def _begin(self) -> None:
@@ -136,7 +136,7 @@ class Loop:
             self._torn = False
         self.compiling, done = False, self.replica.steps
         if self._due_log(done) and (result.agreed or result.own_tokens):
-            self._log(self.tally.settle(self.emit) or result)
+            self._log(self.tally.settle() or result)
         every, chores = self.schedule, []
         if result.stop:
             self.stop(result.stop)
@@ -159,7 +159,7 @@ class Loop:
         self._chores, self._chores_of = chores, self.replica.steps
 
     def _do(self, chore: str) -> None:
-        self.tally.settle(self.emit)
+        self.tally.settle()
         self._tell_phase(chore)
         if chore == "meet":
             self.replica.meet()
@@ -216,7 +216,7 @@ class Loop:
         )
         self.tally.train_s = now - self._begun
         self._loads.add(result.work, result.spent, wall_s=now - start)
-        self.tally.take(step + 1, result, self.emit)
+        self.tally.take(result)
         return result
 
     def _wishes(self) -> dict[str, Any]:
@@ -227,7 +227,10 @@ class Loop:
         return {"stop": stop, "save": self._clock_says_save(), "change": change, "check": odd}
 
     def _commit(self) -> None:
-        """Steps whose work is in the agreed parameters by now go into the ledger."""
+        """Steps whose work is in the agreed parameters by now go into the ledger, and what was left out of them."""
+        notes = self.replica.take_notes()
+        self.tally.tell(notes, self.seats, self.emit)
+        self.books.leave_out(notes, self.seats)
         self.books.commit(self.division, self.replica.method, self.seats)
         if self.crew is not None:
             self.crew.committed(self)

@@ -20,8 +20,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from manyhands.core import rng
 from manyhands.core.errors import ManyhandsError, PeerLost
 from manyhands.train.memory import Torn, split_on_oom
@@ -30,8 +28,9 @@ from manyhands.train.reading import Reading, Stopwatch, summed_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from manyhands.core.types import Counters, Summed
+    from manyhands.core.types import Summed
     from manyhands.train.gradients import FlatGradients
+    from manyhands.train.header import Wishes
     from manyhands.train.replica import Replica
 
     Batch = Mapping[str, Tensor]
@@ -69,23 +68,6 @@ class Part:
         """The places of micro-batches that forward pass `i` covers."""
         first = self.micro_batches[i][0]
         return self.spans[i] if self.spans else range(first, first + 1)
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What one worker asks of all, who hear it at the next agreement.
-
-    Attributes:
-        stop: the number of the signal that asks for an orderly end; 0: none.
-        save: take a checkpoint.
-        change: end this set of workers.
-        check: compare the replicas; workers learn at different times that an update was left out.
-    """
-
-    stop: int = 0
-    save: bool = False
-    change: bool = False
-    check: bool = False
 
 
 @dataclass(frozen=True)
@@ -211,110 +193,6 @@ class Method(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Header:
-    """The exact sums of one step over all workers."""
-
-    loss_sum: float
-    count: int
-    stop: int
-    save: bool
-    change: bool
-    check: bool
-    work: tuple[tuple[float, float], ...]
-    spent: tuple[tuple[float, float, float], ...]
-    more: Tensor
-
-    @staticmethod
-    def row(loss_sum: float, count: float, wishes: Wishes, work: Work, more: Sequence[float] = ()) -> Tensor:
-        """What one worker tells: float64 [11 + len(more)], exact for counts below 2⁵³. Takes what `work` has measured."""
-        said = [float(wish) for wish in (wishes.stop, wishes.save, wishes.change, wishes.check)]
-        return torch.tensor([loss_sum, count, *said, *work.take(), *more], dtype=torch.float64)
-
-    @staticmethod
-    def of(table: Tensor) -> Header:
-        """From everybody's rows [workers, 11 + more]; `more` is [workers, more]."""
-        return Header(
-            loss_sum=float(table[:, 0].sum()),
-            count=int(table[:, 1].sum()),
-            stop=int(table[:, 2].max()),
-            save=bool(table[:, 3].max()),
-            change=bool(table[:, 4].max()),
-            check=bool(table[:, 5].max()),
-            work=tuple((seconds, rows) for seconds, rows in table[:, 6:8].tolist()),
-            spent=_apart(table[:, 8:11].tolist()),
-            more=table[:, 11:],
-        )
-
-    @property
-    def used(self) -> list[bool]:
-        """Which of the parameters that `more` has flags of anybody used."""
-        return (self.more.sum(0) > 0).tolist()
-
-
-def _apart(told: Sequence[Sequence[float]]) -> tuple[tuple[float, float, float], ...]:
-    """Everybody's (data_s, waiting, moving), where a process group cannot tell waiting from moving and calls both moving.
-
-    A collective ends for all at once, and whoever came last has not waited: nobody has moved bytes for longer than the one
-    that spent the least on others in all.
-
-    >>> _apart([(0.0, 0.0, 5.0), (0.5, 0.0, 1.0)])
-    ((0.0, 4.0, 1.0), (0.5, 0.0, 1.0))
-    """
-    most = min(wait_s + move_s for _, wait_s, move_s in told)
-    return tuple(
-        (data_s, wait_s + max(0.0, move_s - most), min(move_s, most)) for data_s, wait_s, move_s in told
-    )
-
-
-@dataclass
-class Work:
-    """What this worker did since it last told the others.
-
-    Attributes:
-        seconds: in forward and backward, of `rows` rows.
-        data_s: until its rows were there.
-        traffic: the wire's counters, of which the increase is told.
-    """
-
-    traffic: Counters
-    seconds: float = 0.0
-    rows: float = 0.0
-    data_s: float = 0.0
-    _before: tuple[float, float] = (0.0, 0.0)
-    _running: list[tuple[Stopwatch, int]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._before = (
-            self.traffic.idle_s,
-            self.traffic.communicate_s,
-        )  # counters may go on from an earlier wire
-
-    def add(self, seconds: float, rows: int) -> None:
-        self.seconds += seconds
-        self.rows += rows
-
-    def stop(self, stopwatch: Stopwatch, rows: int) -> None:
-        """Add what it measures up to now, as soon as the device is done with it: a GPU works on for a while."""
-        stopwatch.stop()
-        self._running.append((stopwatch, rows))
-
-    def take(self) -> tuple[float, float, float, float, float]:
-        """(seconds, rows, data_s, waiting, moving) that have come together; counting begins anew."""
-        running, self._running = self._running, []
-        for stopwatch, rows in running:
-            if stopwatch.done:
-                self.add(stopwatch.seconds(), rows)
-            else:
-                self._running.append((stopwatch, rows))
-        now = self.traffic.idle_s, self.traffic.communicate_s
-        waited, moved = now[0] - self._before[0], now[1] - self._before[1]
-        found = self.seconds, self.rows, self.data_s, waited, moved
-        self.seconds = self.rows = self.data_s = 0.0
-        self._before = now
-        return found
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from manyhands.core import rng
 from manyhands.exchange.allreduce import AllReduce
 from manyhands.exchange.codec import wide
 from manyhands.exchange.feedback import ErrorFeedback
+from manyhands.train.header import Unsound
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,3 +69,24 @@ def codec_of(exchange: Any) -> tuple[Any, float | None]:
     if isinstance(exchange, ErrorFeedback):
         return exchange.inner, exchange.decay
     return exchange, None
+
+
+def member_of(rank: int) -> str:
+    """What a server calls a worker."""
+    return f"worker-{rank}"
+
+
+def whose(answer: Mapping[str, Any]) -> Unsound:
+    """Of pushes that make one update together: whose were not finite, by a server's answer."""
+    losses, gradients = (answer.get(kind, ()) for kind in ("unsound_losses", "unsound_gradients"))
+    return Unsound(tuple(map(_rank, losses)), tuple(map(_rank, gradients)))
+
+
+def left_out(answer: Mapping[str, Any], size: int) -> list[int]:
+    """Of pushes that are applied one by one: how many of each rank's were not finite since the job last began."""
+    counts = {_rank(member): int(n) for member, n in answer.get("unsound", {}).items()}
+    return [counts.get(rank, 0) for rank in range(size)]
+
+
+def _rank(member: str) -> int:
+    return int(member.rpartition("-")[2])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,11 @@ from manyhands.core.events import Emit, ignore
 from manyhands.core.membership import SUMS
 from manyhands.core.registry import resolve_target
 from manyhands.train.carried import fetch_s
+from manyhands.train.header import Unsound, Wishes, Work
+from manyhands.train.leftout import Heard, LeftOut, Note
 from manyhands.train.memory import Fits
 from manyhands.train.mending import agree_at_start, check_agreement, fingerprint
-from manyhands.train.method import MAX_SKIPPED, Part, StepResult, Wishes, Work
+from manyhands.train.method import MAX_SKIPPED, Part, StepResult
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,6 +68,7 @@ class Replica:
         skipped: steps without an update because a gradient was not finite.
         work: seconds and rows of forward and backward since they were last told.
         fits: the most rows of a pass that memory was found to hold.
+        notes: updates that were left out, until somebody takes them (the last of many).
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class Replica:
         self.autocast = autocast
         self.work = Work(wire.traffic)
         self.fits = Fits()
+        self.notes: deque[Note] = deque(maxlen=1000)
         self._skipped_in_a_row = 0
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.device = self.named[0][1].device if self.named else torch.device("cpu")
@@ -194,8 +199,21 @@ class Replica:
             return str(check())
         return check_agreement(self, mend=mend, who=who, emit=emit)
 
-    def took(self, *, finite: bool, step: int, loss: float, norm: float) -> None:
+    def took(
+        self,
+        *,
+        finite: bool,
+        step: int,
+        loss: float,
+        norm: float,
+        whose: Unsound,
+        steps: Sequence[int] = (),
+        places: Mapping[int, Sequence[int]] | None = None,
+    ) -> None:
         """Count a step's update as made, or as skipped because something was not finite.
+
+        Args:
+            whose, steps, places: as `LeftOut` has them; no steps: this one.
 
         Raises:
             ManyhandsError: too many in a row.
@@ -205,13 +223,33 @@ class Replica:
             return
         self.skipped += 1
         self._skipped_in_a_row += 1
+        left = LeftOut(step=step, loss=loss, norm=norm, whose=whose, steps=steps or (step,), places=places)
+        self.notes.append(left)
+        if places is not None:
+            self.work.left_out += 1
         if self._skipped_in_a_row > MAX_SKIPPED:
+            ranks = whose.losses or whose.gradients or ()
+            by = f", by rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}" if ranks else ""
             raise ManyhandsError(
                 f"loss {loss} and gradient norm {norm} in {self._skipped_in_a_row} "
-                f"successive steps, the last at step {step}",
+                f"successive steps, the last at step {step}{by}",
                 "an update needs finite gradients",
                 "lower the learning rate, or look at the data of these steps",
             )
+
+    def take_notes(self) -> list[Note]:
+        """Of updates that were left out, each once."""
+        found = list(self.notes)
+        self.notes.clear()
+        return found
+
+    def hear(self, left_out: Sequence[int], gradients: Sequence[int] = (), *, at: int = 0) -> None:
+        """How many own updates each rank has left out since it last told (of mine I know), and as `Heard` has it."""
+        others = {rank: n for rank, n in enumerate(left_out) if n and rank != self.wire.rank}
+        if others:
+            self.notes.append(Heard(step=self.steps, left_out=others))
+        if gradients:
+            self.notes.append(Heard(step=self.steps, gradients=gradients, at=at))
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The state of the optimizer of agreed updates, by name."""
@@ -225,6 +263,7 @@ class Replica:
         """Go on where `old`, the same replica in an earlier set of workers, was after its method's `rewind`."""
         self.steps, self.tokens, self.skipped = old.steps, old.tokens, old.skipped
         self._skipped_in_a_row = old._skipped_in_a_row
+        self.notes, self.work.left_out = old.notes, old.work.left_out
         self.method.adopt(old.method)
 
     def close(self) -> None:

@@ -31,10 +31,12 @@ from manyhands.core.request import Gather
 from manyhands.serve.client import Servers
 from manyhands.serve.reach import links, store_of
 from manyhands.train.gradients import FlatGradients
+from manyhands.train.header import Wishes
+from manyhands.train.leftout import own
 from manyhands.train.loads import Totals
-from manyhands.train.method import Part, StepResult, Wishes, accumulate, rows_of
+from manyhands.train.method import Part, StepResult, accumulate, rows_of
 from manyhands.train.norm import norm_of
-from manyhands.train.pushes import PushCodec
+from manyhands.train.pushes import PushCodec, left_out, member_of, whose
 from manyhands.wire.solo import Solo
 
 if TYPE_CHECKING:
@@ -76,7 +78,7 @@ class Served:
         )
         self._servers = Servers(
             links(placement, self._store),
-            member=_member(replica.wire.rank),
+            member=member_of(replica.wire.rank),
             job=self._job,
             lease_s=placement.lease_s,
         )
@@ -92,7 +94,8 @@ class Served:
         self.states += [self._codec.fresh(self._flats(i)) for i in range(len(layouts))]
         self._version = 0
         self.unused: tuple[int, ...] = ()  # places of my last push, where it was dropped by rule
-        self._members, self._totals = [_member(rank) for rank in range(replica.wire.size)], Totals()
+        self._members, self._totals = [member_of(rank) for rank in range(replica.wire.size)], Totals()
+        self._left_out = [0] * replica.wire.size  # pushes of each rank, as I last heard
         self._held: dict[int, list[int]] = {}  # places that I have pushed since the workers last met, by step
         self.applied: list[list[int]] = []  # after `rewind`: of which steps each rank's pushes count
         self._reached = int(replica.continues.get("reached", replica.steps))  # by the furthest of all
@@ -118,7 +121,7 @@ class Served:
         loss_sum, count = done.loss_sum, done.count
         self.gradients.finish()
         norm = math.nan
-        if not self._sync and count:
+        if count:
             norm = norm_of(self.gradients.buckets) * nominal / count
         rows = sum(rows_of(batch) for _, batch in part.micro_batches)
         header = {
@@ -147,8 +150,19 @@ class Served:
         skipped = bool(answer.get("skipped", False))
         dropped = self.alone and bool(count) and not skipped and not answer["applied"][0]
         self.unused = tuple(done.places) if dropped else ()
+        mine = own(replica.wire.rank, loss_is_finite=math.isfinite(loss_sum))
         if counted or skipped:
-            replica.took(finite=not skipped, step=part.step, loss=everyones, norm=float(answer["norm"]))
+            replica.took(
+                finite=not skipped,
+                step=part.step,
+                loss=loss_sum / count if self.alone and count else everyones,
+                norm=float(answer["norm"]),
+                whose=mine if self.alone else whose(answer),
+                places={part.step: done.places} if self.alone else None,
+            )
+        now = left_out(answer, replica.wire.size)
+        replica.hear([max(0, n - before) for n, before in zip(now, self._left_out, strict=True)])
+        self._left_out = now
         work, spent = self._totals.new(answer.get("loads", {}), self._members)
         return StepResult(
             everyones,
@@ -302,6 +316,7 @@ class Served:
                 reached=self._reached,
             )
         self._loading, self._progress = {}, None
+        self._left_out = [0] * replica.wire.size
         self._barrier()
         self._servers.join(replica.steps, exact=True)
         self._barrier()  # nobody pushes before the servers wait for all
@@ -391,7 +406,3 @@ class Served:
         """Rank 0's text."""
         mine = torch.tensor(list(text.encode()), dtype=torch.uint8)
         return bytes(self._replica.wire.begin(Gather(mine)).wait()[0].tolist()).decode()
-
-
-def _member(rank: int) -> str:
-    return f"worker-{rank}"

@@ -24,7 +24,8 @@ from manyhands.core import rng
 from manyhands.core.errors import Diverged, PeerLost
 from manyhands.core.request import Gather
 from manyhands.train import sharded_rebuild, sharded_state
-from manyhands.train.method import Header, Part, StepResult, Wishes, rows_of
+from manyhands.train.header import Header, Unsound, Wishes
+from manyhands.train.method import Part, StepResult, rows_of
 from manyhands.train.norm import clip_factor, is_finite
 from manyhands.train.reading import summed_of
 from manyhands.train.sharded_gradients import ShardGradients
@@ -116,7 +117,7 @@ class ShardedModel:
         return self._apply(torch.stack(replica.wire.begin(Gather(row, even=True)).wait()))
 
     def _apply(self, table: Tensor) -> StepResult:
-        """The update, once everybody's row [workers, 11 + parameters] is there. Not collective."""
+        """The update, once everybody's row [workers, 13 + parameters] is there. Not collective."""
         replica, ready = self._replica, self._ready
         assert ready is not None
         part, nominal = ready.part, ready.nominal
@@ -131,7 +132,8 @@ class ShardedModel:
         finite = is_finite(norm, told.loss_sum)
         if told.count:
             mean = told.loss_sum / told.count
-            replica.took(finite=finite, step=part.step, loss=mean, norm=norm)
+            whose = Unsound(told.unsound.losses)  # gradients are added up on their way to their owners
+            replica.took(finite=finite, step=part.step, loss=mean, norm=norm, whose=whose)
         if finite:
             self.states[:] = ready.states
             lr = self._update(told, nominal / told.count, norm)

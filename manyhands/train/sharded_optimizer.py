@@ -17,8 +17,8 @@ from torch import nn
 from manyhands.core.request import Gather
 from manyhands.placement.sharded import elementwise
 from manyhands.train import exchange_state, sharded_rebuild
+from manyhands.train.header import Header
 from manyhands.train.mending import shared_of
-from manyhands.train.method import Header
 from manyhands.train.norm import clip_factor
 from manyhands.train.sharded_pieces import Owned, Piece, cut, gather_whole, state_pieces
 from manyhands.train.sharded_rebuild import Pool, Share

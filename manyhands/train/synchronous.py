@@ -26,8 +26,9 @@ from manyhands.core.errors import PeerLost
 from manyhands.core.request import Gather
 from manyhands.exchange.ordered import Tree
 from manyhands.train.gradients import FlatGradients
+from manyhands.train.header import Header, Unsound, Wishes
 from manyhands.train.mending import shared_of
-from manyhands.train.method import Header, Part, StepResult, Sums, Wishes, accumulate
+from manyhands.train.method import Part, StepResult, Sums, accumulate
 from manyhands.train.norm import clip_factor, is_finite, norm_of, norm_there
 from manyhands.train.reading import Reading, Stopwatch
 from manyhands.wire.drive import Interleave, run
@@ -80,6 +81,9 @@ class Synchronous:
             )  # else it depends on the update being made
         )
         self._pending = _Pending()
+        self._norms: list[Tensor] = []  # of what I have added up, by bucket, before it travels
+        self._asked: Reading | None = None  # of the last step, on a GPU
+        self._told_of = 0  # the step of the last agreement
         self._consumed = False  # the buffers hold what the exchange has made of my contribution
 
     @property
@@ -134,6 +138,9 @@ class Synchronous:
         """`finishes`: how many steps are done with it, 1 or (when coming to rest) none."""
         replica, pending = self._replica, self._pending
         told, states = self._agree(pending.loss_sum, pending.count, wishes)
+        if self.unseen:
+            replica.hear((), told.unsound.gradients or (), at=self._told_of)
+        self._told_of = part.step
         lr, mean, norm, finite = 0.0, math.nan, math.nan, False
         late: Callable[[], float] | None = None
         if told.count:  # else a step without a single valid target: nothing to learn from, nothing wrong
@@ -146,7 +153,9 @@ class Synchronous:
                 finite = is_finite(norm, mean)
                 if finite:
                     lr = self._update(told, scale, norm, behind=1 - finishes)
-                replica.took(finite=finite, step=part.step, loss=mean, norm=norm)
+                whose = Unsound(told.unsound.losses) if self.unseen else told.unsound
+                steps = tuple(pending.held)
+                replica.took(finite=finite, step=part.step, loss=mean, norm=norm, whose=whose, steps=steps)
         if finite:
             self.states[:] = states
         self.gradients.detach()
@@ -227,7 +236,7 @@ class Synchronous:
         """Nothing is added up, nothing is on its way."""
         self._pending = _Pending()
         self._talks = Interleave(self._replica.wire)
-        self._consumed = False
+        self._consumed, self._norms = False, []
 
     def _build_optimizer(self) -> Any:
         replica = self._replica
@@ -239,7 +248,13 @@ class Synchronous:
         if eager:  # the gradients are already on their way
             self._consumed = True
             self.gradients.finish()
-        row = Header.row(loss_sum, count, wishes, self._replica.work, [float(u) for u in self.gradients.used])
+        else:
+            self.gradients.zero_unused(self.gradients.used)
+            nodes = list(self._tree.nodes.values()) if self._by_place else self.gradients.buckets
+            self._norms = [norm_there(nodes)] if nodes else []
+        used = [float(u) for u in self.gradients.used]
+        finite = self._own_is_finite()
+        row = Header.row(loss_sum, count, wishes, self._replica.work, used, finite=finite)
         told = Header.of(torch.stack(self._replica.wire.begin(Gather(row, even=True)).wait()))
         if not self._by_place:
             self._consumed = True
@@ -257,6 +272,17 @@ class Synchronous:
             bucket.copy_(total[offset : offset + bucket.numel()])
             offset += bucket.numel()
         return told, [agreed[0].state, *self.states[1:]]
+
+    def _own_is_finite(self) -> bool:
+        """Whether what I have added up is; where the update does not wait for its norm, of the step before."""
+        norms, self._norms = self._norms, []
+        asked, self._asked = (self._asked, None) if self.unseen else (None, None)
+        if not norms:
+            return True
+        reading: Reading | None = Reading(torch.stack(norms))
+        if self.unseen:
+            reading, self._asked = asked, reading
+        return reading is None or is_finite(*reading.values())
 
     def _update(self, told: Header, scale: float, norm: float, *, behind: int) -> float:
         """Scale, clip, optimizer step. Returns the rate used."""
@@ -282,6 +308,7 @@ class Synchronous:
         """
         replica = self._replica
         stopwatch = Stopwatch(replica.device)
+        steps = tuple(self._pending.held)
         norm = norm_there(self.gradients.buckets) * scale
         reading = Reading(norm)
         clip = (replica.max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -294,7 +321,8 @@ class Synchronous:
         def late() -> float:
             (found,) = reading.values()
             mean = told.loss_sum / told.count
-            replica.took(finite=math.isfinite(found), step=step, loss=mean, norm=found)
+            finite = math.isfinite(found)
+            replica.took(finite=finite, step=step, loss=mean, norm=found, whose=Unsound(), steps=steps)
             return found
 
         return late, lr
@@ -306,6 +334,8 @@ class Synchronous:
 
     def _begin(self, position: int, bucket: Tensor) -> None:
         self._consumed = True
+        if not (self._lazy or self._by_place):  # else it is all there before anything travels
+            self._norms.append(norm_there([bucket]))
         self._talks.start(self._exchange.talk(self._contribution(position), self.states[position]))
 
     def _take(self, position: int, agreed: Agreed) -> bool:

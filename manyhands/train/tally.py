@@ -8,9 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from manyhands.core.events import Emit
+    from manyhands.core.membership import Seat
+    from manyhands.train.leftout import Note
     from manyhands.train.method import Part, StepResult
 
 LOSS_STEPS = 20
@@ -45,7 +49,7 @@ class Tally:
     interrupted_s: float = 0.0  # attempts at this step that were interrupted
     skipped: bool = False
     _first: tuple[int, float] = (0, 0.0)
-    _late: tuple[int, StepResult] | None = None
+    _late: StepResult | None = None
 
     def add(self, part: Part, result: StepResult, *, data_s: float, compute_s: float, wall_s: float) -> None:
         """A step is done, after `wall_s` in its last attempt."""
@@ -60,18 +64,20 @@ class Tally:
             self.began, self._first = True, (result.target_tokens, wall_s)
         self.step_s, self.interrupted_s = self.interrupted_s + wall_s, 0.0
 
-    def take(self, step: int, result: StepResult, emit: Emit) -> None:
-        """Note step `step`'s loss, or that its update was left out; where that is not known yet, by the next step's end."""
-        self.settle(emit)
+    def take(self, result: StepResult) -> None:
+        """Note a step's loss; where it is not known yet whether its update was left out, by the next step's end."""
+        self.settle()
         if result.late is not None:
-            self._late = step, result
+            self._late = result
         elif not result.skipped and result.agreed:
             self.losses.append((result.loss, result.target_tokens))
-        elif result.skipped and result.target_tokens:
-            from manyhands.core.events import Warned
 
-            what = f"loss {result.loss}, gradient norm {result.grad_norm}"
-            emit(Warned(message=f"step {step}: {what}: update skipped", where="train"))
+    def tell(self, notes: Sequence[Note], seats: Sequence[Seat], emit: Emit) -> None:
+        """Of updates that were left out."""
+        from manyhands.core.events import Warned
+
+        for note in notes:
+            emit(Warned(message=note.words(seats), where="train"))
             self.skipped = True
 
     def facts(self) -> dict[str, Any]:
@@ -90,13 +96,13 @@ class Tally:
             self.losses.extend((float(loss), int(count)) for loss, count in facts["losses"])
         return new
 
-    def settle(self, emit: Emit) -> StepResult | None:
+    def settle(self) -> StepResult | None:
         """Wait for what is late; that step's result, if there is one."""
         if self._late is None:
             return None
-        (step, result), self._late = self._late, None
-        found = result.settled()
-        self.take(step, found, emit)
+        late, self._late = self._late, None
+        found = late.settled()
+        self.take(found)
         return found
 
     def take_skipped(self) -> bool:
