@@ -116,6 +116,7 @@ def test_a_replacement_joins_at_an_agreement(corpus: Path, tmp_path: Path, strat
         ("forecast(lr=0.003, every=6, delay=2)", True),
         ("hogwild(every=10)", False),
         ("streaming-diloco(lr=0.003, every=6, fragments=2, delay=1)", True),
+        ("gossip(lr=0.003, every=3)", True),
         ("parameter-server(lr=0.003)", False),
         ("parameter-server(consistency=async, lr=0.003)", False),
         ("parameter-server(consistency=bounded(2), servers=2, lr=0.003, optimizer=sgd)", False),
@@ -136,13 +137,15 @@ def test_every_family_goes_on(corpus: Path, tmp_path: Path, strategy: str, dropp
     assert dropped or "left out by rule" not in told
 
 
-def test_a_process_group_is_formed_anew(corpus: Path, tmp_path: Path) -> None:
-    """The same over gloo, which several hosts use."""
-    with Job(tmp_path, corpus, "--transport", "group", "--restarts", 0) as job:
+@pytest.mark.parametrize(("strategy", "workers"), [("ddp", 3), ("gossip(lr=0.003, every=2)", 4)])
+def test_a_process_group_is_formed_anew(corpus: Path, tmp_path: Path, strategy: str, workers: int) -> None:
+    """The same over gloo, which several hosts use. Of four, one whose pair has broken is behind two that go on as one."""
+    options = ("--strategy", strategy, "--transport", "group", "--restarts", 0)
+    with Job(tmp_path, corpus, *options, workers=workers) as job:
         job.reach(7)
         job.send("w0", signal.SIGKILL)
         job.end()
-    assert summary(tmp_path)["world_sizes"] == [3, 2]
+    assert summary(tmp_path)["world_sizes"] == [workers, workers - 1]
     assert "every sample once" in warm.manyhands("ledger", tmp_path)
 
 
@@ -150,6 +153,8 @@ def test_a_process_group_is_formed_anew(corpus: Path, tmp_path: Path) -> None:
     "strategy",
     [
         "ddp(exchange='error-feedback(int4)')",
+        "gossip(lr=0.003, every=3)",
+        "streaming-diloco(lr=0.003, every=6, fragments=2, delay=1)",
         "parameter-server(exchange=error-feedback(int4))",
         "parameter-server(consistency=async)",
     ],
@@ -163,7 +168,9 @@ def test_one_that_is_asked_to_leave_leaves_alone(corpus: Path, tmp_path: Path, s
     assert summary(tmp_path)["world_sizes"] == [3, 2]
     assert [e["seat"] for e in events(tmp_path, "left")] == ["w0"]
     assert not events(tmp_path, "lost")
-    assert "every sample once" in warm.manyhands("ledger", tmp_path)
+    told = warm.manyhands("ledger", tmp_path)
+    assert "every sample once" in told
+    assert "left out by rule" not in told
 
 
 def test_one_that_hangs_is_given_up(corpus: Path, tmp_path: Path) -> None:

@@ -128,7 +128,9 @@ def test_all_die_and_one_command_goes_on(tmp_path: Path, start: Start) -> None:
     assert '"resumed"' in (output / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "parameter-server(consistency=async)"])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "parameter-server(consistency=async)", "gossip(lr=0.003, every=3)"]
+)
 def test_joining_a_local_job_by_its_output_and_leaving_it(
     tmp_path: Path, start: Start, strategy: str
 ) -> None:
@@ -150,6 +152,7 @@ def test_joining_a_local_job_by_its_output_and_leaving_it(
     local.send_signal(signal.SIGTERM)
     _, errors = local.communicate(timeout=WAIT_S)
     assert local.returncode == 143, errors
+    assert main(["ledger", str(output)]) == 0
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ def test_strategies_that_agree_all_at_once_can_do_either(strategy: str) -> None:
     "strategy",
     [
         "streaming-diloco(every=4, fragments=2, delay=1)",
+        "streaming-diloco(every=4, fragments=2, delay=1, exchange=gossip)",
         "forecast(every=3, delay=2, exchange=error-feedback(int4))",
     ],
 )

@@ -366,7 +366,9 @@ class _State:
             if (
                 key == seen
             ):  # an epoch's first steps also have places of those who were lost in them: the last tell
-                seats = sorted({s for t in words if (t.attempt, t.run.epoch) == key for s in t.run.who})
+                seats = sorted(
+                    {s for t in interval.valid if (t.attempt, t.run.epoch) == key for s in t.run.who}
+                )
                 self.report.changes[-1] = dataclasses.replace(self.report.changes[-1], seats=tuple(seats))
 
     def _problem(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,12 +93,25 @@ class Books:
             self._told.append(told)
         self._tell_left_out()
 
-    def dropped(self, division: Division, steps: int, why: str) -> None:
-        """What was computed up to step `steps` and is in no agreement is lost."""
-        for step, epoch, who, rows in division.committed(steps):
-            if self._ledger is not None:
-                self._ledger.dropped(step + 1, epoch=epoch, who=who, rows=rows, why=why)
-        self._left = [each for each in self._left if each[0].step >= steps]
+    def left_out(
+        self, division: Division, standing: Standing, settled: int, here: Collection[str], why: str
+    ) -> None:
+        """Who goes on has no use for what was computed since the last agreement, and is told by all of them alike.
+
+        Of the steps up to `settled`, where pairs have agreed and not yet heard of the others, it is what those computed
+        that are not among `here`: the seats that go on from their own state.
+        """
+        for step, epoch, who, rows in division.committed(standing.steps):
+            if self._ledger is None:
+                continue
+            whole, some = step < standing.committed, step < settled
+            used = {seat: spans for seat, spans in who.items() if whole or (some and seat in here)}
+            unused = {seat: spans for seat, spans in who.items() if seat not in used}
+            if used:
+                self._ledger.commit(step + 1, epoch=epoch, who=used, rows=rows)
+            if unused:
+                self._ledger.dropped(step + 1, epoch=epoch, who=unused, rows=rows, why=why)
+        self._left = [each for each in self._left if each[0].step >= standing.steps]
 
     def tell_of_last(
         self, standing: Standing, method: Method, seats: Sequence[Seat], *, epoch: int, rows: int

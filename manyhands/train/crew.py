@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 
 SURVIVORS = "survivors"
+UNDONE = "a worker was lost before the next agreement"
 QUICK = 0.1  # of a step: to wait for a newcomer's state costs less than to go without it
 
 
@@ -45,6 +46,23 @@ class Offer(Protocol):
     def put(self, version: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None: ...
 
     def withdraw(self) -> None: ...
+
+
+@dataclasses.dataclass
+class _Back:
+    """What of my work is where, when I have gone back to the last agreement.
+
+    Attributes:
+        held: what I have done since, by step; applied: what each of the set has, where that stays.
+        committed: steps of which everybody's work is agreed upon; settled: the same of my own agreements.
+        undone: what I have done since is lost.
+    """
+
+    held: Held
+    applied: Mapping[str, Held]
+    committed: int
+    settled: int
+    undone: bool
 
 
 @dataclasses.dataclass
@@ -163,7 +181,7 @@ class Crew:
         if cause is not None:
             self.failed(cause)
         self.membership.at("re-forming", old.steps)
-        held, applied, undone = self._go_back(loop)
+        back = self._go_back(loop)
         dropped = loop.division.begun() if getattr(old.method, "drops", False) else {}
         while True:
             loop.replica.wire.close()
@@ -175,9 +193,10 @@ class Crew:
                 fresh=self.fresh,
                 steps=loop.replica.steps,
                 agreements=getattr(loop.replica.method, "agreements", 0),
+                committed=back.committed,
                 chores=loop.chores_at(loop.replica.steps),
-                held=held,
-                gone={seat: by for seat, by in applied.items() if seat not in staying},
+                held=back.held,
+                gone={seat: by for seat, by in back.applied.items() if seat not in staying},
                 dropped={seat: by for seat, by in dropped.items() if seat not in staying},
                 closing=loop.closing,
                 saved=loop.saved_step,
@@ -185,37 +204,43 @@ class Crew:
                 quick=carried.fetch_s(loop.replica) < QUICK * loop.tally.step_s,
             )
             try:
-                self.settle(loop, world, mine, begun=begun, undone=undone)
+                self.settle(loop, world, mine, begun=begun, back=back)
                 return
             except PeerLost as lost:
                 world.wire.close()
                 self.failed(lost)
             if loop.replica is not old and getattr(loop.replica.method, "alone", False):
                 old = loop.replica  # who was quicker may have pushed a step in this set
-                held, applied, undone = self._go_back(loop)
+                back = self._go_back(loop)
 
-    def _go_back(self, loop: Loop) -> tuple[dict[int, list[int]], Mapping[str, Held], int]:
-        """To the last agreement: (what I have done since, what each of the set has; up to which step work is lost, or 0)."""
-        replica, held, undone = loop.replica, {}, 0
-        if hasattr(replica.method, "rewind") and not self.fresh:
-            steps, committed = replica.steps, replica.method.committed
-            held = replica.method.rewind()
+    def _go_back(self, loop: Loop) -> _Back:
+        """To the last agreement."""
+        replica, method, held, undone = loop.replica, loop.replica.method, {}, False
+        committed = method.committed
+        settled = getattr(method, "settled", committed)
+        if hasattr(method, "rewind") and not self.fresh:
+            steps, alone = replica.steps, bool(getattr(method, "alone", False))
+            if not alone:  # an agreement was made, and then a peer was lost in the same step
+                loop.books.commit(loop.division, method, loop.seats)
+            held = method.rewind()
             if replica.steps > steps:  # an update was made of which nobody was told
-                loop.books.commit(loop.division, replica.method, loop.seats)
-            if getattr(replica.method, "alone", False):  # and what I had pushed when the last set met
+                loop.books.commit(loop.division, method, loop.seats)
+            if alone:  # and what I had pushed when the last set met
                 for step, places in loop.division.held().get(self.membership.me.id, {}).items():
                     held.setdefault(step, []).extend(places)
-            if replica.steps == steps and steps > committed and not held:
-                undone = steps
-        return held, applied_by(loop), undone
+            undone = replica.steps == steps and steps > committed and not held
+        return _Back(held, applied_by(loop), committed, settled, undone)
 
-    def settle(self, loop: Loop, world: World, mine: Position, *, begun: float, undone: int = 0) -> None:
+    def settle(
+        self, loop: Loop, world: World, mine: Position, *, begun: float, back: _Back | None = None
+    ) -> None:
         """Agree on where the job stands, and take over. Collective. Raises `PeerLost`."""
         assert self.epoch is not None
         still = bool(getattr(loop.replica.method, "still", False))
         standing = conclude([Position.of(data) for data in world.gather(mine.to_data())], still=still)
-        if undone and world.rank not in standing.behind:  # the others do not know of the last agreement
-            loop.books.dropped(loop.division, undone, "a worker was lost before the next agreement")
+        if back is not None and back.undone and world.rank not in standing.behind:
+            here = {seat.id for rank, seat in enumerate(self.epoch.seats) if rank not in standing.behind}
+            loop.books.left_out(loop.division, standing, back.settled, here, UNDONE)
         made_of, rebuilt = SURVIVORS, ""
         traffic = loop.replica.wire.traffic
         world.wire.traffic = traffic  # type: ignore[misc]  # the counters of the whole run

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from manyhands.core.types import Handle, Wire
+    from manyhands.train.header import Header
     from manyhands.wire.drive import Interleave
 
 LAYER = re.compile(r"\.(\d+)\.")
@@ -24,6 +25,7 @@ LAYER = re.compile(r"\.(\d+)\.")
 class Flight:
     """An exchange on its way."""
 
+    fragment: Fragment
     talks: Interleave
     header: Handle
     nominal: float
@@ -31,6 +33,19 @@ class Flight:
     targets: float
     sums: list[float]
     step: int
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the workers told each other: mean loss since they last spoke, targets that full batches would have had.
+
+    `lost`: what was agreed was not finite, and was left out.
+    """
+
+    loss: float
+    nominal: int
+    header: Header
+    lost: bool
 
 
 @dataclass
@@ -47,6 +62,7 @@ class Fragment:
     drifted: bool = False
     flight: Flight | None = None
     met: int = 0  # the steps whose work is in the anchors
+    heard: int = 0  # the same of which everybody is known to have done its part
     places: list[tuple[int, int]] = field(default_factory=list)  # (flat, offset) of each view
 
     @staticmethod
@@ -107,6 +123,11 @@ class Fragment:
         """Counted from here on."""
         self.targets = self.nominal = 0.0
         self.drifted = False
+
+    def begin(self, steps: int) -> None:
+        """The anchors, as they are, stand for so many steps; nothing is in flight."""
+        self.rest()
+        self.flight, self.met, self.heard = None, steps, steps
 
 
 def split(named: Sequence[tuple[str, nn.Parameter]], fragments: int) -> list[list[tuple[str, nn.Parameter]]]:

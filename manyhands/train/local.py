@@ -18,14 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from manyhands.core.errors import ManyhandsError
 from manyhands.core.request import Gather, Sum
-from manyhands.train.fragments import Flight, Fragment, split
+from manyhands.train.fragments import Flight, Fragment, Told, split
 from manyhands.train.header import Header, Unsound, Wishes
 from manyhands.train.inner import InnerSteps
 from manyhands.train.leftout import LeftOut
@@ -55,6 +54,7 @@ class LocalSteps:
         self.agrees = not self._pairwise
         whole = self._cadence.fragments == 1 and not self._cadence.delay and not strategy.keep_local
         self.comes_to_rest = whole and not self._pairwise
+        self.meets_first = not self.comes_to_rest
         self.drops = self.comes_to_rest and replica.lost_round == "drop"
         self.inner = InnerSteps(replica, strategy.inner or strategy.outer)
         groups = split(replica.named, self._cadence.fragments)
@@ -71,6 +71,11 @@ class LocalSteps:
 
     @property
     def committed(self) -> int:
+        return min(f.heard for f in self._fragments)
+
+    @property
+    def settled(self) -> int:
+        """How many steps' work is in my anchors; of pairs, not everybody may have come so far."""
         return min(f.met for f in self._fragments)
 
     @property
@@ -95,7 +100,7 @@ class LocalSteps:
         loss_sum, count = (0.0, 0.0) if skipped else (done.loss_sum, done.count)
         for i in self._cadence.starts(replica.steps):
             self._start(i, wishes)
-        told: _Told | None = None
+        told: Told | None = None
         for i in self._cadence.finishes(replica.steps):
             told = self._finish(i) or told
         mean = loss_sum / count if count else math.nan
@@ -198,8 +203,7 @@ class LocalSteps:
             for fragment in self._fragments:
                 for anchor, param in zip(fragment.anchors, fragment.params, strict=True):
                     anchor.copy_(param)
-                fragment.rest()
-                fragment.flight, fragment.met = None, self._replica.steps
+                fragment.begin(self._replica.steps)
         self._exact, self._since, self._sums, self._late = self._replica.tokens, 0, [0.0, 0.0], []
         self._held = {}
         self.inner.forget()
@@ -215,8 +219,7 @@ class LocalSteps:
             self.inner.forget()
             self._adopt()
             for fragment in self._fragments:
-                fragment.rest()
-                fragment.flight, fragment.met = None, replica.steps
+                fragment.begin(replica.steps)
             replica.tokens = self._exact + self._since
             self._exact, self._since, self._sums, self._late, self._held = (
                 replica.tokens,
@@ -243,7 +246,8 @@ class LocalSteps:
             for mine, theirs in zip(self._fragments, other._fragments, strict=True):
                 for anchor, old in zip(mine.anchors, theirs.anchors, strict=True):
                     anchor.copy_(old)
-                mine.targets, mine.drifted, mine.met = theirs.targets, theirs.drifted, theirs.met
+                mine.targets, mine.drifted = theirs.targets, theirs.drifted
+                mine.met, mine.heard = theirs.met, theirs.heard
         self._sums, self._exact, self._held = other._sums, other._exact, other._held
         self.agreements = other.agreements
         self.states[:] = other.states
@@ -291,6 +295,7 @@ class LocalSteps:
         if self._speaks:
             talks.start(self._exchange.talk(self._contribution(fragment), self.states[i]))
         fragment.flight = Flight(
+            fragment,
             talks,
             header,
             fragment.nominal,
@@ -304,7 +309,7 @@ class LocalSteps:
         self._sums = [0.0, 0.0]
         fragment.rest()
 
-    def _finish(self, i: int, keep_local: float | None = None) -> _Told | None:
+    def _finish(self, i: int, keep_local: float | None = None) -> Told | None:
         """The outer step of fragment `i`; None where nothing was in flight (just resumed)."""
         fragment, replica = self._fragments[i], self._replica
         flight = fragment.flight
@@ -316,10 +321,10 @@ class LocalSteps:
         fragment.flight, fragment.met, self._held = None, flight.step, {}
         keep = replica.strategy.keep_local if keep_local is None else keep_local
         lost = self._settle(i, flight, found, told, keep)
+        self.agreements += 1
         if lost:
             self._note_lost(i, steps, told, held)
         if told is not None:
-            self.agreements += 1
             return self._told(flight, told, lost=lost)
         self._late.append(flight)
         return self._read(self._late.pop(0), lost=lost) if len(self._late) > 1 else None
@@ -360,17 +365,18 @@ class LocalSteps:
         )
         self._replica.notes.append(note)
 
-    def _read(self, flight: Flight, *, lost: bool) -> _Told:
+    def _read(self, flight: Flight, *, lost: bool) -> Told:
         """The header of an exchange, which may still be under way."""
         return self._told(flight, Header.of(torch.stack(flight.header.wait())), lost=lost)
 
-    def _told(self, flight: Flight, told: Header, *, lost: bool) -> _Told:
+    def _told(self, flight: Flight, told: Header, *, lost: bool) -> Told:
         """Everybody's sums."""
         late = told.unsound.gradients or () if self._pairwise else ()
         self._replica.hear(told.left_out, late, at=flight.step - 1)
+        flight.fragment.heard = flight.step
         self._exact += told.count - flight.told_nominal
         self._replica.tokens = self._exact + self._since
-        return _Told(told.loss_sum / told.count if told.count else math.nan, flight.told_nominal, told, lost)
+        return Told(told.loss_sum / told.count if told.count else math.nan, flight.told_nominal, told, lost)
 
     def _count_lost(self, lost: bool, norm: float) -> None:
         """Everybody falls back to the anchor when what was agreed is not finite. Raises where that goes on and on."""
@@ -395,26 +401,15 @@ class LocalSteps:
     def _average_anchors(self) -> None:
         wire = self._replica.wire
         with torch.no_grad():
-            for fragment in self._fragments:
-                for anchor in fragment.anchors:
-                    total = wire.begin(Sum(anchor.detach().clone().reshape(-1))).wait()
-                    anchor.copy_((total / wire.size).reshape(anchor.shape))
+            anchors = [anchor for fragment in self._fragments for anchor in fragment.anchors]
+            totals = [wire.begin(Sum(anchor.detach().clone().reshape(-1))).wait() for anchor in anchors]
+            for anchor, total in zip(
+                anchors, totals, strict=True
+            ):  # all of them, or none where a peer is lost
+                anchor.copy_((total / wire.size).reshape(anchor.shape))
 
     def _adopt(self) -> None:
         with torch.no_grad():
             for fragment in self._fragments:
                 for anchor, param in zip(fragment.anchors, fragment.params, strict=True):
                     param.copy_(anchor)
-
-
-@dataclass(frozen=True)
-class _Told:
-    """What the workers told each other: mean loss since they last spoke, targets that full batches would have had.
-
-    `lost`: what was agreed was not finite, and was left out.
-    """
-
-    loss: float
-    nominal: int
-    header: Header
-    lost: bool

@@ -152,7 +152,7 @@ class Loop:
         if self._save_due and rests and whole:
             chores += ["meet", "save"]
         if result.change:
-            chores.append("change")
+            chores += ["meet", "change"] if getattr(self.replica.method, "meets_first", False) else ["change"]
         self._set_chores(chores)
 
     def _set_chores(self, chores: list[str]) -> None:

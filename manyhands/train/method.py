@@ -126,6 +126,8 @@ class Method(Protocol):
         saves_alone: (optional) the agreed parameters are there at any time, so that after an interruption one worker can save
             them though the method is not at rest.
         still: (optional) nothing that others may need moves before a step's agreement.
+        meets_first: (optional) an agreed change of workers would lose what lies between agreements: it is preceded by `meet`.
+        settled: (optional) as `committed`, by this worker's own agreements, where not everybody may have come so far.
         agreements: (optional) how many this worker has taken part in; it may have some that others lack when one is lost.
         alone: (optional) workers do not wait for each other, and each tells the ledger for itself.
         applied: (optional) after `rewind`, of which steps each rank's work is in the parameters whatever becomes of it.

@@ -32,6 +32,7 @@ class Position:
         fresh: it holds no state of the job.
         steps: steps that are agreed upon.
         agreements: how many it has taken part in, where several may fall on one step.
+        committed: steps of which it knows that everybody's work is agreed upon.
         chores: what it still has to do after that step, in order.
         held: places of micro-batches that it has computed since, by step.
         gone: the same of those who were lost, where what they did stays (they wrote into common parameters).
@@ -46,6 +47,7 @@ class Position:
     fresh: bool
     steps: int
     agreements: int = 0
+    committed: int = 0
     chores: Sequence[str] = ()
     held: Held = field(default_factory=dict)
     gone: Mapping[str, Held] = field(default_factory=dict)
@@ -79,6 +81,7 @@ class Standing:
 
     Attributes:
         steps: how far the job is.
+        committed: steps of which one of those who have the state knows that everybody's work is in it.
         leader: the rank that has the job's state.
         behind: ranks that must get it.
         fresh: those of them that never had it.
@@ -92,6 +95,7 @@ class Standing:
 
     steps: int
     leader: int
+    committed: int = 0
     behind: tuple[int, ...] = ()
     fresh: tuple[int, ...] = ()
     chores: tuple[str, ...] = ()
@@ -147,6 +151,7 @@ def conclude(positions: Sequence[Position], *, still: bool = True) -> Standing:
     return Standing(
         steps=furthest[0],
         leader=up_to_date.index(True),
+        committed=max(p.committed for p in there),
         behind=behind,
         fresh=tuple(rank for rank, p in enumerate(positions) if p.fresh),
         chores=chores,
