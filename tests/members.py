@@ -168,6 +168,11 @@ class Job:
     def kill(self, id: str, signum: int = signal.SIGKILL) -> None:
         os.kill(self.processes[id].pid, signum)
 
+    def suspect(self) -> None:
+        """The epoch is over, though nobody is lost."""
+        with self._lock:
+            self._end_epoch()
+
     def evict(self, id: str, how: str = "hang") -> None:
         """It does not take part any more; the others are told. It is not ended."""
         with self._lock:

@@ -13,9 +13,11 @@ import pytest
 import torch
 from members import Job, PipeMembership
 
+from manyhands.core.config import from_text
 from manyhands.core.errors import PeerLost, UsageError
 from manyhands.core.membership import Epoch, Seat
 from manyhands.core.request import ACROSS, NODE, Gather, Scatter, Sum, Swap
+from manyhands.wire.drive import run
 from manyhands.wire.form import form
 from manyhands.wire.group import GroupWire
 from manyhands.wire.shared import SharedWire
@@ -144,6 +146,61 @@ def test_axes_of_two_hosts_end_with_the_epoch() -> None:
             if turn:
                 job.evict(victim)
             _formed(job, number + 1)
+
+
+def _levels(membership: PipeMembership) -> None:
+    """Rounds of exchanges of two levels: the sum is exact, and with a lossy codec nothing is lost but by who is."""
+    exact, lossy = (
+        from_text("exchanges", text) for text in ("hierarchical", "error-feedback(hierarchical(int8))")
+    )
+    owed = lossy.init([torch.zeros(600)])
+    while True:
+        epoch = membership.next()
+        try:
+            world = form(epoch, membership, device=CPU)
+            for turn in range(1 << 20):
+                powers = [torch.full((600,), 2.0**world.rank)]
+                found = run(exact.talk(powers, exact.init(powers)), world.wire)
+                assert found.mean[0].tolist() == [2.0**world.size - 1] * 600
+                given = torch.randn(600, generator=torch.Generator().manual_seed(turn + 7 * world.rank))
+                came = world.wire.begin(Sum(given + owed["residual"][0])).wait()
+                agreed = run(lossy.talk([given.clone()], owed), world.wire)
+                left = world.wire.begin(Sum(agreed.state["residual"][0].clone())).wait()
+                torch.testing.assert_close(agreed.mean[0] + left, came, rtol=1e-4, atol=1e-4)
+                owed = agreed.state
+                if turn == 2:
+                    membership.tell("told", {"epoch": epoch.number, "as": world.wire.flattened})
+        except PeerLost:
+            world.wire.close()
+
+
+def test_hosts_made_unequal_exchange_as_one_level() -> None:
+    hosts = {"a0": "a", "b0": "b", "a1": "a", "b1": "b", "b2": "b", "b3": "b"}
+    with Job(_levels) as job:
+        job.start("a0", "b0", "a1", "b1", hosts=hosts)
+        assert [told["as"] for told in _formed(job, 1)] == [""] * 4
+        job.kill("b1")
+        assert [told["as"] for told in _formed(job, 2)] == ["hosts with [2, 1] workers"] * 3
+        job.start("b2", hosts=hosts)
+        job.kill("b0")
+        assert [told["as"] for told in _formed(job, 3)] == ["hosts with [2, 1] workers"] * 3
+        job.start("b3", hosts=hosts)
+        job.suspect()
+        assert [told["as"] for told in _formed(job, 4)] == [""] * 4
+
+
+def _unequal(membership: PipeMembership) -> None:
+    world = form(membership.next(), membership, device=CPU)
+    with pytest.raises(UsageError, match=r"hosts with \[2, 1\] workers"):
+        world.wire.begin(Sum(torch.ones(1), NODE))
+    membership.tell("told", {"epoch": 1})
+    membership.next()
+
+
+def test_a_job_does_not_begin_with_unequal_hosts() -> None:
+    with Job(_unequal) as job:
+        job.start("a0", "a1", "b0", hosts={"a0": "a", "a1": "a", "b0": "b"})
+        _formed(job, 1)
 
 
 def _stop_at_the_door(membership: PipeMembership, transport: str) -> None:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from runs import TINY, command, environment
+from runs import TINY, command, environment, events
 
 from manyhands.cli.main import main
+from manyhands.launch.chaos import workers_of
 from manyhands.launch.control import CONTACT
 
 WAIT_S = 240.0
@@ -26,13 +27,13 @@ Start = Callable[..., subprocess.Popen[str]]
 def start(tmp_path: Path) -> Iterator[Start]:
     started: list[subprocess.Popen[str]] = []
 
-    def begin(*arguments: object) -> subprocess.Popen[str]:
+    def begin(*arguments: object, **variables: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             command(*arguments),
             stdout=subprocess.DEVNULL,  # a pipe that nobody reads would stop the job
             stderr=subprocess.PIPE,
             text=True,
-            env=environment(),
+            env={**environment(), **variables},
         )
         started.append(process)
         return process
@@ -57,6 +58,13 @@ def contact(output: Path, *, other_than: str = "") -> dict[str, str]:
         if found and found["address"] != other_than:
             return found
         time.sleep(0.02)
+
+
+def contact_of(coordinator: subprocess.Popen[str], output: Path) -> tuple[str, ...]:
+    """What `join` must be given to find it."""
+    there = contact(output)
+    assert coordinator.poll() is None
+    return there["address"], "--token-file", there["token_file"], "--fingerprint", there["fingerprint"]
 
 
 def steps_made(output: Path) -> int:
@@ -152,6 +160,32 @@ def test_joining_a_local_job_by_its_output_and_leaving_it(
     local.send_signal(signal.SIGTERM)
     _, errors = local.communicate(timeout=WAIT_S)
     assert local.returncode == 143, errors
+    assert main(["ledger", str(output)]) == 0
+
+
+def test_a_loss_that_leaves_hosts_unequal(tmp_path: Path, start: Start) -> None:
+    """Two hosts of two workers add within and across; when one is lost the others go on as one level."""
+    output = tmp_path / "out"
+    given = ("--workers", 4, "--min-workers", 3, "--steps", 40, "--strategy", "hierarchical(across=int8)")
+    there = contact_of(start("coordinate", *job(tmp_path, output, *given)), output)
+    guests = [
+        start(
+            "join",
+            *there,
+            *("--workers", 2, "--threads", 1, "--restarts", 0, "--output", tmp_path / host),
+            MANYHANDS_HOST=host,
+        )
+        for host in ("a", "b")
+    ]
+    until_steps(output, 5)
+    os.kill(max(workers_of(output).items())[1], signal.SIGKILL)
+    for guest in guests:
+        _, errors = guest.communicate(timeout=WAIT_S)
+        assert guest.returncode == 0, errors
+    found = json.loads((output / "summary.json").read_text())
+    assert (found["steps"], found["world_sizes"]) == (40, [4, 3])
+    (warned,) = [e for e in events(output, "warned") if e["where"] == "exchange"]
+    assert "workers: exchanges within and across hosts need equally many on each" in warned["message"]
     assert main(["ledger", str(output)]) == 0
 
 

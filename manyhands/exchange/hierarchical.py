@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 class Hierarchical:
     """`within` each host, then `across` hosts by slices. Every host must have equally many workers.
 
+    Where a change of workers in mid-run leaves hosts unequal, wires answer as if each worker were alone on its host: all
+    exchange `across`, the whole instead of a slice. Nothing but counters is kept here, so nothing has to be handed over.
+
     Feedback goes around it, not inside: ``error-feedback(hierarchical(int8))``. A residual of a slice could not be handed
     over when the number of workers per host changes.
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from manyhands.core.errors import PeerLost
-from manyhands.core.events import Joined, Left, Lost, Reformed
+from manyhands.core.events import Joined, Left, Lost, Reformed, Warned
 from manyhands.train import carried, exchange_state, sharded_rebuild
 from manyhands.train.standing import Held, Position, Standing, conclude
 
@@ -111,6 +111,7 @@ class Crew:
         self._told_left: set[str] = set()
         self._offered: _Offered | None = None
         self._waiting: Standing | None = None  # I have not fetched the state yet
+        self._flattened = ""  # how the workers lie on hosts, where that has made exchanges of two levels one
         self._losses: list[Loss] = []  # since the job last went on: somebody may be lost while it re-forms
 
     def meet(self) -> World:
@@ -324,6 +325,7 @@ class Crew:
 
     def committed(self, loop: Loop) -> None:
         """A step was agreed upon: what was offered before it is no longer true."""
+        self._tell_levels(loop)
         if self._offered is None:
             return
         offered, self._offered = self._offered, None
@@ -337,6 +339,20 @@ class Crew:
             )
 
     # -- words
+
+    def _tell_levels(self, loop: Loop) -> None:
+        """Exchanges within and across hosts have come to work otherwise than was asked for, or do as asked again."""
+        now = getattr(loop.world.wire, "flattened", "")
+        if now is None or now == self._flattened:
+            return
+        self._flattened = now
+        words = (
+            f"{now}: exchanges within and across hosts need equally many on each, "
+            "so until then all workers exchange across hosts"
+            if now
+            else "hosts hold equally many workers again: exchanges work within and across them"
+        )
+        loop.emit(Warned(message=words, where="exchange"))
 
     def tell_losses(self, emit: Emit) -> None:
         """Who was lost since this was told last."""

@@ -70,6 +70,7 @@ def form(
         timeout_s=timeout_s,
         nodes=nodes_of(members),
         watch=watch,
+        uneven=epoch.number > 1,  # the job has begun: a change of its workers is no reason to end it
     )
     return World(wire, members, kind)
 

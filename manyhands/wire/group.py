@@ -56,6 +56,7 @@ class GroupWire:
         nodes: which host each rank is on, as numbers from 0; None: all on one.
         watch: the membership epoch that the wire belongs to. All waits (also of collectives that others start on the
             default group) end with it.
+        uneven: hosts may hold unequal numbers of workers, as after a loss; then all workers are one level, across hosts.
     """
 
     lazy = False  # what is begun travels at once
@@ -71,6 +72,7 @@ class GroupWire:
         timeout_s: float = 1800.0,
         nodes: Sequence[int] | None = None,
         watch: Watch | None = None,
+        uneven: bool = False,
     ) -> None:
         self.rank, self.size = rank, size
         self.traffic = Traffic()
@@ -80,6 +82,10 @@ class GroupWire:
         self._device, self._nccl = device, nccl
         self._store, self._timeout_s = store, timeout_s
         self._nodes = list(nodes) if nodes is not None else [0] * size
+        self._uneven = uneven
+        self.flattened: str | None = (
+            None  # how hosts are unequal; "": they are not; None: nobody has asked for axes
+        )
         self._cpus = device.type == "cpu"
         self._made = 0  # wires within, so far
         self._axes: dict[str, Wire] = {}
@@ -167,13 +173,18 @@ class GroupWire:
             groups = [[r for r, at in enumerate(local) if at == place] for place in range(max(local) + 1)]
         else:
             raise UsageError(f"axis {axis!r}", "a wire has the axes replica, node and across", "")
+        self.flattened = ""
         if len({len(group) for group in groups}) > 1:
             counts = [self._nodes.count(node) for node in dict.fromkeys(self._nodes)]
-            raise UsageError(
-                f"hosts with {counts} workers",
-                "exchanges within and across hosts need equally many workers on each",
-                "start as many on each host, or use an exchange without that distinction",
-            )
+            if not self._uneven:
+                raise UsageError(
+                    f"hosts with {counts} workers",
+                    "exchanges within and across hosts need equally many workers on each",
+                    "start as many on each host, or use an exchange without that distinction",
+                )
+            self.flattened = f"hosts with {counts} workers"
+            everybody = list(range(self.size))
+            groups = [[rank] for rank in everybody] if axis == NODE else [everybody]
         ranks = next(group for group in groups if self.rank in group)
         return self._join(groups, ranks, f"node{mine}")
 
@@ -271,17 +282,20 @@ class _SubGroupWire(GroupWire):
         self._device, self._nccl, self._owns, self._axes = whole._device, whole._nccl, False, {}
         self._watch, self._breaker = whole._watch, whole._breaker
         self._nodes = [whole._nodes[rank] for rank in ranks]
+        self._whole, self._uneven = whole, whole._uneven
 
     def _make_axis(self, axis: str) -> Wire:
-        """Either all of my ranks are on one host or each is on one of its own; else there are no axes."""
+        """Either all of my ranks are on one host or each is on one of its own; else they are one level, if any."""
         hosts = len(set(self._nodes))
-        if axis in (NODE, ACROSS) and hosts in (1, self.size):
-            return self if (hosts == 1) == (axis == NODE) else Solo(str(self._device))
-        raise UsageError(
-            f"axis {axis!r} among workers {self.ranks}",
-            "a part of the workers has the axes of its hosts only where they hold one worker each",
-            "use an exchange without that distinction",
-        )
+        if self._uneven and hosts not in (1, self.size):
+            self._whole.flattened = f"parts of workers on {hosts} hosts"
+        elif axis not in (NODE, ACROSS) or hosts not in (1, self.size):
+            raise UsageError(
+                f"axis {axis!r} among workers {self.ranks}",
+                "a part of the workers has the axes of its hosts only where they hold one worker each",
+                "use an exchange without that distinction",
+            )
+        return self if (hosts == 1) == (axis == NODE) else Solo(str(self._device))
 
     def close(self) -> None:
         """The process group ends with the whole one's."""
