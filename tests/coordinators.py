@@ -50,8 +50,11 @@ class Play:
                 self.now = 0.5
                 self.step(1)
 
-    def come(self, id: str, *, holding: Epoch | None = None, step: int = 0, pid: int = 0) -> None:
-        seat = Seat(id=id, host="h", pid=pid)
+    def come(
+        self, id: str, *, holding: Epoch | None = None, step: int = 0, pid: int = 0, at: str = "h cpu"
+    ) -> None:
+        host, device = at.split()
+        seat = Seat(id=id, host=host, device=device, pid=pid)
         self.state.hello(seat, holding=holding, step=step, version=messages.VERSION, now=self.now)
 
     def step(self, step: int, *ids: str, phase: str = "step") -> None:

@@ -36,6 +36,24 @@ def test_a_job_without_expected_workers_waits_for_a_number() -> None:
     assert ids(play.epoch) == ["a", "b"]
 
 
+@pytest.mark.parametrize("at", ["elsewhere cpu", "h cuda:0"])
+def test_whom_shared_memory_cannot_join_is_turned_away_and_not_waited_for(at: str) -> None:
+    play = Play("w0", "g", shared=False, begun=False)  # without the rule it is taken
+    assert ids(play.epoch) == ["w0", "g"]
+    play = Play(shared=True)
+    play.state.expect(["w0", "g", "w1"])
+    play.come("w0")
+    play.state.ready("w0", epoch=0, step=0, now=0.0)
+    with pytest.raises(Refused, match=r"worker g on (?s:.*)share the memory of one host, h") as refused:
+        play.come("g", at=at)
+    assert refused.value.status == "PERMISSION_DENIED"
+    play.state.lose("g", how="failed", detail="was refused", final=True, now=play.now)  # so says its launcher
+    play.come("w1")
+    play.state.ready("w1", epoch=0, step=0, now=0.0)
+    assert ids(play.epoch) == ["w0", "w1"]
+    assert play.state.ended is None
+
+
 def test_a_death_ends_the_epoch_at_once_and_the_next_one_begins_without_it() -> None:
     play = Play("w0", "w1", "w2")
     play.step(7)

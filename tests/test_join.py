@@ -189,6 +189,28 @@ def test_a_loss_that_leaves_hosts_unequal(tmp_path: Path, start: Start) -> None:
     assert main(["ledger", str(output)]) == 0
 
 
+def test_a_guest_of_another_host_is_refused_where_memory_is_shared(tmp_path: Path, start: Start) -> None:
+    output = tmp_path / "out"
+    given = ("--workers", 1, "--steps", 10**6, "--strategy", "hogwild(every=5)")
+    first = start("coordinate", *job(tmp_path, output, *given))
+    there = contact_of(first, output)
+    ours = start("join", *there, "--workers", 1, "--threads", 1)
+    until_steps(output, 5)
+    foreign = start(
+        "join", *there, "--workers", 1, "--output", tmp_path / "guest", MANYHANDS_HOST="elsewhere"
+    )
+    _, errors = foreign.communicate(timeout=WAIT_S)
+    assert foreign.returncode == 2, errors
+    assert "on elsewhere (cpu)" in errors
+    assert "share the memory of one host" in errors
+    assert "take part from" in errors
+    until_steps(output, steps_made(output) + 20)
+    first.send_signal(signal.SIGTERM)
+    _, errors = ours.communicate(timeout=WAIT_S)
+    assert ours.returncode == 143, errors
+    assert main(["ledger", str(output)]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -89,6 +89,7 @@ def main(arguments: Sequence[str]) -> int:
             min_workers=awaited.min_workers,
             awaited=awaited.workers or awaited.min_workers,
             patience_s=given.replace_s,
+            shared=awaited.shares_memory,
             resume=f"manyhands coordinate --resume {output}",
         ),
         log=_log,

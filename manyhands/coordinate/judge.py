@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from manyhands.coordinate.messages import VERSION, Refused
 from manyhands.coordinate.words import BEGINNING, Member, Rules
@@ -56,6 +56,19 @@ def admit(
             "an id is one process's, for its life",
             "give another id",
         )
+
+
+def apart(seat: Seat, others: Iterable[Member]) -> Refused | None:
+    """Why shared memory cannot join it to those that are there, the first of whom says which host it is; None: it can."""
+    host = next((member.seat.host for member in others if member.seat.id != seat.id), seat.host)
+    if (seat.host, seat.device) == (host, "cpu"):
+        return None
+    return Refused(
+        "PERMISSION_DENIED",
+        f"worker {seat.id} on {seat.host} ({seat.device})",
+        f"this job's workers share the memory of one host, {host}, and are on its CPUs",
+        f"take part from {host}, with --device cpu; or give a strategy other than hogwild, and --transport auto",
+    )
 
 
 def loss(member: Member, rank: int, *, how: str, detail: str, then: str, now: float) -> Loss:

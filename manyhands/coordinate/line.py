@@ -128,11 +128,14 @@ class Line:
                 "",
                 "give the --token-file of that coordinator",
             ) from None
-        if code in (codes.FAILED_PRECONDITION, codes.ALREADY_EXISTS, codes.INVALID_ARGUMENT):
+        final = code is codes.PERMISSION_DENIED  # so would be whoever came in its place
+        if final or code in (codes.FAILED_PRECONDITION, codes.ALREADY_EXISTS, codes.INVALID_ARGUMENT):
             told: Any = {}
             with contextlib.suppress(ValueError):
                 told = json.loads(detail)
-            raise ManyhandsError(*(str(told.get(name, "")) for name in ("value", "rule", "remedy"))) from None
+            raise (UsageError if final else ManyhandsError)(
+                *(str(told.get(name, "")) for name in ("value", "rule", "remedy"))
+            ) from None
         if code is codes.UNIMPLEMENTED:
             raise UsageError(
                 f"{self.address} is no coordinator of manyhands", "", "give the address that it printed"

@@ -145,7 +145,7 @@ class Coordinator:
     def fail(self, words: str, code: int = 1) -> None:
         """The job cannot go on."""
         with self._deciding() as (state, _):
-            state.fail(words, code)
+            state.end(words, code)
 
     @property
     def began(self) -> bool:
@@ -278,7 +278,7 @@ class Coordinator:
                 detail = messages.text(message, "detail", most=messages.DETAIL_LENGTH)
                 state.suspect(id, epoch=messages.whole(message, "epoch"), rank=rank, detail=detail, now=now)
             elif op == "fail":
-                state.fail(messages.text(message, "detail", most=messages.DETAIL_LENGTH, least=1))
+                state.end(messages.text(message, "detail", most=messages.DETAIL_LENGTH, least=1))
             elif op == "leaving":
                 detail = messages.text(message, "detail", most=messages.DETAIL_LENGTH)
                 state.leaving(id, detail=detail, now=now)

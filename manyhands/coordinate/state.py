@@ -71,6 +71,9 @@ class State:
         anew = self.epoch is None and holding is not None and holding.number <= self.number
         judge.admit(seat, member, self.gone.get(seat.id), version=version, ended=self.ended, anew=anew)
         self.coming.discard(seat.id)
+        if self.rules.shared and (refusal := judge.apart(seat, self.members.values())) is not None:
+            self.order = [id for id in self.order if id != seat.id]  # the first epoch does not wait for it
+            raise refusal
         if holding is not None and holding.number > self.number:  # our journal was lost: numbers never repeat
             self.adopt(holding, now)
         if member is None or not judge.same(seat, member):
@@ -230,10 +233,6 @@ class State:
         for id in self._living():
             self._say(id, "stop")
 
-    def fail(self, words: str, code: int = 1) -> None:
-        """The job cannot go on."""
-        self._end(code, words)
-
     def shift(self, seconds: float) -> None:
         """Nobody was heard for so long because this process (or machine) slept."""
         for member in self.members.values():
@@ -367,16 +366,16 @@ class State:
             return
         if loss.how == "left":
             if loss.detail == "done" and not any(m.step >= 1 for m in self.members.values()):
-                self._end(0, "done")  # newcomers that are still getting ready are too late
+                self.end("done", 0)  # newcomers that are still getting ready are too late
             return
         if final and not self.began and (loss.rank >= 0 or id in self.order):
-            self._end(1, f"worker {id} was lost before the first step ({loss.how}: {loss.detail})")
+            self.end(f"worker {id} was lost before the first step ({loss.how}: {loss.detail})")
             return
         if loss.rank >= 0:
             self._since_step.append(loss)
         words = judge.deadly(self._since_step, self._top + 1, self.rules)
         if words:
-            self._end(1, words)
+            self.end(words)
         self._enough(now)
 
     def _evict(self, id: str, detail: str, now: float) -> None:
@@ -391,7 +390,7 @@ class State:
             self._suspicions.clear()
             self._evict(worst, f"collectives failed {times} times in a row because of it: {detail}", now)
         elif times >= judge.UNNAMED:
-            self._end(1, judge.unreachable(times, detail))
+            self.end(judge.unreachable(times, detail))
 
     def _enough(self, now: float) -> None:
         """Rule 6."""
@@ -409,9 +408,10 @@ class State:
             return
         self._short_s = now if self._short_s is None else self._short_s
         if stateless or now - self._short_s >= self.rules.patience_s:
-            self._end(1, judge.shortage(alive, self.rules, gone, stateless=stateless, began=self.began))
+            self.end(judge.shortage(alive, self.rules, gone, stateless=stateless, began=self.began))
 
-    def _end(self, code: int, words: str) -> None:
+    def end(self, words: str, code: int = 1) -> None:
+        """The job cannot go on; with code 0 it is done."""
         if self.ended is None:
             self.ended = (code, words)
             self.out.append(Note({"kind": "ended", "code": code, "detail": words}))

@@ -16,6 +16,7 @@ class Rules:
     Attributes:
         awaited: workers that the first epoch waits for, expected by name or not.
         patience_s: how long a replacement is awaited where too few are alive.
+        shared: only shared memory joins the workers: all are CPU workers of one host.
         resume: how the job is continued from its checkpoint, for messages.
     """
 
@@ -26,6 +27,7 @@ class Rules:
     patience_s: float = 3.0
     faults: int = 3
     kills: int = 40
+    shared: bool = False
     resume: str = "--resume OUTPUT"
 
 

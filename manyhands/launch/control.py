@@ -34,6 +34,7 @@ class Elastic:
         min_workers: fewer cannot go on.
         hang_s: a worker unheard of for so long is given up.
         stuck_s: and so is one whose main thread stands still for so long.
+        shared: only shared memory joins the workers.
         warm: modules that a waiting process imports beforehand, so that a replacement is there at once; empty: none waits.
         spare_after_s: how long the job runs undisturbed before one waits: its imports cost seconds, which a short job needs itself.
     """
@@ -42,6 +43,7 @@ class Elastic:
     min_workers: int = 1
     hang_s: float = 10.0
     stuck_s: float = 300.0
+    shared: bool = False
     warm: tuple[str, ...] = ()
     spare_after_s: float = 60.0
 
@@ -110,6 +112,7 @@ class Embedded:
             hang_s=elastic.hang_s,
             stuck_s=elastic.stuck_s,
             min_workers=elastic.min_workers,
+            shared=elastic.shared,
             resume=f"manyhands train --resume {output}",
         )
         self._coordinator = Coordinator(token=token, rules=rules)

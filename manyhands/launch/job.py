@@ -146,6 +146,7 @@ def elastic_of(job: Job) -> Elastic | None:
         min_workers=job.min_workers,
         hang_s=job.hang_s,
         stuck_s=job.stuck_s,
+        shared=job.shares_memory,
         warm=WARM,
     )
 

@@ -343,6 +343,11 @@ class Job:
                 "leave out --lost-round (the round is dropped), or use diloco",
             )
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether shared memory alone can join the workers."""
+        return self.transport == "shared" or getattr(self.strategy.placement, "needs_shared_memory", False)
+
     def _can_mend(self) -> bool:
         method = self.strategy.placement.method
         whole = method is None or method == "manyhands.train.sharded_optimizer:ShardedOptimizer"
