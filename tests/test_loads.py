@@ -95,7 +95,7 @@ def test_a_slowed_worker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(chaos, "DUTY", 0.25)
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("many hands make light work\n" * 2000)
-    options = ["--strategy", f"{strategy}(lr=1e-3)", "--seq-len", 128, "--steps", 48, "--log-every", 8]
+    options = ["--strategy", f"{strategy}(lr=1e-3)", "--seq-len", 128, "--steps", 40, "--log-every", 8]
     with Job(tmp_path / "run", corpus, *options) as job:
         slow = chaos.Fault("slow", at_s=0.0, victim=0.5, for_s=1e6)
         fault = chaos.Chaos(job.output, [slow], begun=lambda: job.step >= 1)
