@@ -195,3 +195,24 @@ def test_a_cache_that_cannot_be_written_is_only_slower(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MANYHANDS_CACHE", str(tmp_path / "file"))
     assert hardware.peak_flops("cpu", "float32", 1) > 1e8
+
+
+@pytest.mark.parametrize(
+    ("files", "kills"),
+    [
+        ({"proc/self/cgroup": "0::/a", "sys/fs/cgroup/a/memory.events": "oom 3\noom_kill 2"}, 2),
+        ({"proc/self/cgroup": "4:memory:/x", "sys/fs/cgroup/memory/x/memory.oom_control": "oom_kill 1"}, 1),
+        ({"proc/self/cgroup": "0::/"}, 7),  # the outermost group counts none
+        ({}, 7),
+    ],
+)
+def test_the_kernels_kills_for_memory_are_those_of_this_group(
+    plant: Plant, files: dict[str, str], kills: int
+) -> None:
+    plant({**files, "proc/vmstat": "oom_kill 7"})
+    assert hardware.oom_kills() == kills
+
+
+def test_without_any_count_the_kernel_has_killed_nobody(plant: Plant) -> None:
+    plant({})
+    assert hardware.oom_kills() == 0

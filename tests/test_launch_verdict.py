@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from manyhands.launch.verdict import End, judge, read_record, read_tail
+from manyhands.core.passes import Pass, tell, told
+from manyhands.launch.verdict import LESS, End, back_off, cause, judge, read_record, read_tail
 
 
 def end(rank: int, code: int, time_s: float = 10.0, kind: str | None = None) -> End:
@@ -97,6 +98,35 @@ def test_verdict(
 def test_memory_is_named() -> None:
     assert "ran out of memory" in judge([end(0, -9)], stopped_by=None, told_s=None, out_of_memory=True).words
     assert "SIGKILL (by hand" in judge([end(0, -9)], stopped_by=None, told_s=None).words
+
+
+def test_memory_halves_the_next_ones_passes() -> None:
+    """Down to one row; what is not to be cut stays, and the message says what would help."""
+    rows, found = 100, []
+    while rows:
+        limit, words = back_off(Pass(rows, divisible=True))
+        assert limit is not None
+        found.append(limit)
+        rows = limit
+    assert found == [50, 25, 13, 7, 4, 2, 1, 0]
+    assert words.startswith("it is not replaced")
+    assert LESS in words
+    limit, words = back_off(Pass(4, divisible=False))
+    assert limit is None
+    assert "smaller --micro-batch" in words
+    assert back_off(None) == (None, "")
+    assert "ran out of memory" in cause(end(0, -9), out_of_memory=True)[1]
+    assert "--workers" not in cause(end(0, -9), out_of_memory=True)[1]  # the launcher does something about it
+    assert LESS in judge([end(0, -9)], stopped_by=None, told_s=None, out_of_memory=True).words
+
+
+def test_the_largest_pass_is_told_to_the_launcher(tmp_path: Path) -> None:
+    assert told(str(tmp_path), "w0") is None
+    tell(str(tmp_path), "w0", Pass(6, divisible=True))
+    assert told(str(tmp_path), "w0") == Pass(6, divisible=True)
+    tell(str(tmp_path / "gone"), "w0", Pass(6, divisible=True))
+    (tmp_path / "pass-w1.json").write_text('{"rows": ')
+    assert told(str(tmp_path), "w1") is None
 
 
 def test_a_signal_without_a_name() -> None:

@@ -2,20 +2,24 @@
 
 Entry point ``traps:main``. $TRAPS is JSON: `directory`, where it tells what it meets, and `traps`, each with the `seat` that walks
 into it and the `place`: a phase as the worker tells it, or one of `INSIDE`; `step`: only after so many steps; `act`: "stop"
-(default: the thread stops there for good, other threads live on), "exit" (an exception) or "wait" (until the file `open` is there);
-or what becomes of a forward pass: "nan" (its loss), "nan-gradient" (its gradient alone), "nan-parameter" (the model, before it).
+(default: the thread stops there for good, other threads live on), "exit" (an exception), "wait" (until the file `open` is there) or
+"newcomer" (until one waits to be taken in);
+or what becomes of a forward pass: "nan" (its loss), "nan-gradient" (its gradient alone), "nan-parameter" (the model, before
+it), "oom" (the process, as if by the kernel for memory, of which the launcher reads in the file `oom`), "rows" (nothing: they
+are told).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-POISONS = ("nan", "nan-gradient", "nan-parameter")
+POISONS = ("nan", "nan-gradient", "nan-parameter", "oom", "rows")
 INSIDE = ("claim", "piece", "forward", "exchange", "writing")
 
 
@@ -48,6 +52,12 @@ class Traps:
             self.member.publish(f"trap/{self.seat}", f"{time.time()}")
             self.echo.wait(30.0)
 
+    def _over(self, act: str) -> bool:
+        """Whether what a trap waits for has come."""
+        if act == "newcomer":
+            return bool(self.member.change_wanted)
+        return act == "wait" and (self.directory / "open").exists()
+
     def meet(self, place: str) -> str:
         """Walk into the trap that is there, if any; the poison that it holds."""
         phase, step = self.doing
@@ -60,7 +70,7 @@ class Traps:
                 self.tell("trapped", place=place, phase=phase, step=step)
                 if trap.get("act") == "exit":
                     raise OSError(5, "the device is gone")
-                while trap.get("act") != "wait" or not (self.directory / "open").exists():
+                while not self._over(trap.get("act", "stop")):
                     time.sleep(0.01)
                 return ""
         return ""
@@ -108,7 +118,7 @@ def _patch(traps: Traps) -> None:
     for owner, name, place, phases in (
         (prepare, "_claim", "claim", ("prepare",)),
         (prepare, "prepare_piece", "piece", ("prepare",)),
-        (Pretrain, "loss", "forward", ("step",)),
+        (Pretrain, "loss", "forward", ("compile", "step")),
         (SharedWire, "barrier", "exchange", ("step",)),
         (checkpoint, "_write", "writing", ()),
     ):
@@ -118,6 +128,11 @@ def _patch(traps: Traps) -> None:
 def _trapped(function: Any, traps: Traps, place: str, phases: tuple[str, ...]) -> Any:
     def trapped(*given: Any, **named: Any) -> Any:
         poison = traps.meet(place) if not phases or traps.doing[0] in phases else ""
+        if poison in ("oom", "rows"):
+            traps.tell("rows", rows=len(next(iter(given[-1].values()))))
+        if poison == "oom":
+            (traps.directory / "oom").open("a").write("oom\n")
+            os.kill(os.getpid(), signal.SIGKILL)
         return _poisoned(function, poison, *given, **named) if poison else function(*given, **named)
 
     return trapped

@@ -157,6 +157,12 @@ def told_by_launcher(seat: str) -> bool:
     return prefix is not None and re.fullmatch(rf"{re.escape(prefix)}\d+(-\d+)?", seat) is not None
 
 
+def pass_rows() -> int | None:
+    """The most rows of a forward pass, where this worker's predecessor was killed for memory ($MANYHANDS_PASS_ROWS)."""
+    text = os.environ.get("MANYHANDS_PASS_ROWS")
+    return int(text) if text else None
+
+
 def forks_wanted() -> bool:
     """Whether a launcher may fork its workers from one process (``MANYHANDS_FORK=1``)."""
     return os.environ.get("MANYHANDS_FORK") == "1"

@@ -147,6 +147,26 @@ def _memory_limits() -> list[tuple[int, int]]:
     return found
 
 
+def oom_kills() -> int:
+    """How many processes the kernel has killed for memory: of this cgroup, where it counts them, else of the machine.
+
+    0 where it does not say.
+    """
+    for controller, name in (("", "memory.events"), ("memory", "memory.oom_control")):
+        for directory in _cgroups(controller):
+            if (count := _counted(directory / name)) is not None:
+                return count
+    return _counted(SYSTEM / "proc/vmstat") or 0
+
+
+def _counted(path: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        for line in path.read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return None
+
+
 def gpu_possible() -> bool:
     """Whether there may be a GPU, as far as is seen without torch."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 
 from manyhands.coordinate.words import during
 from manyhands.core import hardware
+from manyhands.core.passes import told
 from manyhands.launch import child, guard, place
 from manyhands.launch.nursery import Nursery
 from manyhands.launch.spare import Process, has_pidfd
 from manyhands.launch.terminal import Requests
-from manyhands.launch.verdict import End, cause, final, read_record, read_tail
+from manyhands.launch.verdict import End, back_off, cause, final, killed, read_record, read_tail
 
 if TYPE_CHECKING:
     from manyhands.core.membership import Loss
@@ -102,7 +103,9 @@ class Crew:
     )  # failures until they are replaced
     _nursery: Nursery | None = None
     _without: bool = False  # the coordinator is not reached, which was told
-    _kills_before: int = field(default_factory=lambda: place.oom_kills())
+    _kills_before: int = field(default_factory=lambda: hardware.oom_kills())
+    _kills_told: int = 0  # of the kernel's since then, by which the ends of workers are explained
+    _pass_rows: dict[int, int] = field(default_factory=dict)  # by rank: the most rows of a pass from now on
     _forwarded: int = 0
 
     def name(self, rank: int, generation: int) -> str:
@@ -135,6 +138,8 @@ class Crew:
             mine |= {**self.control.variables, "MANYHANDS_SEAT": id}
             if not self._shown():
                 mine["MANYHANDS_TOLD"] = self.prefix or "w"
+        if rank in self._pass_rows:
+            mine["MANYHANDS_PASS_ROWS"] = str(self._pass_rows[rank])
         if self.control is not None or rank == 0:  # any worker may become the first
             mine["MANYHANDS_CONSOLE"] = str(self.console)
         begin = log.stat().st_size if log.exists() else 0
@@ -221,7 +226,14 @@ class Crew:
             self.servers.end()
 
     def out_of_memory(self) -> bool:
-        return place.oom_kills() > self._kills_before
+        return hardware.oom_kills() > self._kills_before
+
+    def _killed_for_memory(self, end: End) -> bool:
+        """Whether the kernel has killed this worker: each of its kills explains one end."""
+        if not killed(end) or hardware.oom_kills() <= self._kills_before + self._kills_told:
+            return False
+        self._kills_told += 1
+        return True
 
     def tell(self, line: str) -> None:
         """To the process that clears up after us."""
@@ -243,7 +255,8 @@ class Crew:
             control.lost(worker.id, how="left", detail="done")
             return
         end = worker.end()
-        how, detail = cause(end, self.out_of_memory())
+        starved = self._killed_for_memory(end)
+        how, detail = cause(end, starved)
         if control.ended is not None and control.ended[0] == 0:  # it came, or fell, after the job was done
             worker.survived, worker._end = True, dataclasses.replace(end, survived=True)
             self._clear(worker)
@@ -259,7 +272,7 @@ class Crew:
             control.lost(worker.id, how=how, detail=detail, final=hopeless)
             self._give_up()
             return
-        then = "the others go on" if how == "left" else self._succession(worker, hopeless)
+        then = "the others go on" if how == "left" else self._succession(worker, hopeless, starved)
         control.lost(worker.id, how=how, detail=detail, final=hopeless, then=then)
         wait_s = ALIKE_S if early and end.record is not None and how == "failed" else 0.0
         self._held.append((time.monotonic() + wait_s, worker, detail, then))
@@ -281,10 +294,19 @@ class Crew:
                 print(f"manyhands: worker {worker.id} {detail}; {then}", file=sys.stderr, flush=True)
             self._say_lost(worker)
 
-    def _succession(self, worker: Worker, hopeless: bool) -> str:
-        """Whether it gets a successor, which is then expected; in words."""
+    def _succession(self, worker: Worker, hopeless: bool, starved: bool) -> str:
+        """Whether it gets a successor, which is then expected; in words. `starved`: it was killed for memory."""
         assert self.control is not None
         assert self.elastic is not None
+        store = self._variables[worker.rank].get("MANYHANDS_STORE", "")
+        rows, words = back_off(told(store, worker.id)) if starved else (None, "")
+        if rows == 0:
+            return words
+        successor = self.name(worker.rank, worker.generation + 1)
+        if rows:  # it ends with one row, however few restarts there are
+            self._pass_rows[worker.rank] = rows
+            self.control.expect(successor)
+            return f"{successor} takes its place, {words}"
         if worker.ended_s is not None and worker.ended_s - worker.started_s >= HEALTHY_S:
             self._spent[worker.rank] = 0
         if hopeless:
@@ -292,9 +314,9 @@ class Crew:
         if self._spent[worker.rank] >= self.elastic.restarts:
             return f"it is not replaced (restarts = {self.elastic.restarts})"
         self._spent[worker.rank] += 1
-        successor = self.name(worker.rank, worker.generation + 1)
         self.control.expect(successor)
-        return f"{successor} takes its place ({self._spent[worker.rank]} of {self.elastic.restarts})"
+        times = f"{self._spent[worker.rank]} of {self.elastic.restarts}"
+        return f"{successor} takes its place ({times})" + (f"; {words}" if words else "")
 
     def _hear(self) -> None:
         """What the coordinator has decided."""

@@ -103,12 +103,3 @@ def variables(
 def flags() -> list[str]:
     """This interpreter's own options (-X, -W, -O …), as multiprocessing hands them on."""
     return list(subprocess._args_from_interpreter_flags())  # type: ignore[attr-defined]
-
-
-def oom_kills() -> int:
-    """How many processes this machine's kernel has killed for memory; 0 where it does not say."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0

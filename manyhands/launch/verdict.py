@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from manyhands.core.passes import Pass
+
 TAIL_LINES = 10
+LESS = "use fewer --workers here, a shorter --seq-len, a smaller model or --gradient-checkpointing"
 TAIL_BYTES = 4096
 
 
@@ -104,6 +107,8 @@ def _kind(end: End, stopping: bool, told_s: float | None) -> str:
 def describe(end: End, out_of_memory: bool = False) -> str:
     """One failure: worker, host, cause, log."""
     how = _how(end, out_of_memory)
+    if killed(end) and out_of_memory:
+        how += f": {LESS}"
     tail = f"\n  its last words:\n{end.tail}" if end.tail and end.record is None else ""
     return f"manyhands: worker {end.rank} on {end.host} {how}{tail}\n  log: {end.log}"
 
@@ -113,8 +118,36 @@ def cause(end: End, out_of_memory: bool = False) -> tuple[str, str]:
     kind = _kind(end, False, None)
     if kind == "stopped":
         return "left", "has left, as a signal asked it to"
-    outside = kind == "peer-lost" or (end.record is None and end.code == -signal.SIGKILL)
+    outside = kind == "peer-lost" or killed(end)
     return ("death" if outside else "failed"), _how(end, out_of_memory)
+
+
+def killed(end: End) -> bool:
+    """Whether it was killed from outside, without a word: by hand, by a scheduler, or by the kernel for memory."""
+    return end.record is None and end.code == -signal.SIGKILL
+
+
+def back_off(largest: Pass | None) -> tuple[int | None, str]:
+    """After the kernel has killed a worker for memory: (the most rows of its successor's passes, in words).
+
+    0: there is to be no successor; None: its passes are as they were.
+
+    Args:
+        largest: the worker's largest pass; None: it had not come to any, or is on a GPU, whose memory is another.
+
+    >>> back_off(Pass(9, divisible=True))
+    (5, 'with 5 rows in a pass instead of 9')
+    """
+    if largest is None:
+        return None, ""
+    if not largest.divisible:
+        rows = f"{largest.rows} row{'s' if largest.rows > 1 else ''}"
+        rule = f"its passes of {rows} draw random numbers, or are added in a fixed order, and so are not cut"
+        return None, f"{rule}: give a smaller --micro-batch where this goes on"
+    if largest.rows < 2:
+        return 0, f"it is not replaced: its passes had one row, and have one at least; {LESS}"
+    rows_now = (largest.rows + 1) // 2
+    return rows_now, f"with {rows_now} row{'s' if rows_now > 1 else ''} in a pass instead of {largest.rows}"
 
 
 def final(end: End, before: Sequence[End] = ()) -> bool:
@@ -149,7 +182,7 @@ def _how(end: End, out_of_memory: bool) -> str:
     if end.code < 0:
         name = _signal_name(-end.code)
         reason = {
-            "SIGKILL": " (the kernel ran out of memory: give a smaller --device-batch or fewer --workers)"
+            "SIGKILL": " (the kernel ran out of memory)"
             if out_of_memory
             else " (by hand, by a scheduler, or because a container's memory ran out)",
         }.get(name, "")

@@ -297,11 +297,11 @@ class _State:
         """How many rows of these places of each of `count` steps, which `seat` has computed, were in an update left out."""
         places = {place for span in spans for place in range(*span)}
         total = 0
-        for t in interval.skipped:
+        for t in sorted(interval.skipped, key=lambda t: not t.run.alone):
             here = places.intersection(p for span in t.run.who.get(seat, ()) for p in range(*span))
             if not here:
                 continue
-            places -= here  # several tell of it, and a round that is thrown away may have had updates left out in it
+            places -= here  # several tell of it; of a round that is thrown away own updates may have been left out before
             n = sum(self._rows_in((place, place + 1), rows) for place in here)
             self.report.skips[t.run.why] = self.report.skips.get(t.run.why, 0) + n * count
             self.skipped_updates.add((t.run.update, seat if t.run.alone else ""))

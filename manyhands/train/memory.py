@@ -6,7 +6,8 @@ gradients and optimizer will take) is the most that a pass gets. On a GPU that n
 it does fit. What a row needs is remembered beside the machine's other facts.
 
 In mid-run: a pass that finds no memory is cut in halves (`split_on_oom`), which changes no sum; the worker keeps to the
-smaller passes from then on.
+smaller passes from then on. Where a container's limit kills the worker instead, its launcher starts the successor with
+passes of half as many rows (`Fits.announce`, `manyhands.launch.verdict.back_off`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
+from manyhands.core import passes
+from manyhands.core.environment import read_env
 from manyhands.core.errors import ManyhandsError
 from manyhands.core.events import Emit, Warned
 
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
     from manyhands.core.types import Batch, Rows, Task
     from manyhands.train.feed import Feed
+    from manyhands.train.method import Part
 
 T = TypeVar("T")
 
@@ -45,10 +49,26 @@ STATE_BYTES = 16  # for each parameter: gradient, its place on the wire, two mom
 
 @dataclass
 class Fits:
-    """The most rows of a pass that this worker's memory was found to hold; None: it never ran out."""
+    """The most rows of a pass that this worker's memory was found to hold; None: it never ran out.
+
+    Attributes:
+        told: what of that was told to people.
+        largest: the rows of my largest pass, as my launcher knows.
+    """
 
     most: int | None = None
     told: int | None = None
+    largest: int = 0
+
+    def announce(self, part: Part, device: torch.device) -> None:
+        """Before a step on the CPU: where the kernel kills me for memory, nobody else can say how large my passes were."""
+        rows = max((_rows(batch) for _, batch in part.micro_batches), default=0)
+        if part.divisible and self.most is not None:
+            rows = min(rows, self.most)
+        if device.type == "cpu" and rows and (rows > self.largest or self.largest > (self.most or rows)):
+            env, self.largest = read_env(), rows
+            if env.store is not None and env.seat is not None:
+                passes.tell(env.store, env.seat, passes.Pass(rows, part.divisible))
 
 
 class Torn(Exception):

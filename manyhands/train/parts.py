@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from manyhands.core.environment import pass_rows
 from manyhands.train.job import Job
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Parts:
             continues, self._guest = {"guest": True}, False
         in_tokens = getattr(strategy.outer.schedule, "unit", "steps") == "tokens"
         steps, per_row = self.plan.steps, self.material.targets_per_row
-        return Replica(
+        replica = Replica(
             self.model,
             strategy,
             world.wire,
@@ -150,6 +151,8 @@ class Parts:
             compare=compare,
             continues=continues,
         )
+        replica.fits.most = replica.fits.told = pass_rows()  # its launcher has told of it
+        return replica
 
     def rebuilt(
         self, world: World, output: Path, salvaged: Mapping[str, Any], steps: int
@@ -201,12 +204,17 @@ class Parts:
             rank=rank,
             weights=plan.weights,
             micro_batch=plan.micro_batch,
-            device_batch=plan.device_batch,
+            device_batch=self.pass_rows,
             coalesce=plan.coalesce,
             device=self.device,
             seed=job.seed,
             by_speed=job.inner_steps == "by-speed",
         )
+
+    @property
+    def pass_rows(self) -> int:
+        """The most rows of a pass of this worker: what the plan says, or less where its predecessor found no memory for it."""
+        return min(self.plan.device_batch, pass_rows() or self.plan.device_batch)
 
     def warm_up(self, replica: Replica, feed: Feed) -> None:
         """One pass for nothing: what is imported and compiled on the way keeps nobody waiting later."""
@@ -271,7 +279,7 @@ class Parts:
 
         job = self.job
         divided = getattr(job.strategy.placement, "needs_group", False)  # the whole model may not even fit
-        if job.device_batch is not None or job.reproducible or divided:
+        if job.device_batch is not None or job.reproducible or divided or pass_rows() is not None:
             return None
         me = world.members[world.rank]
         here = [m for m in world.members if m.host == me.host and m.device == me.device]

@@ -263,7 +263,7 @@ class Replica:
         """Go on where `old`, the same replica in an earlier set of workers, was after its method's `rewind`."""
         self.steps, self.tokens, self.skipped = old.steps, old.tokens, old.skipped
         self._skipped_in_a_row = old._skipped_in_a_row
-        self.notes, self.work.left_out = old.notes, old.work.left_out
+        self.notes, self.work.left_out, self.fits = old.notes, old.work.left_out, old.fits
         self.method.adopt(old.method)
 
     def close(self) -> None:

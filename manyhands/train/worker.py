@@ -329,7 +329,7 @@ class _Run:
             autocast=session.autocast_for(plan.precision, self.device.type),
             balancer=balancer_for(plan, self._seats(), job.global_batch),
             eval_rows=parts.material.evaluation,
-            eval_batch=plan.device_batch,
+            eval_batch=parts.pass_rows,
             promote=self._promote,
             books=Books(self.output, self._seat(), parts.batches(), self.emit),
             state=self._state,

@@ -1,0 +1,47 @@
+"""Workers that the kernel kills for memory: successors have smaller passes, down to one row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runs import TINY, events, losses, manyhands, summary
+from trapped import Job
+
+
+def oom(seat: str) -> dict[str, object]:
+    return {"seat": seat, "place": "forward", "act": "oom"}
+
+
+def test_the_successor_has_half_as_many_rows_in_a_pass(corpus: Path, tmp_path: Path) -> None:
+    """Twice, without a restart to spend, and nobody is asked for anything."""
+    run, quiet = tmp_path / "run", tmp_path / "quiet"
+    traps = [oom("w1"), oom("w1-1"), {"seat": "w1-2", "place": "forward", "act": "rows"}]
+    traps += [{"seat": "w0", "place": "forward", "step": step, "act": "newcomer"} for step in (1, 3)]
+    given = [*TINY, "--steps", 12, "--restarts", 0]
+    with Job(run, corpus, *given, traps=traps, workers=2, base=()) as job:
+        said = job.end()
+        rows = {record["seat"]: record["rows"] for record in job.said("rows")}
+    assert rows == {"w1": 6, "w1-1": 3, "w1-2": 2}
+    first, second = events(run, "lost")
+    for lost in (first, second):
+        assert lost["detail"] == "was killed by SIGKILL (the kernel ran out of memory)"
+        assert lost["then"] in said
+    assert first["then"] == "w1-1 takes its place, with 3 rows in a pass instead of 6"
+    assert second["then"] == "w1-2 takes its place, with 2 rows in a pass instead of 3"
+    assert summary(run)["steps"] == 12
+    assert "every sample once" in manyhands("ledger", run).stdout
+    manyhands("train", "--data", corpus, *given, "--workers", 2, "--output", quiet)
+    assert max(abs(losses(run)[step] - loss) for step, loss in losses(quiet).items()) < 1e-3
+
+
+def test_with_one_row_there_is_no_successor(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    given = [*TINY, "--steps", 8, "--device-batch", 1]
+    with Job(run, corpus, *given, traps=[oom("w1")], workers=2, base=()) as job:
+        said = job.end()
+    (lost,) = events(run, "lost")
+    assert lost["then"].startswith(
+        "it is not replaced: its passes had one row, and have one at least; use fewer --workers"
+    )
+    assert lost["then"] in said
+    assert summary(run)["steps"] == 8
