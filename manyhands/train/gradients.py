@@ -99,6 +99,15 @@ class FlatGradients:
         """The gradients of a bucket as views in their parameters' shapes, in the order of the bucket."""
         return [self._views[i] for i in reversed(range(len(self.params))) if self._bucket_of[i] == position]
 
+    def telling(self, position: int) -> list[Tensor]:
+        """Those of a bucket that tell at little cost whether a backward pass was finite: of vectors, such as biases.
+
+        They are sums over all that is above them, and what is not finite there reaches them. Without any, the whole bucket.
+        """
+        if all(view.ndim > 1 for view in self._views):
+            return [self.buckets[position]]
+        return [view for view in self.tensors(position) if view.ndim <= 1]
+
     def by_parameter(self) -> list[Tensor]:
         """The gradients in the buffers as views in their parameters' shapes, in the order of `params`."""
         return list(self._views)

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from manyhands.train.method import Loss
     from manyhands.train.replica import Replica
 
+WARY = 100  # agreements
+
 
 class Synchronous:
     """All-reduce and its like: see the module.
@@ -83,6 +85,7 @@ class Synchronous:
         self._pending = _Pending()
         self._norms: list[Tensor] = []  # of what I have added up, by bucket, before it travels
         self._asked: Reading | None = None  # of the last step, on a GPU
+        self._wary = 0  # agreements before which all of my gradients are looked at
         self._told_of = 0  # the step of the last agreement
         self._consumed = False  # the buffers hold what the exchange has made of my contribution
 
@@ -154,6 +157,7 @@ class Synchronous:
                 if finite:
                     lr = self._update(told, scale, norm, behind=1 - finishes)
                 whose = Unsound(told.unsound.losses) if self.unseen else told.unsound
+                self._wary = max(0, self._wary - 1) if finite or whose.losses or whose.gradients else WARY
                 steps = tuple(pending.held)
                 replica.took(finite=finite, step=part.step, loss=mean, norm=norm, whose=whose, steps=steps)
         if finite:
@@ -250,8 +254,11 @@ class Synchronous:
             self.gradients.finish()
         else:
             self.gradients.zero_unused(self.gradients.used)
-            nodes = list(self._tree.nodes.values()) if self._by_place else self.gradients.buckets
-            self._norms = [norm_there(nodes)] if nodes else []
+            self._norms = []
+            if self._by_place and self._tree.nodes:
+                self._norms.append(norm_there(list(self._tree.nodes.values())))
+            for position in range(0 if self._by_place else len(self.gradients.buckets)):
+                self._look_at(position)
         used = [float(u) for u in self.gradients.used]
         finite = self._own_is_finite()
         row = Header.row(loss_sum, count, wishes, self._replica.work, used, finite=finite)
@@ -272,6 +279,13 @@ class Synchronous:
             bucket.copy_(total[offset : offset + bucket.numel()])
             offset += bucket.numel()
         return told, [agreed[0].state, *self.states[1:]]
+
+    def _look_at(self, position: int) -> None:
+        """Whether what I have added up of a bucket is finite: at all of it only for a while after nobody could be named."""
+        buckets = self.gradients.buckets
+        looked = buckets[position : position + 1] if self._wary else self.gradients.telling(position)
+        if looked:
+            self._norms.append(norm_there(looked))
 
     def _own_is_finite(self) -> bool:
         """Whether what I have added up is; where the update does not wait for its norm, of the step before."""
@@ -335,7 +349,7 @@ class Synchronous:
     def _begin(self, position: int, bucket: Tensor) -> None:
         self._consumed = True
         if not (self._lazy or self._by_place):  # else it is all there before anything travels
-            self._norms.append(norm_there([bucket]))
+            self._look_at(position)
         self._talks.start(self._exchange.talk(self._contribution(position), self.states[position]))
 
     def _take(self, position: int, agreed: Agreed) -> bool:
