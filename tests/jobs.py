@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from runs import TINY, command, environment, events
+from runs import TINY, command, environment, events, where_it_stands
 
 from manyhands.launch.chaos import workers_of
 
@@ -51,9 +51,12 @@ class Launched:
         deadline = time.monotonic() + DEADLINE_S
         while not (found := condition()):
             assert self.process.poll() is None, f"ended before {what}: {self.printed()}"
-            assert time.monotonic() < deadline, what
+            assert time.monotonic() < deadline, self._stands(what)
             time.sleep(0.005)
         return found
+
+    def _stands(self, what: str) -> str:
+        return f"{what} is awaited for {DEADLINE_S} s: {self.printed()}\n{where_it_stands(self.process.pid)}"
 
     def end(self, code: int = 0) -> str:
         self.process.wait(timeout=DEADLINE_S)

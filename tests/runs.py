@@ -16,6 +16,7 @@ TINY = [
     *("--model", "gpt2-nano", "--tokenizer", "byte", "--seq-len", "32", "--global-batch", "12"),
     *("--prompt", "", "--precision", "fp32", "--log-every", "1"),
     *("--balance", "off"),  # shares that follow the clock change the last bits
+    *("--stuck-s", "20"),  # who stands still in the first step is replaced before a test gives up
 ]
 
 

@@ -26,12 +26,15 @@ def main() -> None:
     launcher = os.dup(1)  # what is imported may print
     os.dup2(2, 1)
     importing = threading.Thread(target=_import, args=(modules, int(nice), launcher), daemon=True)
-    importing.start()
+    if lifeline:  # on the thread that forks will have: libraries may remember which one loaded them
+        _import(modules, 0, launcher)
+    else:  # a waiting one hears meanwhile that nobody needs it
+        importing.start()
     lines, children = _Lines(), dict[int, int]()  # descriptors of forks, and their process ids
     while (line := _next_line(lines, children, launcher)) is not None:
         order = json.loads(line)
-        importing.join()
         if not lifeline:
+            importing.join()
             tell_code = None
             break
         if tell_code := _fork(lines, children, launcher, int(lifeline)):
@@ -147,7 +150,7 @@ def _import(modules: Sequence[str], nice: int, launcher: int) -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
     try:
         for name in modules:
-            with contextlib.suppress(Exception):  # the worker will say so, if it needs it
+            with contextlib.suppress(Exception, SystemExit):  # the worker will say so, if it needs it
                 importlib.import_module(name)
     finally:
         os.write(launcher, b"ready\n")
