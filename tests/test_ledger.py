@@ -16,15 +16,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import warm
 from runs import environment
 
 from manyhands.cli.ledger import main as verb
+from manyhands.cli.ledger import step_story
 from manyhands.cli.main import main
 from manyhands.core.errors import DataError, UsageError
 from manyhands.data.partition import divide
 from manyhands.data.sample import Order
-from manyhands.train.audit import Report, audit, load, samples_of_pass
+from manyhands.train.audit import Report, audit, load
 from manyhands.train.ledger import Batches, Ledger, files, next_attempt, read
+from manyhands.train.ledger_order import samples_of_pass
 
 BATCHES = Batches(n=50, global_batch=16, seed=3, micro_batch=2)  # 4 steps a pass, the last of 2 rows
 
@@ -520,3 +523,25 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("every sample once")
+
+
+@pytest.mark.parametrize("order", ["stratified", "by-length"])
+def test_orders_by_class_and_length_are_counted_by_sample(tmp_path: Path, order: str) -> None:
+    """Over a resume on more workers; without what the order goes by, places are counted."""
+    rnd = random.Random(0)
+    texts = [(" ".join(["good" if i % 3 else "bad"] * rnd.randint(1, 9)), i % 3) for i in range(90)]
+    data, run = tmp_path / "data.csv", tmp_path / "run"
+    data.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in texts))
+    job = ["--task", "classify", "--data", data, "--order", order, "--global-batch", 16, "--prompt", ""]
+    job += ["--eval-fraction", 0.1, "--cache", tmp_path / "cache", "--output", run]
+    warm.manyhands("train", *job, "--steps", 8, "--workers", 2)
+    warm.manyhands("train", *job, "--steps", 14, "--workers", 3, "--resume", run)
+    report = told(run)
+    assert report.ok
+    assert report.counted
+    ids = {i for share in step_story(load([run]), report, 9)["shares"] for i in share["samples"] or ()}
+    assert len(ids) == 16
+    (run / "ledger" / "order.npz").write_bytes(b"torn")
+    report = told(run)
+    assert report.ok
+    assert not report.counted

@@ -46,7 +46,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def as_data(report: Report) -> dict[str, Any]:
     """The report as JSON data."""
-    data = dataclasses.asdict(report)
+    data = dataclasses.asdict(dataclasses.replace(report, order=None))
+    del data["order"]
     data["shares"] = [dataclasses.asdict(share) for _, share in sorted(report.shares.items())]
     data["problems"] = [
         {**dataclasses.asdict(p), "sample_ids": _ids(report, p, 100)} for p in report.problems
@@ -147,11 +148,9 @@ def _problem_text(report: Report, problem: Problem) -> str:
 
 def _ids(report: Report, problem: Problem, most: int) -> list[int]:
     """The first sample numbers that a problem concerns."""
-    if not problem.samples or report.batches.order != "shuffled" or problem.kind == "impossible":
+    order, size = report.order, report.batches.micro_batch
+    if not problem.samples or order is None or problem.kind == "impossible":
         return []
-    from manyhands.train.audit import order_of
-
-    order, size = order_of(report.batches), report.batches.micro_batch
     found: list[int] = []
     for step in range(problem.first, problem.last + 1):
         ids = order.ids(step - 1)
@@ -164,16 +163,16 @@ def _ids(report: Report, problem: Problem, most: int) -> list[int]:
 
 def step_story(found: Sequence[File], report: Report, step: int) -> dict[str, Any]:
     """Who computed what of a step: every line that tells of it, and what became of that."""
-    from manyhands.train.audit import order_of
     from manyhands.train.ledger_merge import intervals, parts
+    from manyhands.train.ledger_order import plain_order
 
     here = next((i for i in intervals(found) if i.first <= step <= i.last), None)
     if here is None:
         raise UsageError(
             f"--step {step}", "no worker has told of it", f"the ledger has the steps 1 … {report.steps:,}"
         )
-    order, size = order_of(report.batches), report.batches.micro_batch
-    ids = order.ids(step - 1) if report.batches.order == "shuffled" else None
+    order, size = plain_order(report.batches), report.batches.micro_batch
+    ids = report.order.ids(step - 1) if report.order is not None else None
     shares: list[dict[str, Any]] = []
     for (seat, dropped, why), spans in sorted(parts(here.valid).items(), key=lambda each: each[1]):
         samples = [int(i) for a, b in spans for i in ids[a * size : b * size]] if ids is not None else None

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from manyhands.core.errors import DataError, UsageError
 from manyhands.train.ledger import Batches, File, Spans, files, read
 from manyhands.train.ledger_merge import Interval, Told, claims_of, cover, intervals, parts
+from manyhands.train.ledger_order import order_of, plain_order, samples_of_pass
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from manyhands.data.sample import Order
 
 LISTED = 1000  # problems kept; all are counted
-CHUNK = 1 << 20  # samples whose numbers are computed at once
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,11 @@ class Report:
         unfinished: samples of the last steps that workers that do not wait for each other had not come to.
         void: steps that were committed and given up (resumed before them, or lost with all who had applied them).
         passes: over the data, so far. `counted`: sample numbers were counted, not places alone.
+        order: of the samples, where it can be found again.
     """
 
     batches: Batches
+    order: Order | None = None
     steps: int = 0
     used: int = 0
     lost: int = 0
@@ -138,6 +140,7 @@ def audit(found: Sequence[File]) -> Report:
     """Lay the files over each other and verify. Raises `DataError` where they are not of one job."""
     batches = _batches(found)
     report = Report(batches, notes=[note for file in found for note in file.notes])
+    report.order = order_of(batches, {file.path.parent for file in found})
     report.attempts = sorted({(a.number, a.resumed_at) for f in found for a in f.attempts})
     goes_on = {a.number for file in found for a in file.attempts if a.goes_on}
     state = _State(report, list(intervals(found)), goes_on)
@@ -172,7 +175,7 @@ class _State:
     def __init__(self, report: Report, found: Sequence[Interval], goes_on: set[int]) -> None:
         self.report, self.found, self.batches = report, found, report.batches
         self.goes_on = goes_on
-        self.order = order_of(report.batches)
+        self.order = plain_order(report.batches)
         self.per_epoch = self.order.steps_per_epoch
         self.kept = self.order.seen(self.per_epoch)  # samples of one pass
         self.times: NDArray[np.uint8] | None = None
@@ -340,11 +343,11 @@ class _State:
         import numpy as np
 
         assert self.times is not None
-        if self.batches.order != "shuffled":
+        if self.report.order is None:
             self.report.counted = False
         elif self.times.any():
             used = np.zeros(self.batches.n, dtype=np.uint8)
-            for begin, ids in samples_of_pass(self.batches, self.pass_, self.kept):
+            for begin, ids in samples_of_pass(self.batches, self.pass_, self.kept, self.report.order):
                 np.add.at(used, ids, self.times[begin : begin + len(ids)])
             twice = int((used > 1).sum())
             if int((used > 0).sum()) != int((self.times > 0).sum()) or twice != int((self.times > 1).sum()):
@@ -384,25 +387,3 @@ class _State:
         self.report.problem_count += 1
         if len(self.report.problems) < LISTED:
             self.report.problems.append(Problem(kind, first, last, places, who, samples, detail))
-
-
-def order_of(batches: Batches) -> Order:
-    """The order of the samples."""
-    from manyhands.data.sample import Order
-
-    return Order(batches.n, batches.global_batch, batches.seed, batches.drop_last)
-
-
-def samples_of_pass(batches: Batches, pass_: int, kept: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """(position, sample numbers) of one pass over the data, in pieces of whole steps.
-
-    A pass is one permutation cut into steps, so steps of k times the rows cut the same samples.
-    """
-    from manyhands.data.sample import Order
-
-    wide = batches.global_batch * max(1, CHUNK // batches.global_batch)
-    order = Order(batches.n, wide, batches.seed)
-    for i in range(order.steps_per_epoch):
-        begin = i * wide
-        if begin < kept:
-            yield begin, order.ids(pass_ * order.steps_per_epoch + i)[: kept - begin]

@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING
 
 from manyhands.train.division import Division, spans_of
 from manyhands.train.ledger import Ledger, next_attempt
+from manyhands.train.ledger_order import keep_sizes
 from manyhands.train.leftout import LeftOut
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from manyhands.core.events import Emit
     from manyhands.core.membership import Seat
     from manyhands.train.ledger import Batches
@@ -34,12 +38,21 @@ class Books:
         me: this worker's seat.
         batches: of the job.
         emit: hears of a disk that does not take lines.
+        sizes: what the order of samples goes by, for whoever verifies it: rank 0 keeps them beside the ledger.
 
     Attributes:
         attempt: its number, the step that it continues from, and whether nothing is given up.
     """
 
-    def __init__(self, output: Path, me: str, batches: Batches, emit: Emit) -> None:
+    def __init__(
+        self,
+        output: Path,
+        me: str,
+        batches: Batches,
+        emit: Emit,
+        sizes: Mapping[str, NDArray[np.int64]] | None = None,
+    ) -> None:
+        self._sizes = sizes or {}
         self._output, self._me, self._batches, self._emit = output, me, batches, emit
         self.attempt = (0, 0, False)
         self._ledger: Ledger | None = None
@@ -52,6 +65,8 @@ class Books:
     def begin_attempt(self, world: World, steps: int, *, goes_on: bool = False) -> None:
         """From here on it counts anew: what was committed after this step before is void. Collective."""
         number = next_attempt(self._output) if world.rank == 0 else 0
+        if self._sizes and world.rank == 0:
+            keep_sizes(self._output, self._sizes)
         self.attempt = (int(world.gather(number)[0]), steps, goes_on)
         again = [each for each in self._recent if goes_on and each[0].places is not None]
         self._left = [each for each in again if each[0].step >= steps]  # it is told once more

@@ -61,7 +61,7 @@ class Batches:
         n: samples in the data.
         global_batch: of one step.
         micro_batch: samples of one place.
-        order: "shuffled": `Order`'s; of any other the sample numbers cannot be recomputed, only places.
+        order: "shuffled": `Order`'s; of any other the sample numbers are recomputed with what `manyhands.train.ledger_order` keeps.
     """
 
     n: int

@@ -198,8 +198,7 @@ class Parts:
                 len(rows),
                 job.global_batch,
                 job.seed,
-                classes=getattr(rows, "classes", None) if job.order == "stratified" else None,
-                lengths=getattr(rows, "lengths", None) if job.order != "shuffled" else None,
+                **self.sizes,
             ),
             rank=rank,
             weights=plan.weights,
@@ -210,6 +209,13 @@ class Parts:
             seed=job.seed,
             by_speed=job.inner_steps == "by-speed",
         )
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What the order goes by beside numbers: classes and lengths of the rows."""
+        wanted = {"stratified": ("classes", "lengths"), "by-length": ("lengths",)}.get(self.job.order, ())
+        found = {name: getattr(self.material.train, name, None) for name in wanted}
+        return {name: each for name, each in found.items() if each is not None}
 
     @property
     def pass_rows(self) -> int:

@@ -331,7 +331,7 @@ class _Run:
             eval_rows=parts.material.evaluation,
             eval_batch=parts.pass_rows,
             promote=self._promote,
-            books=Books(self.output, self._seat(), parts.batches(), self.emit),
+            books=Books(self.output, self._seat(), parts.batches(), self.emit, parts.sizes),
             state=self._state,
             tokenizer=parts.material.tokenizer,
             flops_per_token=parts.facts.flops_per_token,
