@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import signal
 import socket
 import subprocess
@@ -56,7 +57,7 @@ def test_a_worker_whose_link_is_cut_comes_back_and_one_without_a_launcher_is_mis
             until(lambda: coordinator.began, "the first step")
             for count in range(3):
                 before = coordinator._lines["w1"]
-                assert cut(one.process.pid).startswith("done")
+                assert cut(one.process.pid, random.Random(1)).startswith("done")
                 until(lambda before=before: coordinator._lines.get("w1") not in (None, before), "its return")
                 one.tell("publish", f"fact{count}", "x")
                 zero.tell("lookup", f"fact{count}")

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import random
 import select
 import signal
 import subprocess
@@ -180,7 +181,7 @@ def test_a_cut_link_is_no_loss(launched: Callable[..., Job]) -> None:
     job = launched(steps=300)
     pids = job.stepping("w0", "w1")
     for id in ("w1", "w0"):
-        assert cut(pids[id]).startswith("done")
+        assert cut(pids[id], random.Random(1)).startswith("done")
     os.kill(pids["w1"], signal.SIGKILL)  # noticed as ever, whether it is back or not
     assert job.await_("epoch", lambda r: r["number"] == 2)["ids"] == ["w0"]
     code, errors = job.end()
