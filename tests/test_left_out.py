@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from runs import TINY, events, losses, summary
@@ -11,7 +15,12 @@ from trapped import Job
 
 from manyhands.cli.ledger import step_story, text
 from manyhands.core.hardware import hostname
+from manyhands.core.membership import Seat
 from manyhands.train.audit import Report, audit, load
+from manyhands.train.books import Books
+from manyhands.train.header import Unsound
+from manyhands.train.ledger import Batches
+from manyhands.train.leftout import LeftOut
 
 W1 = re.escape(f"w1 (rank 1, {hostname()})")
 LOSS = f"update skipped: the loss of {W1} was not finite, in forward"
@@ -82,3 +91,54 @@ def ledger(run: Path) -> tuple[Report, str]:
     report = audit(load([run]))
     assert report.ok
     return report, text(report)
+
+
+class Steps:
+    """A division of which every step was computed by w0 alone."""
+
+    def __init__(self) -> None:
+        self.done: dict[int, tuple[int, dict[str, list[tuple[int, int]]], int]] = {}
+
+    def committed(self, steps: int) -> Iterator[tuple[int, int, dict[str, list[tuple[int, int]]], int]]:
+        for step in sorted(step for step in self.done if step < steps):
+            yield (step, *self.done.pop(step))
+
+    def take_dropped(self, step: int) -> dict[str, list[tuple[int, int]]]:
+        return {}
+
+
+def kept(output: Path, notes_after: dict[int, LeftOut], *, steps: int, again_at: int | None = None) -> Report:
+    """The report of a ledger whose writer hears of notes after steps; `again_at`: begun anew there, once."""
+    world: Any = SimpleNamespace(rank=0, gather=lambda value: [value])
+    books = Books(output, "w0", Batches(n=1000, global_batch=8, seed=0, micro_batch=2), lambda event: None)
+    books.begin_attempt(world, 0)
+    division: Any = Steps()
+    seats, step = [Seat(id="w0", host="a")], 0
+    while step < steps:
+        division.done[step] = (1, {"w0": [(0, 4)]}, 8)
+        step += 1
+        if note := notes_after.get(step):
+            books.leave_out([note], seats)
+        method: Any = SimpleNamespace(committed=step)
+        books.commit(division, method, seats)
+        if again_at is not None and step == steps - 1:
+            books.begin_attempt(world, again_at)
+            step, again_at = again_at, None
+    books.sync()
+    return audit(load([output]))
+
+
+def test_what_is_known_two_steps_later_is_told_all_the_same(tmp_path: Path) -> None:
+    """On a GPU the norm of a step is read when the next one has ended, and its note is there at the end of the one after."""
+    note = LeftOut(step=3, loss=1.0, norm=math.nan, whose=Unsound((0,)), steps=(3,))
+    report = kept(tmp_path, {6: note}, steps=8)
+    assert (report.skipped, report.skipped_updates) == (8, 1)
+    assert report.ok
+
+
+def test_a_note_waits_for_its_steps_in_a_later_attempt(tmp_path: Path) -> None:
+    """What was told before is of steps that do not count any more."""
+    note = LeftOut(step=4, loss=1.0, norm=math.nan, whose=Unsound((0,)), steps=(2, 3, 4))
+    report = kept(tmp_path, {3: note}, steps=9, again_at=2)
+    assert (report.skipped, report.skipped_updates) == (24, 1)
+    assert report.ok

@@ -105,6 +105,7 @@ class Crew:
     _without: bool = False  # the coordinator is not reached, which was told
     _kills_before: int = field(default_factory=lambda: hardware.oom_kills())
     _kills_told: int = 0  # of the kernel's since then, by which the ends of workers are explained
+    _evicted: set[str] = field(default_factory=set)  # whom we have killed ourselves
     _pass_rows: dict[int, int] = field(default_factory=dict)  # by rank: the most rows of a pass from now on
     _forwarded: int = 0
 
@@ -255,7 +256,7 @@ class Crew:
             control.lost(worker.id, how="left", detail="done")
             return
         end = worker.end()
-        starved = self._killed_for_memory(end)
+        starved = worker.id not in self._evicted and self._killed_for_memory(end)
         how, detail = cause(end, starved)
         if control.ended is not None and control.ended[0] == 0:  # it came, or fell, after the job was done
             worker.survived, worker._end = True, dataclasses.replace(end, survived=True)
@@ -326,6 +327,7 @@ class Crew:
             if happening.kind == "evict":
                 for worker in self.workers:
                     if worker.id == happening.seat_id and worker.ended_s is None:
+                        self._evicted.add(worker.id)
                         with contextlib.suppress(ProcessLookupError):
                             worker.process.send_signal(signal.SIGKILL)
             elif happening.kind == "lost":

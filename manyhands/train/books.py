@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 DROPPED = "its worker was lost before the round's end (--lost-round drop)"
 UNUSED = "its push was staler than the servers take (discard)"
+LATE = 3  # commits until it is known of a step on a GPU whether its update was left out
 
 _Told = dict[int, tuple[int, Mapping[str, Sequence[tuple[int, int]]], int]]  # by step: epoch, who, rows
 
@@ -60,7 +61,7 @@ class Books:
             tuple[LeftOut, str]
         ] = []  # updates that were left out, of steps not told of yet, and why
         self._recent: deque[tuple[LeftOut, str]] = deque(maxlen=4)
-        self._told: deque[_Told] = deque([{}], maxlen=2)  # steps of the last two commits
+        self._told: deque[_Told] = deque([{}], maxlen=LATE)  # steps of the last commits
 
     def begin_attempt(self, world: World, steps: int, *, goes_on: bool = False) -> None:
         """From here on it counts anew: what was committed after this step before is void. Collective."""
@@ -69,6 +70,9 @@ class Books:
             keep_sizes(self._output, self._sizes)
         self.attempt = (int(world.gather(number)[0]), steps, goes_on)
         again = [each for each in self._recent if goes_on and each[0].places is not None]
+        self._told = deque([{}], maxlen=LATE)
+        if not goes_on:
+            self._recent.clear()
         self._left = [each for each in again if each[0].step >= steps]  # it is told once more
         self.close()
         self._open()
@@ -116,6 +120,7 @@ class Books:
         Of the steps up to `settled`, where pairs have agreed and not yet heard of the others, it is what those computed
         that are not among `here`: the seats that go on from their own state.
         """
+        told: _Told = {}
         for step, epoch, who, rows in division.committed(standing.steps):
             if self._ledger is None:
                 continue
@@ -124,8 +129,12 @@ class Books:
             unused = {seat: spans for seat, spans in who.items() if seat not in used}
             if used:
                 self._ledger.commit(step + 1, epoch=epoch, who=used, rows=rows)
+                told[step] = epoch, used, rows
             if unused:
                 self._ledger.dropped(step + 1, epoch=epoch, who=unused, rows=rows, why=why)
+        if told:
+            self._told.append(told)
+        self._tell_left_out()
         self._left = [each for each in self._left if each[0].step >= standing.steps]
 
     def tell_of_last(
@@ -139,7 +148,7 @@ class Books:
             self._ledger.commit(standing.steps, epoch=epoch, who=said, rows=rows, alone=True)
 
     def _tell_left_out(self) -> None:
-        """After the steps themselves: of a GPU it is known one step later."""
+        """After the steps themselves: of a GPU it is known when the next step has ended."""
         waiting = []
         for left, why in self._left:
             known = {step: told[step] for step in left.steps for told in self._told if step in told}
@@ -147,6 +156,8 @@ class Books:
                 waiting.append((left, why))
                 continue
             for step, (epoch, who, rows) in sorted(known.items()):
+                if left.places is not None and step not in left.places:
+                    continue
                 whose = who if left.places is None else {self._me: spans_of(sorted(left.places[step]))}
                 assert self._ledger is not None
                 self._ledger.left_out(

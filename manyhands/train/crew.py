@@ -216,6 +216,7 @@ class Crew:
 
     def _go_back(self, loop: Loop) -> _Back:
         """To the last agreement."""
+        loop.hear_notes()
         replica, method, held, undone = loop.replica, loop.replica.method, {}, False
         committed = method.committed
         settled = getattr(method, "settled", committed)

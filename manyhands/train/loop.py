@@ -229,14 +229,18 @@ class Loop:
 
     def _commit(self) -> None:
         """Steps whose work is in the agreed parameters by now go into the ledger, and what was left out of them."""
-        notes = self.replica.take_notes()
-        self.tally.tell(notes, self.seats, self.emit)
-        self.books.leave_out(notes, self.seats)
+        self.hear_notes()
         self.books.commit(self.division, self.replica.method, self.seats)
         if self.crew is not None:
             self.crew.committed(self)
 
     # -- other workers (called by the crew)
+
+    def hear_notes(self) -> None:
+        """What the replica has noted of updates that were left out: ranks in it are those of now."""
+        notes = self.replica.take_notes()
+        self.tally.tell(notes, self.seats, self.emit)
+        self.books.leave_out(notes, self.seats)
 
     def chores_at(self, steps: int) -> list[str]:
         """What is still to be done after `steps` steps."""
