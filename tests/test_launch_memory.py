@@ -16,7 +16,8 @@ def test_the_successor_has_half_as_many_rows_in_a_pass(corpus: Path, tmp_path: P
     """Twice, without a restart to spend, and nobody is asked for anything."""
     run, quiet = tmp_path / "run", tmp_path / "quiet"
     traps = [oom("w1"), oom("w1-1"), {"seat": "w1-2", "place": "forward", "act": "rows"}]
-    traps += [{"seat": "w0", "place": "forward", "step": step, "act": "newcomer"} for step in (1, 3)]
+    # a newcomer that fetches the state while the others compute has no rows in its first step: w0 goes on for two
+    traps += [{"seat": "w0", "place": "forward", "step": step, "act": "newcomer"} for step in (1, 5)]
     given = [*TINY, "--steps", 12, "--restarts", 0]
     with Job(run, corpus, *given, traps=traps, workers=2, base=()) as job:
         said = job.end()
