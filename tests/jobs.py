@@ -59,7 +59,10 @@ class Launched:
         return f"{what} is awaited for {DEADLINE_S} s: {self.printed()}\n{where_it_stands(self.process.pid)}"
 
     def end(self, code: int = 0) -> str:
-        self.process.wait(timeout=DEADLINE_S)
+        try:
+            self.process.wait(timeout=DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(self._stands("its end")) from None
         said = self.printed()
         assert self.process.returncode == code, said
         return said
