@@ -302,9 +302,8 @@ def _accumulate(
         more, n = reading.values()
         loss_sum += more
         count += n
-    replica.tell_phase(
-        "step", replica.steps
-    )  # who stands still from here on waits for who has not come so far
+    # who stands still from here on waits for who has not come so far
+    replica.tell_phase("step", replica.steps)
     return Sums(loss_sum, count, places, whole)
 
 
