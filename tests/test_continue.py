@@ -219,6 +219,7 @@ STRATEGIES = [
     "eager",
     "eager(exchange=error-feedback(int4))",
     "forecast(every=3, delay=1, exchange=error-feedback(int4))",
+    "forecast(every=4, delay=1, fragments=3, exchange=error-feedback(int4))",
     "zero1(exchange=error-feedback(int8))",
 ]
 

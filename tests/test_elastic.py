@@ -113,7 +113,7 @@ def test_a_replacement_joins_at_an_agreement(corpus: Path, tmp_path: Path, strat
         ("accumulate(lr=0.003, every=4)", False),
         ("eager(lr=0.003)", False),
         ("forecast(lr=0.003, every=6, exchange=error-feedback(int4))", False),
-        ("forecast(lr=0.003, every=6, delay=2)", True),
+        ("forecast(lr=0.003, every=6, delay=2, fragments=3)", True),
         ("hogwild(every=10)", False),
         ("streaming-diloco(lr=0.003, every=6, fragments=2, delay=1)", True),
         ("gossip(lr=0.003, every=3)", True),

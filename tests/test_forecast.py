@@ -16,6 +16,7 @@ from manyhands.data.sample import Order
 from manyhands.strategy import presets
 from manyhands.strategy.optimizers import SGD, Adagrad, Adam, AdamW, Muon, RMSprop
 from manyhands.train.forecast import times
+from manyhands.train.fragments import split
 
 RATE, BETAS, EPS = 0.01, (0.9, 0.95), 1e-8
 
@@ -45,8 +46,16 @@ class ByHand:
         self.v: dict[str, Any] = {}
         self.t: dict[str, int] = {}
 
-    def become(self, other: ByHand) -> None:
-        self.value, self.m, self.v, self.t = dict(other.value), dict(other.m), dict(other.v), dict(other.t)
+    def become(self, other: ByHand, names: set[str]) -> None:
+        for mine, theirs in (
+            (self.value, other.value),
+            (self.m, other.m),
+            (self.v, other.v),
+            (self.t, other.t),
+        ):
+            for name in names:
+                mine.pop(name, None)
+            mine.update({n: x for n, x in theirs.items() if n in names})
 
     def step(self, grads: dict[str, Any], counts: dict[str, float] | None = None) -> None:
         b1, b2 = BETAS
@@ -74,87 +83,101 @@ def replay(worker: ByHand, terms: Terms, steps: int) -> None:
         square = sum(c * float(g[name].square().sum()) for c, g in terms if name in g) / total
         short = float(mean[name].square().sum())
         noise = min(max(0.0, (square - short) / (1 - 1 / n)), square) if n > 1 else 0.0
-        count = round(256 * (square - noise + noise * steps / n) / short) / 256
+        count = round(256 * (square - noise + noise * steps / n) / short) / 256 if short else 1.0
         counts[name] = min(max(1.0, count), steps) if steps > 1 else 1.0
     for _ in range(steps):
         worker.step(mean, counts)
 
 
-def _reference(size: int, steps: int, every: int, delay: int, weights: list[float]) -> dict[str, Any]:
+def _reference(
+    size: int, steps: int, every: int, delay: int, weights: list[float], fragments: int
+) -> dict[str, Any]:
     rows, order = Rows(), Order(N, GLOBAL, 3, False)
     models = [make() for _ in range(size)]
     workers, agreed = [ByHand(m) for m in models], ByHand(make())
-    terms: list[Terms] = [[] for _ in range(size)]
-    length = 0
-    flight: Any = None
+    parts = [{n for n, _ in part} for part in split(list(agreed.named.items()), fragments)]
+    terms: list[list[Terms]] = [[[] for _ in range(size)] for _ in parts]  # of each part and worker
+    since, flights = [0] * fragments, [None] * fragments
 
-    def send() -> Any:
-        found = ([term for own in terms for term in own], length)
-        for own in terms:
+    def send(f: int) -> Any:
+        found = ([term for own in terms[f] for term in own], since[f])
+        for own in terms[f]:
             own.clear()
+        since[f] = 0
         return found
 
-    def arrive(flown: Any) -> None:
+    def arrive(f: int, flown: Any) -> None:
         told, h = flown
         replay(agreed, told, h)
-        for worker, own in zip(workers, terms, strict=True):
-            worker.become(agreed)
+        for worker, own in zip(workers, terms[f], strict=True):
+            worker.become(agreed, parts[f])
             if own:
                 replay(worker, own, len(own))
 
-    since = 0
     for step in range(1, steps + 1):
         ids = order.ids(step - 1)
-        for w, own, model, part in zip(workers, terms, models, divide(len(ids), weights), strict=True):
+        for w, (worker, model, part) in enumerate(
+            zip(workers, models, divide(len(ids), weights), strict=True)
+        ):
             with torch.no_grad():
-                for name, p in w.named.items():
-                    p.copy_(w.value[name])
+                for name, p in worker.named.items():
+                    p.copy_(worker.value[name])
             model.zero_grad()
             if not len(part):
                 continue
             loss, count = summed(model, rows.take(ids[part.start : part.stop]))
             if count:
                 (loss / count).backward()
-                grads = {n: p.grad.clone() for n, p in w.named.items() if p.grad is not None}
-                own.append((count, grads))
-                w.step(grads)
-        since += 1
-        if step % every == 0:
-            length, since = since, 0
-            flight = send()
-        if flight is not None and since == delay:
-            arrive(flight)
-            flight = None
-    if flight is not None:
-        arrive(flight)
-    if since:
-        length = since
-        arrive(send())
-    with torch.no_grad():
-        for name, p in agreed.named.items():
-            p.copy_(agreed.value[name])
+                grads = {n: p.grad.clone() for n, p in worker.named.items() if p.grad is not None}
+                for f, names in enumerate(parts):
+                    terms[f][w].append((count, {n: g for n, g in grads.items() if n in names}))
+                worker.step(grads)
+        since = [n + 1 for n in since]
+        for f in range(fragments):
+            if step % every == f * every // fragments:
+                flights[f] = send(f)
+        for f in range(fragments):
+            if flights[f] is not None and since[f] == delay:
+                arrive(f, flights[f])
+                flights[f] = None
+    for f in range(fragments):
+        if flights[f] is not None:
+            arrive(f, flights[f])
+    for f in range(fragments):
+        if since[f]:
+            arrive(f, send(f))
     model = make()
     model.load_state_dict({**model.state_dict(), **dict(agreed.value.items())})
     return {"losses": [], "state": {k: v.tolist() for k, v in model.state_dict().items()}}
 
 
 @pytest.mark.parametrize(
-    ("size", "transport", "every", "delay", "steps"),
-    [(2, "shared", 3, 0, 7), (2, "group", 3, 1, 8), (3, "shared", 2, 1, 7), (2, "shared", 4, 3, 10)],
+    ("size", "transport", "every", "delay", "fragments", "steps"),
+    [
+        (2, "shared", 3, 0, 1, 7),
+        (2, "group", 3, 1, 1, 8),
+        (3, "shared", 2, 1, 1, 7),
+        (2, "shared", 4, 3, 1, 10),
+        (2, "group", 3, 1, 3, 11),
+        (3, "shared", 4, 2, 2, 9),
+        (2, "shared", 5, 0, 3, 13),
+    ],
 )
 def test_it_is_what_the_module_says(
-    fleets: Any, size: int, transport: str, every: int, delay: int, steps: int
+    fleets: Any, size: int, transport: str, every: int, delay: int, fragments: int, steps: int
 ) -> None:
     weights = [2.0, 1.0, 1.0][:size]
-    strategy = presets.forecast(every=every, delay=delay, optimizer=AdamW(RATE, betas=BETAS))
+    strategy = presets.forecast(
+        every=every, delay=delay, fragments=fragments, optimizer=AdamW(RATE, betas=BETAS)
+    )
     case = {"strategy": strategy, "steps": steps, "weights": weights}
-    reference = _reference(size, steps, every, delay, weights)
+    reference = _reference(size, steps, every, delay, weights, fragments)
     for answer in fleets(size, transport).run(method_run, case):
         assert_close({**answer, "losses": []}, reference)
         assert answer["tokens"] == targets(steps)
 
 
-def _uneven_run(world: Any, pace: float) -> dict[str, Any]:
+def _uneven_run(world: Any, pace: float, fragments: int) -> dict[str, Any]:
     """Worker 1 makes every other step, with gradients of two; a step of the round's middle agrees meanwhile."""
     import dataclasses
 
@@ -164,7 +187,7 @@ def _uneven_run(world: Any, pace: float) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     model = make()
-    strategy = presets.forecast(every=8, delay=3, optimizer=AdamW(RATE))
+    strategy = presets.forecast(every=8, delay=3, fragments=fragments, optimizer=AdamW(RATE))
     replica = Replica(model, strategy, world.wire, max_grad_norm=None, targets_per_row=test_methods.SEQ)
     feed = test_methods.feed_of(world, {})
     for step in range(22):
@@ -182,8 +205,9 @@ def _uneven_run(world: Any, pace: float) -> dict[str, Any]:
     return {"state": state, "tokens": tokens}
 
 
-def test_parts_that_no_step_has_used_survive_an_agreement(fleets: Any) -> None:
-    answers = fleets(2, "shared").run(_uneven_run, 0.5)
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_parts_that_no_step_has_used_survive_an_agreement(fleets: Any, fragments: int) -> None:
+    answers = fleets(2, "shared").run(_uneven_run, 0.5, fragments)
     assert answers[0] == answers[1]
     assert answers[0]["tokens"] == targets(22)
 
@@ -218,6 +242,8 @@ def test_squares_count_once_where_nothing_is_known(
     [
         (lambda: presets.forecast(every=3, delay=3), "delay < 3"),
         (lambda: presets.forecast(every=0), "every >= 1"),
+        (lambda: presets.forecast(fragments=0), "fragments >= 1"),
+        (lambda: presets.forecast(every=2, fragments=3), "fragments <= 2"),
         (lambda: presets.forecast(optimizer=RMSprop(0.01, alpha=0.0)), "above 0"),
         (lambda: presets.forecast(exchange="ordered"), "every-step"),
         (lambda: presets.forecast(exchange="gossip"), "averages models"),

@@ -89,6 +89,7 @@ def test_strategies_that_agree_all_at_once_can_do_either(strategy: str) -> None:
         "streaming-diloco(every=4, fragments=2, delay=1)",
         "streaming-diloco(every=4, fragments=2, delay=1, exchange=gossip)",
         "forecast(every=3, delay=2, exchange=error-feedback(int4))",
+        "forecast(every=4, delay=1, fragments=2, exchange=error-feedback(int4))",
     ],
 )
 def test_who_has_the_last_agreement_gives_it_to_the_others(fleets: Any, strategy: str) -> None:

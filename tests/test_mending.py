@@ -231,7 +231,8 @@ def test_a_flipped_bit_is_mended_and_the_other_kind_aligned(fleets: Fleets) -> N
 
 
 @pytest.mark.parametrize(
-    "strategy", ["diloco(every=4)", "forecast(every=4)", "streaming-diloco(every=4, fragments=2, delay=1)"]
+    "strategy",
+    ["diloco(every=4)", "forecast(every=4, fragments=2)", "streaming-diloco(every=4, fragments=2, delay=1)"],
 )
 def test_who_is_aligned_keeps_the_steps_of_his_own(fleets: Fleets, strategy: str) -> None:
     """Compared in the middle of a round, after the anchors have drifted."""

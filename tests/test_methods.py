@@ -93,6 +93,7 @@ PLAIN: dict[str, Callable[..., Strategy]] = {
     "gossip": lambda **k: presets.gossip(every=2, **NEUTRAL, **k),
     "eager": presets.eager,
     "forecast": lambda **k: presets.forecast(every=3, delay=1, exchange="error-feedback(int4)", **k),
+    "forecast, in turn": lambda **k: presets.forecast(every=4, delay=2, fragments=3, **k),
     "hogwild": presets.hogwild,
 }
 
@@ -508,6 +509,17 @@ def test_fragments_are_all_parameters_once(fragments: int) -> None:
     assert len(parts) == fragments
     assert sorted(n for part in parts for n, _ in part) == sorted(n for n, _ in named)
     assert all(parts)
+
+
+@pytest.mark.parametrize("fragments", [2, 3, 4])
+def test_an_embedding_is_no_burden_on_a_fragment_of_layers(fragments: int) -> None:
+    layers = {f"h.{i}.weight": 4 for i in range(8)}
+    sizes = {"last.weight": 1, "embed.weight": 10, **layers}
+    named = [(n, torch.nn.Parameter(torch.zeros(size))) for n, size in sizes.items()]
+    parts = [[n for n, _ in part] for part in split(named, fragments)]
+    of = [sum(sizes[n] for n in part) for part in parts]
+    assert parts[0][0] == "embed.weight"
+    assert max(of) - min(of) <= 6, "less than the embedding"
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -85,3 +85,12 @@ def arrives_before_the_next(delay: int, every: int) -> None:
             "an exchange ends before the next one of the same values starts",
             f"give 0 <= delay < {every}",
         )
+
+
+def take_turns_within(fragments: int, every: int) -> None:
+    if fragments > every:
+        raise UsageError(
+            f"fragments = {fragments} with every = {every}",
+            "the fragments take turns within `every` steps",
+            f"give fragments <= {every}",
+        )

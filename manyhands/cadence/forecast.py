@@ -1,6 +1,7 @@
 """A worker's own steps are a forecast of the agreed ones, which take their place (see `manyhands.train.forecast`).
 
-The gradients of `every` steps are agreed at once, and arrive `delay` steps later, overlapped with these.
+The gradients of `every` steps are agreed at once, and arrive `delay` steps later, overlapped with these. Several fragments
+take turns, as in Streaming DiLoCo (arXiv:2501.18512, section 2.2): each step carries a part of what one would carry at once.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from manyhands.cadence.every import HELP, arrives_before_the_next, at_least_one
+from manyhands.cadence.every import HELP, arrives_before_the_next, at_least_one, take_turns_within
 from manyhands.core.config import option
 from manyhands.core.errors import UsageError
 
@@ -20,12 +21,14 @@ class Forecast:
 
     every: int = option(4, help=HELP)
     delay: int = option(0, help="steps that pass between the start of an exchange and its use")
-    fragments: ClassVar[int] = 1
+    fragments: int = option(1, help="parts of the parameters that take turns")
     method: ClassVar[str] = "manyhands.train.forecast:ForecastSteps"
     local: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        at_least_one("every", self.every)
+        for name in ("every", "fragments"):
+            at_least_one(name, getattr(self, name))
+        take_turns_within(self.fragments, self.every)
         arrives_before_the_next(self.delay, self.every)
 
     def check(self, *, exchange: Any, optimizer: Any) -> None:
@@ -45,10 +48,12 @@ class Forecast:
             )
 
     def due(self, step: int) -> bool:
-        return step % self.every == 0
+        return bool(self.starts(step))
 
     def starts(self, step: int) -> tuple[int, ...]:
-        return (0,) if self.due(step) else ()
+        """Fragments whose exchange begins after `step`; the first round of all but one is shorter."""
+        turns = range(self.fragments)
+        return tuple(f for f in turns if step % self.every == f * self.every // self.fragments)
 
     def finishes(self, step: int) -> tuple[int, ...]:
         return self.starts(step - self.delay) if step > self.delay else ()

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from manyhands.cadence.every import HELP, arrives_before_the_next, at_least_one
+from manyhands.cadence.every import HELP, arrives_before_the_next, at_least_one, take_turns_within
 from manyhands.core.config import option
-from manyhands.core.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -24,12 +23,7 @@ class Staggered:
     def __post_init__(self) -> None:
         for name in ("every", "fragments"):
             at_least_one(name, getattr(self, name))
-        if self.fragments > self.every:
-            raise UsageError(
-                f"fragments = {self.fragments} with every = {self.every}",
-                "the fragments take turns within `every` steps",
-                f"give fragments <= {self.every}",
-            )
+        take_turns_within(self.fragments, self.every)
         arrives_before_the_next(self.delay, self.every)
 
     def offset(self, fragment: int) -> int:

@@ -6,7 +6,7 @@ a flat table ``"<parameter name>.<state key>" -> tensor``, which goes into a saf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,11 +82,13 @@ class NamedOptimizer:
         for section in self.sections:
             section.optimizer.zero_grad(set_to_none=True)
 
-    def state_by_name(self) -> dict[str, Tensor]:
-        """The state, in order of names. The tensors are the optimizer's own: copy them before a step."""
+    def state_by_name(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The state (of `names` alone), in order of names. The tensors are the optimizer's own: copy them before a step."""
         found: dict[str, Tensor] = {}
         for section in self.sections:
             for name, param in section.named:
+                if names is not None and name not in names:
+                    continue
                 for key, value in section.optimizer.state.get(param, {}).items():
                     if value is not None:
                         found[f"{name}.{key}"] = value.detach()
@@ -99,12 +101,16 @@ class NamedOptimizer:
                 return dict(section.optimizer.state[param])
         return {}
 
-    def replace_state_by_name(self, state: Mapping[str, Tensor]) -> None:
-        """Go back to a copy of an earlier `state_by_name` of this same optimizer, in place; what is not in it is dropped."""
+    def replace_state_by_name(
+        self, state: Mapping[str, Tensor], names: Collection[str] | None = None
+    ) -> None:
+        """Go back to a copy of an earlier `state_by_name` of this same optimizer (and as many `names`), in place; what is not
+        in it is dropped.
+        """
         for section in self.sections:
             for name, param in section.named:
                 current = section.optimizer.state.get(param)
-                if not current:
+                if not current or (names is not None and name not in names):
                     continue
                 if not any(f"{name}.{key}" in state for key in current):
                     del section.optimizer.state[param]
@@ -113,14 +119,14 @@ class NamedOptimizer:
                     if value is not None:
                         value.copy_(state[f"{name}.{key}"])
 
-    def take_state_by_name(self, state: Mapping[str, Tensor]) -> None:
-        """Become a copy of another optimizer of the same kind, in place where there is a state already."""
-        mine = self.state_by_name()
+    def take_state_by_name(self, state: Mapping[str, Tensor], names: Collection[str] | None = None) -> None:
+        """Become a copy of another optimizer of the same kind (as far as `names` go), in place where there is a state already."""
+        mine = self.state_by_name(names)
         if set(mine) <= set(state):
             for name, value in mine.items():
                 value.copy_(state[name])
         else:
-            self.replace_state_by_name(state)
+            self.replace_state_by_name(state, names)
         if missing := {name: value for name, value in state.items() if name not in mine}:
             self.load_state_by_name(missing)
 

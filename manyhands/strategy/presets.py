@@ -357,6 +357,7 @@ def forecast(
     lr: float | None = None,
     every: int = 4,
     delay: int = 0,
+    fragments: int = 1,
     optimizer: Any = "adamw",
     schedule: Any = None,
     weight_decay: float | None = None,
@@ -364,7 +365,7 @@ def forecast(
 ) -> Strategy:
     """Own steps forecast the agreed ones, which follow from `every` steps' gradients and take their place."""
     return Strategy(
-        cadence=Forecast(every, delay=delay),
+        cadence=Forecast(every, delay=delay, fragments=fragments),
         exchange=_exchange(exchange),
         outer=_optimizer(optimizer, lr, schedule, weight_decay),
     )

@@ -29,16 +29,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from manyhands.exchange.codec import wide
 from manyhands.strategy.optimizers import AdamW
 from manyhands.train.local import LocalSteps
 from manyhands.train.norm import is_finite, norm_of
 from manyhands.train.replay import AdamRule, AdamState, adamw
+from manyhands.train.rounds import Piece
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,63 +49,29 @@ if TYPE_CHECKING:
     from manyhands.train.replica import Replica
 
 
-@dataclass
-class _Round:
-    """What I have computed since the gradients were last sent.
-
-    Attributes:
-        sums: Σ n g, per parameter.
-        squares: Σ n |g|², per parameter.
-        terms: how many gradients that is.
-        steps: of the job.
-    """
-
-    sums: list[Tensor]
-    squares: list[float] = field(default_factory=list)
-    terms: int = 0
-    steps: int = 0
-
-    def clear(self) -> None:
-        torch._foreach_zero_(self.sums)
-        self.squares, self.terms, self.steps = [0.0] * len(self.sums), 0, 0
-
-    def add(self, other: _Round) -> None:
-        torch._foreach_add_(self.sums, other.sums)
-        self.squares = [a + b for a, b in zip(self.squares, other.squares, strict=True)]
-        self.terms += other.terms
-
-
 class ForecastSteps(LocalSteps):
     """See the module."""
 
     def __init__(self, replica: Replica) -> None:
         super().__init__(replica)
-        (self._fragment,) = self._fragments
         views = dict(zip((n for n, _ in replica.named), self.inner.gradients.by_parameter(), strict=True))
-        self._gradients = [views[name] for name in self._fragment.names]
-        self._round, self._sent = self._empty(), self._empty()
-        self._apart: tuple[list[Tensor], dict[str, Tensor]] | None = None  # alone: what was sent from
+        self._pieces = [Piece.of(f, [views[name] for name in f.names]) for f in self._fragments]
         self._redone = False  # some of a round's steps were gone twice, each on a part of its rows
-
-    def _empty(self) -> _Round:
-        made = _Round([torch.zeros(g.shape, dtype=wide(g.dtype), device=g.device) for g in self._gradients])
-        made.clear()
-        return made
 
     # -- own steps
 
     def step(self, part: Part, loss: Loss, wishes: Wishes) -> StepResult:
-        self._round.steps += 1
+        for piece in self._pieces:
+            piece.round.steps += 1
         return super().step(part, loss, wishes)
 
     def _inner_step(self) -> tuple[float, float, bool]:
         count = self.inner.count
         norm, lr, skipped = super()._inner_step()
         if count and not skipped:
-            norms = [float(n) for n in torch._foreach_norm(self._gradients)]
-            torch._foreach_add_(self._round.sums, self._gradients, alpha=count)
-            self._round.squares = [s + count * n * n for s, n in zip(self._round.squares, norms, strict=True)]
-            self._round.terms += 1
+            used = dict(zip((n for n, _ in self._replica.named), self.inner.gradients.used, strict=True))
+            for piece, fragment in zip(self._pieces, self._fragments, strict=True):
+                piece.round.take(piece.gradients, count, [used[name] for name in fragment.names])
         return norm, lr, skipped
 
     # -- agreements
@@ -115,23 +80,24 @@ class ForecastSteps(LocalSteps):
     def _speaks(self) -> bool:
         return self._replica.wire.size > 1
 
-    def _measure(self, fragment: Fragment) -> Sequence[float]:
-        self._round, self._sent = self._sent, self._round
-        self._round.clear()
+    def _measure(self, i: int) -> Sequence[float]:
+        piece, fragment = self._pieces[i], self._fragments[i]
+        piece.round, piece.sent = piece.sent, piece.round
+        piece.round.clear()
         scale = 1.0 / (fragment.nominal or 1.0)
-        for view, total in zip(fragment.views, self._sent.sums, strict=True):
+        for view, total in zip(fragment.views, piece.sent.sums, strict=True):
             torch.mul(total, scale, out=view)
         if not self._speaks and self._cadence.delay:
-            state = {n: t.clone() for n, t in self.inner.optimizer.state_by_name().items()}
-            self._apart = [p.detach().clone() for p in fragment.params], state
-        return [float(self._sent.terms), *self._sent.squares]
+            state = {n: t.clone() for n, t in self.inner.optimizer.state_by_name(piece.names).items()}
+            piece.apart = [p.detach().clone() for p in fragment.params], state
+        return [float(piece.sent.terms), *piece.sent.squares, *map(float, piece.sent.used)]
 
     def _settle(
         self, i: int, flight: Flight, found: Sequence[Agreed], told: Header | None, keep_local: float
     ) -> bool:
         del keep_local  # what I went on meanwhile is kept whole, nothing else
         assert told is not None
-        fragment, behind = self._fragment, self._round.steps
+        fragment, piece = self._fragments[i], self._pieces[i]
         targets = float(told.more[:, 0].sum())
         scale = flight.nominal / targets if targets else math.nan
         if found:
@@ -140,53 +106,64 @@ class ForecastSteps(LocalSteps):
         elif self._redone:  # alone now, but my way is not the agreed one
             means = fragment.views
         else:
-            self._take_own(fragment, behind)
+            self._take_own(fragment, piece)
             return False
         norm = norm_of(means) * scale
         finite = is_finite(norm)
         if finite:
-            self._agreed_steps(fragment, means, scale, told.more, behind)
+            self._agreed_steps(fragment, piece, means, scale, told.more)
             if found:
                 self.states[i] = agreed.state
-        self._go_on(fragment, anew=finite)
-        self._sent.clear()
+        self._go_on(fragment, piece, anew=finite)
+        piece.sent.clear()
         self._redone = False
         lost = bool(targets) and not finite
         self._count_lost(lost, norm)
         return lost
 
-    def _take_own(self, fragment: Fragment, behind: int) -> None:
+    def _take_own(self, fragment: Fragment, piece: Piece) -> None:
         """What I sent from is what is agreed."""
-        params, state = [p.detach() for p in fragment.params], self.inner.optimizer.state_by_name()
-        if behind and self._apart is not None:
-            params, state = self._apart
+        behind = piece.round.steps
+        params, state = [p.detach() for p in fragment.params], self.inner.optimizer.state_by_name(piece.names)
+        if behind and piece.apart is not None:
+            params, state = piece.apart
         with torch.no_grad():
             for anchor, param in zip(fragment.anchors, params, strict=True):
                 anchor.copy_(param)
-        self.outer.take_state_by_name(state)
-        self._apart = None
-        self._sent.clear()
+        self.outer.take_state_by_name(state, piece.names)
+        piece.apart = None
+        piece.sent.clear()
         fragment.drifted = behind > 0
 
     def _agreed_steps(
-        self, fragment: Fragment, means: Sequence[Tensor], scale: float, told: Tensor, behind: int
+        self, fragment: Fragment, piece: Piece, means: Sequence[Tensor], scale: float, told: Tensor
     ) -> None:
-        """A, S ← H times optimizer(A, S, ḡ). `told`: [workers, 2 + tensors], targets, terms and squares."""
-        steps = self._sent.steps
+        """A, S ← H times optimizer(A, S, ḡ). `told`: [workers, 2 + 2 tensors], targets, terms, squares and who was used."""
         means = [m.reshape(a.shape).to(a.dtype) for m, a in zip(means, fragment.anchors, strict=True)]
         if scale != 1.0:
             means = [mean * scale for mean in means]
-        targets, terms, *squares = told.sum(0).tolist()
-        squares = [s / targets for s in squares]
-        self._replay(self.outer, fragment.anchors, means, squares, terms, steps=steps, behind=behind)
+        targets, terms, *rest = told.sum(0).tolist()
+        self._replay(
+            fragment,
+            means,
+            [square / targets for square in rest[: len(means)]],
+            [bool(users) for users in rest[len(means) :]],
+            terms,
+            agreed=True,
+            steps=piece.sent.steps,
+            behind=piece.round.steps,
+        )
 
-    def _go_on(self, fragment: Fragment, *, anew: bool) -> None:
+    def _go_on(self, fragment: Fragment, piece: Piece, *, anew: bool) -> None:
         """From what is agreed; with `anew` my own steps since the gradients were sent are made again from there."""
-        done = self._round
+        done = piece.round
         if not anew or not done.terms:
-            self._go_back()
+            self._go_back(fragment)
             return
-        means = self._gradients  # of this step, where no other was made
+        pending = self.inner.pending  # gradients that no step has used: they stay, and are not of this
+        if pending:
+            self.inner.gradients.detach()
+        means = piece.gradients  # of this step, where no other was made
         if done.steps > 1:
             means = [
                 (total / fragment.targets).to(p.dtype)
@@ -194,39 +171,43 @@ class ForecastSteps(LocalSteps):
             ]
         squares = [s / fragment.targets for s in done.squares]
         self._replay(
-            self.inner.optimizer, fragment.params, means, squares, done.terms, steps=done.terms, behind=0
+            fragment, means, squares, done.used, done.terms, agreed=False, steps=done.terms, behind=0
         )
-        if self.inner.pending:  # gradients that no step has used go on being added up
+        if pending:
             self.inner.gradients.attach(self.inner.gradients.used)
         fragment.drifted = True
 
     def _replay(
         self,
-        optimizer: Any,
-        params: Sequence[Tensor],
+        fragment: Fragment,
         means: Sequence[Tensor],
         squares: Sequence[float],
+        used: Sequence[bool],
         terms: float,
         *,
+        agreed: bool,
         steps: int,
         behind: int,
     ) -> None:
-        """`steps` steps of `optimizer` with the mean of `terms` gradients; `behind`: steps since the last of them."""
-        if optimizer is self.outer:
+        """`steps` steps, the agreed ones or my own, with the mean of `terms` gradients; `behind`: steps since the last of them."""
+        optimizer, params = (
+            (self.outer, fragment.anchors) if agreed else (self.inner.optimizer, fragment.params)
+        )
+        if agreed:
             lengths = [length(mean) for mean in means]
         elif steps > 1:  # what nobody else computes may differ in its last bits
             lengths = [float(n) ** 2 for n in torch._foreach_norm(list(means))]
         else:
             lengths = list(squares)
         counts = [times(square, short, terms, steps) for square, short in zip(squares, lengths, strict=True)]
-        used = [bool(square or short) for square, short in zip(squares, lengths, strict=True)]
+        used = [a or short > 0.0 for a, short in zip(used, lengths, strict=True)]  # or held back from before
         spec = self._replica.strategy.outer
         factors = [self._replica.rate(spec, behind=behind + steps - j)[0] for j in range(steps)]
         if isinstance(spec, AdamW):
-            self._replay_adamw(spec, optimizer, params, means, counts, used, factors)
+            self._replay_adamw(spec, optimizer, fragment, means, counts, used, factors)
             return
-        if optimizer is not self.outer:
-            self._go_back()
+        if not agreed:
+            self._go_back(fragment)
         for param, mean, is_used in zip(params, means, used, strict=True):
             param.grad = mean if is_used else None
         raised = [(p, m, c) for p, m, c in zip(params, means, counts, strict=True) if c > 1.0]
@@ -244,14 +225,15 @@ class ForecastSteps(LocalSteps):
         self,
         spec: AdamW,
         optimizer: Any,
-        params: Sequence[Tensor],
+        fragment: Fragment,
         means: Sequence[Tensor],
         counts: Sequence[float],
         used: Sequence[bool],
         factors: Sequence[float],
     ) -> None:
         """The same in one pass, of the own steps together with the way back to what is agreed."""
-        anchors, own = self._fragment.anchors, optimizer is not self.outer
+        anchors, own = fragment.anchors, optimizer is not self.outer
+        params = fragment.params if own else anchors
         for param, anchor, mean, is_used in zip(params, anchors, means, used, strict=True):
             param.grad = mean if is_used or (own and self.outer.state_of(anchor)) else None
         optimizer.make_state()
@@ -272,10 +254,10 @@ class ForecastSteps(LocalSteps):
             rates = [spec.lr * factor for factor in factors] if is_used else []
             adamw(source, target, mean, count, rates, rule)
 
-    def _go_back(self) -> None:
+    def _go_back(self, fragment: Fragment) -> None:
         """θᵢ ← A, sᵢ ← S."""
-        self._adopt()
-        self.inner.optimizer.take_state_by_name(self.outer.state_by_name())
+        fragment.mix(0.0)
+        self.inner.optimizer.take_state_by_name(self.outer.state_by_name(fragment.names), fragment.names)
 
     # -- state
 
@@ -292,7 +274,8 @@ class ForecastSteps(LocalSteps):
 
     def mended(self) -> None:
         """What was agreed was replaced: my forecast is dropped, the gradients that I have computed are not."""
-        self._go_back()
+        for fragment in self._fragments:
+            self._go_back(fragment)
 
     def restart(self) -> None:
         super().restart()
@@ -301,28 +284,33 @@ class ForecastSteps(LocalSteps):
     def rewind(self) -> dict[int, list[int]]:
         whole = self.comes_to_rest
         if whole:  # sent, or about to be
-            self._round.add(self._sent)
-            self._sent.clear()
+            (piece,) = self._pieces
+            piece.round.add(piece.sent)
+            piece.sent.clear()
         held = super().rewind()
         if whole:
-            self._round.steps = 0  # they go by again
-            self._redone = self._redone or self._round.terms > 0
+            piece.round.steps = 0  # they go by again
+            self._redone = self._redone or piece.round.terms > 0
         else:
             self._forget()
         return held
 
     def _forget(self) -> None:
-        self._round.clear()
-        self._sent.clear()
-        self._apart, self._redone = None, False
+        for piece in self._pieces:
+            piece.round.clear()
+            piece.sent.clear()
+            piece.apart = None
+        self._redone = False
         self.inner.optimizer.take_state_by_name(self.outer.state_by_name())
 
     def adopt(self, other: LocalSteps) -> None:
         super().adopt(other)
         assert isinstance(other, ForecastSteps)
-        self._round.clear()
-        self._round.add(other._round)
-        self._round.steps, self._redone = other._round.steps, other._redone
+        for mine, theirs in zip(self._pieces, other._pieces, strict=True):
+            mine.round.clear()
+            mine.round.add(theirs.round)
+            mine.round.steps = theirs.round.steps
+        self._redone = other._redone
         self.inner.optimizer.take_state_by_name(other.inner.optimizer.state_by_name())
 
 

@@ -131,8 +131,11 @@ class Fragment:
 
 
 def split(named: Sequence[tuple[str, nn.Parameter]], fragments: int) -> list[list[tuple[str, nn.Parameter]]]:
-    """Cut the parameters into `fragments` parts: layers are dealt out in turn (the strided pattern of
-    arXiv:2501.18512, section 2.2), everything else goes to whichever part is smallest.
+    """Cut the parameters into `fragments` parts, each of which travels at once.
+
+    Layers are dealt out in turn (the strided pattern of arXiv:2501.18512, section 2.2). What is no layer and larger than
+    any (an embedding) comes before them, and each goes to whichever part is smallest: so that no part is much larger than
+    the others.
 
     Raises:
         UsageError: there are fewer tensors than fragments.
@@ -145,17 +148,25 @@ def split(named: Sequence[tuple[str, nn.Parameter]], fragments: int) -> list[lis
         )
     parts: list[list[tuple[str, nn.Parameter]]] = [[] for _ in range(fragments)]
     sizes = [0] * fragments
-    layers = {name: int(found[1]) for name, _ in named if (found := LAYER.search(name))}
-    rest = sorted((pair for pair in named if pair[0] not in layers), key=lambda pair: -pair[1].numel())
-    for name, param in [(n, p) for n, p in named if n in layers]:
-        parts[layers[name] % fragments].append((name, param))
-        sizes[layers[name] % fragments] += param.numel()
-    for pair in rest:
+    layers: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    rest: list[list[tuple[str, nn.Parameter]]] = []
+    for name, param in named:
+        found = LAYER.search(name)
+        layers.setdefault(int(found[1]), []).append((name, param)) if found else rest.append([(name, param)])
+    ordered = [layers[i] for i in sorted(layers)]
+    largest = max(map(_numel, ordered), default=0)
+    rest.sort(key=lambda unit: -_numel(unit))
+    before = [unit for unit in rest if _numel(unit) > largest]
+    for unit in [*before, *ordered, *rest[len(before) :]]:
         smallest = min(range(fragments), key=lambda i: (sizes[i], i))
-        parts[smallest].append(pair)
-        sizes[smallest] += pair[1].numel()
+        parts[smallest].extend(unit)
+        sizes[smallest] += _numel(unit)
     while not all(parts):  # fewer layers than fragments: take from the fullest
         empty = next(i for i, part in enumerate(parts) if not part)
         fullest = max(range(fragments), key=lambda i: len(parts[i]))
         parts[empty].append(parts[fullest].pop())
     return parts
+
+
+def _numel(unit: Sequence[tuple[str, nn.Parameter]]) -> int:
+    return sum(param.numel() for _, param in unit)

@@ -278,8 +278,9 @@ class LocalSteps:
         """Whether there is anything to exchange: a codec rounds even alone, as it does among others."""
         return True
 
-    def _measure(self, fragment: Fragment) -> Sequence[float]:
-        """Put my contribution into the buffers; what else everybody must know of it."""
+    def _measure(self, i: int) -> Sequence[float]:
+        """Put my contribution to fragment `i` into its buffers; what else everybody must know of it."""
+        fragment = self._fragments[i]
         fragment.measure(1.0 if self._pairwise else fragment.targets / (fragment.nominal or 1.0))
         return ()
 
@@ -287,7 +288,7 @@ class LocalSteps:
         if self.inner.pending:  # the end came before the round's
             self._inner_step()
         fragment = self._fragments[i]
-        more = [fragment.targets, *self._measure(fragment)]
+        more = [fragment.targets, *self._measure(i)]
         finite = is_finite(norm_of(fragment.flats))
         row = Header.row(self._sums[0], self._sums[1], wishes, self._replica.work, more, finite=finite)
         header = self._replica.wire.begin(Gather(row, even=True))
