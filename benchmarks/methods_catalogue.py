@@ -128,9 +128,10 @@ def local(name: str, strategy: str, *, every: int = EVERY, settle: int = 0, note
     return ours(name, strategy, dict.fromkeys(RATES, every), period=every, settle=settle, note=note)
 
 
-def forecast(name: str, every: int, *, delay: int) -> Method:
+def forecast(name: str, every: int, *, delay: int, fragments: int = 1) -> Method:
     """Gradients of `every` steps in 4 bits, `delay` steps in flight."""
-    strategy = f"forecast({BASE}, every={every}, delay={delay}, exchange='error-feedback(int4)')"
+    turns = f", fragments={fragments}" if fragments > 1 else ""
+    strategy = f"forecast({BASE}, every={every}, delay={delay}{turns}, exchange='error-feedback(int4)')"
     timed = dict.fromkeys(RATES, every * (-(-9 // every)))
     return ours(name, strategy, timed, period=every, settle=every + delay)
 
@@ -169,6 +170,7 @@ def catalogue(torchft_python: str | None = None) -> list[Method]:
         ),
         forecast("forecast, int4, every 3", 3, delay=1),
         forecast("forecast, int4, every 4", 4, delay=1),
+        *(forecast(f"forecast, int4, every {n}, {n} in turn", n, delay=1, fragments=n) for n in (3, 4, 6, 8)),
         ours("zero1", f"zero1({BASE})", DENSE),
         local("local-sgd", f"local-sgd({pushes})"),
         local("slowmo", f"slowmo({pushes})"),

@@ -46,3 +46,23 @@ def test_with_one_row_there_is_no_successor(corpus: Path, tmp_path: Path) -> Non
     )
     assert lost["then"] in said
     assert summary(run)["steps"] == 8
+
+
+def test_a_worker_of_a_divided_model_is_followed_by_one_with_smaller_passes(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """It cannot cut a pass that is everybody's: it says so and ends, and no restart is spent."""
+    run = tmp_path / "run"
+    trap = {"seat": "w1", "place": "forward", "step": 2, "act": "no-memory"}
+    traps = [trap, {"seat": "w1-1", "place": "forward", "act": "rows"}]
+    given = [*TINY, "--strategy", "zero2(shard=1)", "--steps", 12, "--restarts", 0]
+    traps += [{"seat": "w0", "place": "forward", "step": step, "act": "newcomer"} for step in (4,)]
+    with Job(run, corpus, *given, traps=traps, workers=2, base=()) as job:
+        said = job.end()
+        rows = {record["seat"]: record["rows"] for record in job.said("rows")}
+    (lost,) = events(run, "lost")
+    assert "no memory for a forward and backward of 6 rows: MemoryError" in lost["detail"]
+    assert lost["then"] == "w1-1 takes its place, with 3 rows in a pass instead of 6"
+    assert lost["then"] in said
+    assert rows == {"w1": 6, "w1-1": 3}
+    assert "every sample once" in manyhands("ledger", run).stdout

@@ -33,11 +33,12 @@ class Full:
         self.most, self.late, self.touched = most, late, False
         self.runs: list[tuple[list[int], bool]] = []
 
-    def __call__(self, piece: Any, final: bool) -> int:
+    def __call__(self, piece: Any, begin: int, final: bool) -> int:
         self.touched = False
         if len(piece["x"]) > self.most:
             self.touched = self.late
             raise RuntimeError(REFUSED)
+        assert begin == int(piece["x"][:1].sum())
         self.runs.append((piece["x"].tolist(), final))
         return int(piece["x"].sum())
 
@@ -135,19 +136,22 @@ def squares(model: nn.Module, batch: Any) -> tuple[torch.Tensor, int]:
     return ((model(batch["x"]) - batch["y"]) ** 2).sum(), len(batch["y"])
 
 
-def train(most: int, late: bool = False, device_batch: int = 16) -> tuple[list[float], int, Feed, Any]:
-    model = Model(most, late)
+def train(
+    most: int, late: bool = False, device_batch: int = 16, *, dropout: bool = False, **options: Any
+) -> tuple[list[float], int, Feed, Any]:
+    model: Any = Model(most, late)
+    model.last = nn.Sequential(nn.Dropout(0.5), model.last) if dropout else model.last
     replica = Replica(
-        model, manyhands.presets.ddp(lr=0.05, schedule="constant"), Solo("cpu"), max_grad_norm=1.0
+        model, manyhands.presets.ddp(lr=0.05, schedule="constant", **options), Solo("cpu"), max_grad_norm=1.0
     )
     feed = Feed(
         rows=Rows(),
         order=Order(48, 24, seed=2),
         rank=0,
         weights=[1.0],
-        micro_batch=1,
+        micro_batch=6 if dropout else 1,
         device_batch=device_batch,
-        coalesce=True,
+        coalesce=not dropout,
         device=torch.device("cpu"),
         seed=2,
     )
@@ -169,6 +173,21 @@ def test_memory_that_runs_out_in_mid_run_changes_no_loss(late: bool) -> None:
     assert failed == 2  # 16 and 8 rows, once each
     assert feed.device_batch == 4
     assert [event.where for event in told] == ["memory"]
+
+
+def test_passes_with_dropout_are_cut_too_and_it_is_told() -> None:
+    first = train(4, dropout=True)
+    losses, failed, _, told = first
+    assert failed == 1
+    assert losses == train(4, dropout=True)[0], "pieces are seeded as a pass is"
+    assert losses != train(6, dropout=True)[0], "by other numbers than of the whole"
+    assert "their random numbers (dropout) are others" in told[0].message
+    assert "random" not in train(4)[3][0].message
+
+
+def test_a_fixed_order_of_additions_is_not_cut() -> None:
+    with pytest.raises(ManyhandsError, match="a fixed order of additions is not cut"):
+        train(0, exchange="ordered")
 
 
 ALLOCATION = """
@@ -319,7 +338,7 @@ def test_a_gpus_memory_is_probed_and_an_oom_in_mid_run_survived(
         assert model.layer.weight.grad is None
         learnt, batch = Fits(), {"x": torch.ones(512, 4, device="cuda")}
 
-        def run(piece: Any, final: bool) -> float:
+        def run(piece: Any, begin: int, final: bool) -> float:
             loss = Task().loss(model, piece)[0]
             loss.backward()
             return float(loss.detach().double())

@@ -5,8 +5,8 @@ into it and the `place`: a phase as the worker tells it, or one of `INSIDE`; `st
 (default: the thread stops there for good, other threads live on), "exit" (an exception), "wait" (until the file `open` is there) or
 "newcomer" (until one waits to be taken in);
 or what becomes of a forward pass: "nan" (its loss), "nan-gradient" (its gradient alone), "nan-parameter" (the model, before
-it), "oom" (the process, as if by the kernel for memory, of which the launcher reads in the file `oom`), "rows" (nothing: they
-are told).
+it), "oom" (the process, as if by the kernel for memory, of which the launcher reads in the file `oom`), "no-memory" (an
+allocation in it fails), "rows" (nothing: they are told).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-POISONS = ("nan", "nan-gradient", "nan-parameter", "oom", "rows")
+POISONS = ("nan", "nan-gradient", "nan-parameter", "oom", "no-memory", "rows")
 INSIDE = ("claim", "piece", "forward", "exchange", "writing")
 
 
@@ -128,11 +128,13 @@ def _patch(traps: Traps) -> None:
 def _trapped(function: Any, traps: Traps, place: str, phases: tuple[str, ...]) -> Any:
     def trapped(*given: Any, **named: Any) -> Any:
         poison = traps.meet(place) if not phases or traps.doing[0] in phases else ""
-        if poison in ("oom", "rows"):
+        if poison in ("oom", "no-memory", "rows"):
             traps.tell("rows", rows=len(next(iter(given[-1].values()))))
         if poison == "oom":
             (traps.directory / "oom").open("a").write("oom\n")
             os.kill(os.getpid(), signal.SIGKILL)
+        if poison == "no-memory":
+            raise MemoryError
         return _poisoned(function, poison, *given, **named) if poison else function(*given, **named)
 
     return trapped

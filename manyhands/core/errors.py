@@ -12,6 +12,7 @@ Tree::
     ├── DataError (1)          input text, tables, tokenizers, prepared shards
     ├── ModelError (1)         a model that cannot be built or does not fit its task
     ├── CheckpointError (1)    a checkpoint that is absent, truncated or edited
+    ├── OutOfMemory (1)        a pass that found no memory, and that its worker cannot cut
     ├── PeerLost (1)           another worker is gone; carries ``rank`` and ``phase``
     ├── Diverged (1)           workers disagree: unequal requests or unequal parameters
     └── WorkerFailed (1)       a worker that the launcher started ended badly
@@ -58,6 +59,10 @@ class ModelError(ManyhandsError):
 
 class CheckpointError(ManyhandsError):
     """A checkpoint that is absent, truncated, edited or of another job."""
+
+
+class OutOfMemory(ManyhandsError):
+    """A pass found no memory, and this worker cannot cut it by itself: a successor may have smaller ones."""
 
 
 class PeerLost(ManyhandsError):

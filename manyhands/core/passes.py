@@ -18,7 +18,7 @@ class Pass:
 
     Attributes:
         rows: in it.
-        divisible: whether it may be cut: nothing in it is random, and no order of additions is promised.
+        divisible: whether a successor may have smaller ones.
     """
 
     rows: int

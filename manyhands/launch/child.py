@@ -27,6 +27,7 @@ from manyhands.core.errors import (
     Diverged,
     ManyhandsError,
     ModelError,
+    OutOfMemory,
     PeerLost,
     Stopped,
     UsageError,
@@ -115,6 +116,7 @@ def _record(error: BaseException, path: Path) -> None:
         else "peer-lost"
         if isinstance(error, PeerLost)
         else "failed",
+        "starved": isinstance(error, OutOfMemory),
         "phase": getattr(error, PHASE, None),
         "where": f"{last.filename}:{last.lineno} in {last.name}" if last else "",
         "traceback": "".join(traceback.format_exception(type(error), error, error.__traceback__)),

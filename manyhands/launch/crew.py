@@ -230,7 +230,9 @@ class Crew:
         return hardware.oom_kills() > self._kills_before
 
     def _killed_for_memory(self, end: End) -> bool:
-        """Whether the kernel has killed this worker: each of its kills explains one end."""
+        """Whether it said so, or the kernel has killed it: each of its kills explains one end."""
+        if (end.record or {}).get("starved"):
+            return True
         if not killed(end) or hardware.oom_kills() <= self._kills_before + self._kills_told:
             return False
         self._kills_told += 1
@@ -267,7 +269,7 @@ class Crew:
         early = not control.began
         others = [w.end() for w in self.workers if w.ended_s is not None and w is not worker]
         alone = bool(control.gone) and end.record is not None  # nobody would tell a successor where to go
-        hopeless = how != "left" and (alone or final(end, others if early else ()))
+        hopeless = how != "left" and (alone or (not starved and final(end, others if early else ())))
         if ending or (early and hopeless):
             self.hopeless = self.hopeless or not ending
             control.lost(worker.id, how=how, detail=detail, final=hopeless)

@@ -128,12 +128,13 @@ def killed(end: End) -> bool:
 
 
 def back_off(largest: Pass | None) -> tuple[int | None, str]:
-    """After the kernel has killed a worker for memory: (the most rows of its successor's passes, in words).
+    """After a worker has ended for want of memory: (the most rows of its successor's passes, in words).
 
     0: there is to be no successor; None: its passes are as they were.
 
     Args:
-        largest: the worker's largest pass; None: it had not come to any, or is on a GPU, whose memory is another.
+        largest: the worker's largest pass; None: it had not come to any, or it is the host's memory that was short, and it
+            computes on a GPU.
 
     >>> back_off(Pass(9, divisible=True))
     (5, 'with 5 rows in a pass instead of 9')
@@ -142,7 +143,7 @@ def back_off(largest: Pass | None) -> tuple[int | None, str]:
         return None, ""
     if not largest.divisible:
         rows = f"{largest.rows} row{'s' if largest.rows > 1 else ''}"
-        rule = f"its passes of {rows} draw random numbers, or are added in a fixed order, and so are not cut"
+        rule = f"its passes of {rows} are one micro-batch each, which is not cut"
         return None, f"{rule}: give a smaller --micro-batch where this goes on"
     if largest.rows < 2:
         return 0, f"it is not replaced: its passes had one row, and have one at least; {LESS}"

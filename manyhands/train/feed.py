@@ -39,9 +39,10 @@ class Feed:
         rank: this worker; `weights` has one relative share per worker.
         micro_batch: rows of a micro-batch.
         device_batch: most rows in one forward pass when `coalesce`.
-        coalesce: whether several micro-batches may share a forward pass.
+        coalesce: whether several micro-batches may share a forward pass (nothing in it is random).
         device: where batches go.
         seed: of the random numbers of forward passes.
+        divisible: whether a pass may be run in pieces where memory runs out: no fixed order of additions is promised.
         by_speed: local steps follow the shares (`Part.pace`).
     """
 
@@ -54,6 +55,7 @@ class Feed:
     coalesce: bool
     device: torch.device
     seed: int
+    divisible: bool = True
     by_speed: bool = False
 
     def part(self, step: int, *, places: Sequence[int] | None = None) -> Part:
@@ -72,7 +74,14 @@ class Feed:
         batches = [(first, self._batch(ids[begin:end])) for first, begin, end in passes]
         spans = [range(first, first + -(-(end - begin) // self.micro_batch)) for first, begin, end in passes]
         return Part(
-            step, batches, len(cuts), len(ids), self.seed, spans, divisible=self.coalesce, pace=self._pace()
+            step,
+            batches,
+            len(cuts),
+            len(ids),
+            self.seed,
+            spans,
+            divisible=self.divisible,
+            pace=self._pace(),
         )
 
     def _pace(self) -> float:

@@ -5,8 +5,9 @@ nine tenths of the memory that can be had (below the cgroup's limit, divided amo
 gradients and optimizer will take) is the most that a pass gets. On a GPU that number is tried out as well, and halved until
 it does fit. What a row needs is remembered beside the machine's other facts.
 
-In mid-run: a pass that finds no memory is cut in halves (`split_on_oom`), which changes no sum; the worker keeps to the
-smaller passes from then on. Where a container's limit kills the worker instead, its launcher starts the successor with
+In mid-run: a pass that finds no memory is cut in halves (`split_on_oom`), which changes no sum, though where a pass draws
+random numbers (dropout) those of pieces are others; the worker keeps to the smaller passes from then on. Where a
+container's limit kills the worker instead, or a pass is everybody's (ZeRO 2 and 3), its launcher starts the successor with
 passes of half as many rows (`Fits.announce`, `manyhands.launch.verdict.back_off`).
 """
 
@@ -60,15 +61,31 @@ class Fits:
     told: int | None = None
     largest: int = 0
 
-    def announce(self, part: Part, device: torch.device) -> None:
-        """Before a step on the CPU: where the kernel kills me for memory, nobody else can say how large my passes were."""
-        rows = max((_rows(batch) for _, batch in part.micro_batches), default=0)
-        if part.divisible and self.most is not None:
+    def announce(self, part: Part, device: torch.device, *, cuts: bool) -> None:
+        """Before a step on the CPU: where the kernel kills me for memory, nobody else can say how large my passes were.
+
+        Args:
+            cuts: whether I can run a pass in pieces.
+        """
+        rows = largest_pass(part)
+        if cuts and part.divisible and self.most is not None:
             rows = min(rows, self.most)
         if device.type == "cpu" and rows and (rows > self.largest or self.largest > (self.most or rows)):
-            env, self.largest = read_env(), rows
-            if env.store is not None and env.seat is not None:
-                passes.tell(env.store, env.seat, passes.Pass(rows, part.divisible))
+            self.largest = rows
+            tell_launcher(rows, part, cuts=cuts)
+
+
+def largest_pass(part: Part) -> int:
+    """Its rows."""
+    return max((_rows(batch) for _, batch in part.micro_batches), default=0)
+
+
+def tell_launcher(rows: int, part: Part, *, cuts: bool) -> None:
+    """How many rows my largest pass has, and whether a successor's may have fewer."""
+    several = any(len(part.places(i)) > 1 for i in range(len(part.micro_batches)))
+    env = read_env()
+    if env.store is not None and env.seat is not None:
+        passes.tell(env.store, env.seat, passes.Pass(rows, part.divisible and (cuts or several)))
 
 
 class Torn(Exception):
@@ -84,7 +101,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def split_on_oom(
-    run: Callable[[Batch, bool], T],
+    run: Callable[[Batch, int, bool], T],
     batch: Batch,
     fits: Fits,
     *,
@@ -94,9 +111,9 @@ def split_on_oom(
     """Run a pass, in as many pieces as memory asks for.
 
     Args:
-        run: (rows of the batch, whether they are its last) -> anything; forward and backward.
+        run: (rows of the batch, the first's number, whether they are its last) -> anything; forward and backward.
         fits: what is known, and learnt here.
-        divisible: whether the sum over pieces is the sum over the batch (nothing in the pass is random).
+        divisible: whether the sum over pieces may stand for the sum over the batch (no order of additions is promised).
         untouched: whether the last `run` has left no gradient behind.
 
     Raises:
@@ -112,11 +129,11 @@ def split_on_oom(
         piece = batch if end - begin == rows else {name: value[begin:end] for name, value in batch.items()}
         failure = ""
         try:
-            done.append(run(piece, end == rows))
+            done.append(run(piece, begin, end == rows))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            failure = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            failure = first_line(error)
         if not failure:
             begin = end
             continue
@@ -124,7 +141,7 @@ def split_on_oom(
         if not divisible or end - begin < 2:
             raise ManyhandsError(
                 f"no memory for a forward and backward of {end - begin} row{'s' if end - begin > 1 else ''}: {failure}",
-                "a pass that draws random numbers, or is one micro-batch of the fixed order, is not cut"
+                "a pass that is one micro-batch of a fixed order of additions is not cut"
                 if not divisible
                 else "a pass has at least one row",
                 "give a smaller --micro-batch, --gradient-checkpointing, a shorter --seq-len or a smaller model",
@@ -133,6 +150,12 @@ def split_on_oom(
         if not untouched():
             raise Torn(failure)
     return done
+
+
+def first_line(error: BaseException) -> str:
+    """What it says, in one line."""
+    words = str(error).strip()
+    return words.splitlines()[0] if words else type(error).__name__
 
 
 def release() -> None:
@@ -148,7 +171,9 @@ def heed(feed: Feed, fits: Fits, step: int, emit: Emit) -> None:
         return
     fits.told = fits.most
     feed.device_batch = min(feed.device_batch, fits.most)
-    message = f"step {step}: memory ran out; passes have at most {fits.most} rows from now on, and sums stay the same"
+    random = feed.divisible and not feed.coalesce
+    drawn = ", but their random numbers (dropout) are others than of passes in one piece" if random else ""
+    message = f"step {step}: memory ran out; passes have at most {fits.most} rows from now on, and sums stay the same{drawn}"
     emit(Warned(message=message, where="memory"))
 
 

@@ -52,7 +52,7 @@ class Part:
         seed: with step and place, the source of every random number.
         spans: which places each forward pass covers; empty: each covers one.
         pace: my share of this batch over the largest worker's; 1 where local steps take no notice of shares.
-        divisible: whether a pass may be run in pieces: nothing in it is random, and no fixed order of additions is promised.
+        divisible: whether a pass may be run in pieces: no fixed order of additions is promised.
     """
 
     step: int
@@ -132,6 +132,7 @@ class Method(Protocol):
         alone: (optional) workers do not wait for each other, and each tells the ledger for itself.
         applied: (optional) after `rewind`, of which steps each rank's work is in the parameters whatever becomes of it.
         unused: (optional) places of this worker's last step that no update has used, by rule.
+        cuts: (optional) whether a pass may be run in pieces by one worker alone; it may unless this says no.
         states: of the exchange, one for each of its conversations.
     """
 
@@ -280,9 +281,9 @@ def _accumulate(
             spent_s, left = time.perf_counter() - begun, len(part.micro_batches) - i
             replica.tell_left(0.0 if final else spent_s / max(1, i) * left)
         stopwatch = Stopwatch(replica.device)
-        rng.seed_torch(part.seed, part.step, place)
 
-        def run(piece: Batch, final: bool, last: bool = last) -> Reading:
+        def run(piece: Batch, begin: int, final: bool, last: bool = last, place: int = place) -> Reading:
+            rng.seed_torch(part.seed, part.step, place, *([begin] if begin else []))
             gradients.start_micro_batch(last=last and final, separate=by_place is not None)
             with replica.autocast():
                 summed = summed_of(loss(replica.forward, piece))
@@ -291,7 +292,11 @@ def _accumulate(
             return found
 
         said += split_on_oom(
-            run, batch, replica.fits, divisible=part.divisible, untouched=lambda: not gradients.arrived
+            run,
+            batch,
+            replica.fits,
+            divisible=part.divisible and by_place is None,
+            untouched=lambda: not gradients.arrived,
         )
         if by_place is not None:
             by_place(place)

@@ -205,6 +205,7 @@ class Parts:
             micro_batch=plan.micro_batch,
             device_batch=self.pass_rows,
             coalesce=plan.coalesce,
+            divisible=not job.reproducible,
             device=self.device,
             seed=job.seed,
             by_speed=job.inner_steps == "by-speed",
@@ -226,13 +227,19 @@ class Parts:
         """One pass for nothing: what is imported and compiled on the way keeps nobody waiting later."""
         from manyhands.core.types import Summed
         from manyhands.train.crew import carries
+        from manyhands.train.memory import is_out_of_memory, release
 
         if not carries(replica):  # its passes are everybody's
             return
         ((_, batch),) = feed.part(0, places=[0]).micro_batches
-        with replica.autocast():
-            loss = Summed(*self.job.task.loss(replica.forward, batch))
-        loss.loss_sum.backward()  # type: ignore[no-untyped-call]
+        try:
+            with replica.autocast():
+                loss = Summed(*self.job.task.loss(replica.forward, batch))
+            loss.loss_sum.backward()  # type: ignore[no-untyped-call]
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            release()  # the first step finds out what fits
         for _, param in replica.named:
             param.grad = None
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from manyhands.core import rng
-from manyhands.core.errors import Diverged, PeerLost
+from manyhands.core.errors import Diverged, OutOfMemory, PeerLost
 from manyhands.core.request import Gather
-from manyhands.train import sharded_rebuild, sharded_state
+from manyhands.train import memory, sharded_rebuild, sharded_state
 from manyhands.train.header import Header, Unsound, Wishes
 from manyhands.train.method import Part, StepResult, rows_of
 from manyhands.train.norm import clip_factor, is_finite
@@ -63,6 +63,7 @@ class ShardedModel:
     comes_to_rest = True
     at_rest = True
     divided = True  # what it holds is put together collectively
+    cuts = False  # a pass is everybody's
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
@@ -108,8 +109,16 @@ class ShardedModel:
             loss_sum, count = self._run(passes, part, loss, nominal)
             self.gradients.collect(self._params)
             states = self._agree()
-        except BaseException:
+        except BaseException as error:
             self._abort()
+            if isinstance(error, Exception) and memory.is_out_of_memory(error):
+                rows = memory.largest_pass(part)
+                memory.tell_launcher(rows, part, cuts=False)
+                raise OutOfMemory(
+                    f"no memory for a forward and backward of {rows} rows: {memory.first_line(error)}",
+                    "a pass of a divided model is everybody's, and is not cut by one worker",
+                    "give a smaller --device-batch (or --micro-batch), --gradient-checkpointing or a shorter --seq-len",
+                ) from error
             raise
         used = [float(name in self.layout.used) for name in self._params]
         row = Header.row(loss_sum, count, wishes, replica.work, [*used, self._square()])
