@@ -131,7 +131,10 @@ PLAIN: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 0.06}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32", "bf16"])
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_numbers_are_plain_pytorchs(name: str, dtype: torch.dtype) -> None:
     """Ours (fused where there is a kernel) against PyTorch's single-tensor loop with the same groups."""
@@ -146,7 +149,7 @@ def test_the_numbers_are_plain_pytorchs(name: str, dtype: torch.dtype) -> None:
     for group in reference.param_groups:
         group["fused"], group["foreach"] = False, False
     train(plain, reference, range(10))
-    tolerance = 1e-12 if dtype is torch.float64 else 3e-6
+    tolerance = TOLERANCE[dtype]
     for (key, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(
             p, q, rtol=tolerance, atol=tolerance, msg=lambda text, key=key: f"{key}: {text}"

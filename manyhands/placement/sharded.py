@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from manyhands.core.config import option
 from manyhands.core.errors import UsageError
+from manyhands.core.registry import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +38,8 @@ ELEMENTWISE = (
     "AdamW",
     "Adagrad",
     "RMSprop",
+    "SignSGD",
+    "DelayedNesterov",
 )  # ours whose update of a row needs that row alone
 PROBES = (4096, 8192)  # elements of buckets for which exchanges are asked what they keep
 
@@ -153,7 +156,7 @@ class Sharded:
                 "error-feedback(int8), topk",
             )
         if not elementwise(optimizer):
-            name = type(optimizer).__name__.lower()
+            name = name_of("optimizers", type(optimizer))
             raise UsageError(
                 f"optimizer = {name} with stage = {self.stage}",
                 "its update needs whole matrices, and here every worker holds some rows of each",

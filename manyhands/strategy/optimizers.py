@@ -64,7 +64,7 @@ class SGD:
             import torch
 
             # PyTorch's fused step fails where only some parameters have a buffer (a gradient that first comes
-            # later). # A buffer of zeros is the same as none: buf ← momentum·0 + gradient.
+            # later). A buffer of zeros is the same as none: buf ← momentum·0 + gradient.
             for _, param in named_params:
                 section.optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
         return NamedOptimizer([section])
@@ -280,7 +280,10 @@ def _section(
             f"this torch has no torch.optim.{kind}",
             "install torch >= 2.9, or use adamw",
         )
-    fused = {"fused": True} if device_type in FUSED_ON.get(kind, ()) else {}
+    halves = any(param.dtype in (torch.bfloat16, torch.float16) for _, param in named)
+    # torch 2.13's fused SGD of half precision on a CPU leaves values out and reads memory that nobody has written
+    wrong = kind == "SGD" and device_type == "cpu" and halves
+    fused = {"fused": True} if device_type in FUSED_ON.get(kind, ()) and not wrong else {}
     return Section(cls(decay_groups(named, weight_decay), **options, **fused), tuple(named), keeps)
 
 
