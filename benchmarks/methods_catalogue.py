@@ -171,6 +171,10 @@ def catalogue(torchft_python: str | None = None) -> list[Method]:
         forecast("forecast, int4, every 3", 3, delay=1),
         forecast("forecast, int4, every 4", 4, delay=1),
         *(forecast(f"forecast, int4, every {n}, {n} in turn", n, delay=1, fragments=n) for n in (3, 4, 6, 8)),
+        *(
+            forecast(f"forecast, int4, every {n}, {n // 2} in turn, delay 2", n, delay=2, fragments=n // 2)
+            for n in (8, 16)
+        ),
         ours("zero1", f"zero1({BASE})", DENSE),
         local("local-sgd", f"local-sgd({pushes})"),
         local("slowmo", f"slowmo({pushes})"),

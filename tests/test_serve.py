@@ -417,6 +417,8 @@ def test_payloads_of_any_length_arrive() -> None:
         ({"address": "127.0.0.1:70", "token_file": "x", "fingerprint": "sha1:0"}, "64 hexadecimal"),
         ({"durability": "eech", "consistency": "async"}, "did you mean 'each'"),
         ({"lease_s": 0.0}, "positive time"),
+        ({"durability": "synced", "address": "127.0.0.1:70", "token_file": "x"}, "its --durability"),
+        ({"interval_s": 3.0, "address": "127.0.0.1:70", "token_file": "x"}, "its --interval"),
     ],
 )
 def test_impossible_values_are_refused_with_the_rule(given: dict[str, Any], words: str) -> None:

@@ -23,6 +23,7 @@ from manyhands.core.errors import PeerLost, Stopped, UsageError
 from manyhands.data.sample import Order
 from manyhands.exchange.feedback import ErrorFeedback
 from manyhands.exchange.half import BF16
+from manyhands.exchange.topk import TopK
 from manyhands.placement.served import Served
 from manyhands.serve.server import Server
 from manyhands.strategy.base import Strategy
@@ -252,6 +253,29 @@ def test_an_update_of_which_nobody_was_told_counts(serving: Any, n_servers: int)
     replica.close()
 
 
+def test_clipping_bounds_what_is_applied_of_pushes_that_held_something_back(serving: Any) -> None:
+    """One of forty values travels at a time: what it has gathered by then is longer than any gradient was."""
+    model = torch.nn.Linear(40, 1, bias=False).double()
+    placement = serving(1, consistency="async")
+    strategy = Strategy(
+        placement=placement, exchange=ErrorFeedback(TopK(density=0.025, chunk=0)), outer=SGD(1.0)
+    )
+    replica = Replica(model, strategy, Solo(), max_grad_norm=1.0)
+
+    def loss(forward: Any, batch: Any) -> tuple[torch.Tensor, int]:
+        return forward.weight.sum() / 40**0.5, 1  # a gradient of norm 1
+
+    moved, norms = [], []
+    for step in range(60):
+        before = model.weight.detach().clone()
+        result = replica.step(Part(step, [(0, {"x": torch.zeros(1)})], 1, 1, 0), loss)
+        moved.append(float((model.weight.detach() - before).norm()))
+        norms.append(result.grad_norm)
+    assert max(norms) > 3, "what was held back travels at last"
+    assert 0.9 < max(moved) <= 1.0 + 1e-9
+    replica.close()
+
+
 def test_a_push_that_is_dropped_takes_nothing_along(serving: Any) -> None:
     """Another worker's push in between makes this one too stale: what was held back before is held back still."""
     torch.manual_seed(0)
@@ -337,7 +361,6 @@ def test_impossible_pairings_are_refused(serving: Any) -> None:
     from manyhands.cadence.every import Every, PostLocal
     from manyhands.exchange.allreduce import AllReduce
     from manyhands.exchange.powersgd import PowerSGD
-    from manyhands.exchange.topk import TopK
 
     placement = serving()
     for cadence in (Every(4), PostLocal(4, start=10), Delayed()):
@@ -347,6 +370,7 @@ def test_impossible_pairings_are_refused(serving: Any) -> None:
         (AllReduce(precision="bf16"), "a push goes one way"),
         (TopK(average="senders"), "give it average='all'"),
         (PowerSGD(), "a push goes one way"),
+        (AllReduce(bucket_mb=1.0), "bucket_mb would be ignored"),
     ):
         with pytest.raises(UsageError, match=words):
             Strategy(placement=placement, exchange=exchange)

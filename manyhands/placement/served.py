@@ -13,6 +13,7 @@ pushes (arXiv:1906.03496), `discard` drops pushes staler than a bound (Ringmaste
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -98,6 +99,12 @@ class Served:
             )
         if type(exchange).__name__ == "AllReduce":
             one_way = exchange.precision == "as-is"
+            if exchange.bucket_mb not in (25.0, math.inf):
+                raise UsageError(
+                    f"exchange = {exchange!r} with placement = 'served'",
+                    "a push is one message to each server, so bucket_mb would be ignored",
+                    "leave it out",
+                )
         else:
             inner = exchange.inner if type(exchange).__name__ == "ErrorFeedback" else exchange
             one_way = all(callable(getattr(inner, part, None)) for part in ("encode", "decode", "size_bytes"))
@@ -146,6 +153,13 @@ class Served:
                         f"give address=host:port, or leave out {name}",
                     )
             return
+        for name, default in (("durability", "each"), ("interval_s", 60.0)):
+            if getattr(self, name) != default:
+                raise UsageError(
+                    f"{name} = {getattr(self, name)!r} with address = {self.address!r}",
+                    "servers that run already do as they were told when they were started",
+                    f"leave it out, and give `manyhands serve-parameters` its --{name.removesuffix('_s')}",
+                )
         n = len(self.addresses)
         if self.servers not in (1, n):
             raise UsageError(

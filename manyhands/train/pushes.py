@@ -12,6 +12,7 @@ from manyhands.exchange.allreduce import AllReduce
 from manyhands.exchange.codec import wide
 from manyhands.exchange.feedback import ErrorFeedback
 from manyhands.train.header import Unsound
+from manyhands.train.norm import norm_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,10 +23,13 @@ class PushCodec:
 
     Attributes:
         codec: None where pushes are raw numbers.
+        square: |g|² of what the servers will decode, summed over what was encoded since it was set to 0. Where pushes
+            are applied one by one this is what is clipped: with what was held back it may be far longer than the gradient.
     """
 
     def __init__(self, exchange: Any) -> None:
         self.codec, self._decay = codec_of(exchange)
+        self.square = 0.0
         self._left: dict[tuple[int, int], Tensor] = {}  # by server and tensor: of the push on its way
 
     def fresh(self, flats: Sequence[Tensor]) -> dict[str, Any]:
@@ -46,8 +50,9 @@ class PushCodec:
             # without the step's number a random rounding would repeat itself
             payload = self.codec.encode(value, rng.key(step, server * 1000 + i, rank))
             parts.append(payload)
+            decoded = self.codec.decode(payload, flat.numel(), flat.dtype)
+            self.square += norm_of([decoded]) ** 2
             if self._decay is not None:
-                decoded = self.codec.decode(payload, flat.numel(), flat.dtype)
                 self._left[server, i] = value - decoded.to(value.dtype)
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 

@@ -351,11 +351,14 @@ class Served:
         self.gradients.detach()
         payloads = list(self._grads)
         if self._codec.codec is not None:
-            step, rank = int(header["step"]), self._replica.wire.rank
+            step, rank, self._codec.square = int(header["step"]), self._replica.wire.rank, 0.0
             payloads = [
                 self._codec.encode(i, self._flats(i), state, step=step, rank=rank)
                 for i, state in enumerate(self.states)
             ]
+            if header["count"] and math.isfinite(header["norm"]):
+                unit = header["nominal"] / header["count"]
+                header = {**header, "norm": math.sqrt(self._codec.square) * unit}
         traffic: Any = self._replica.wire.traffic
         before, start = self._servers.traffic, time.perf_counter()
         answer = self._unless_lost(lambda: self._servers.push(header, used, payloads, self._params))
