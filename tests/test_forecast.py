@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -179,8 +180,6 @@ def test_it_is_what_the_module_says(
 
 def _uneven_run(world: Any, pace: float, fragments: int) -> dict[str, Any]:
     """Worker 1 makes every other step, with gradients of two; a step of the round's middle agrees meanwhile."""
-    import dataclasses
-
     import test_methods
 
     from manyhands.train.replica import Replica
@@ -255,7 +254,7 @@ def test_impossible_pairings_are_refused(make_it: Any, said: str) -> None:
         make_it()
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 9])
 @pytest.mark.parametrize("size", [1, 1000, 1024, 5001])
 def test_loops_give_the_bits_of_the_reference(steps: int, size: int, monkeypatch: Any) -> None:
     from manyhands.train import replay
@@ -272,10 +271,14 @@ def test_loops_give_the_bits_of_the_reference(steps: int, size: int, monkeypatch
     for loops in (replay._loops, lambda: None):
         monkeypatch.setattr(replay, "_loops", loops)
         target = made()
-        replay.adamw(source, target, mean, 2.5, [1e-3 * (j + 1) for j in range(steps)], rule)
+        replay.adamw(source, target, mean, 2.5, [1e-3 * (j + 1) for j in range(steps)], rule, scale=0.7)
+        assert replay.square_length(mean) == pytest.approx(float(mean.double().square().sum()), rel=1e-14)
         found.append(target)
+    own = dataclasses.replace(source)  # the result where it was read
+    replay.adamw(own, own, mean, 2.5, [1e-3 * (j + 1) for j in range(steps)], rule, scale=0.7)
     for name in ("value", "first", "second", "step"):
         assert torch.equal(getattr(found[0], name), getattr(found[1], name)), name
+        assert torch.equal(getattr(found[0], name), getattr(own, name)), name
     assert float(found[0].step) == 7 + steps
 
 

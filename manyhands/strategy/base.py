@@ -39,8 +39,8 @@ class Strategy:
         exchange: what is said: about gradients, or where `inner` is given about the way since the last agreement.
         outer: the optimizer that consumes what was agreed.
         inner: the optimizer of each worker's own steps; None: there are none, gradients are exchanged.
-        keep_local: share of a worker's own parameters that is kept when an agreement arrives (α of arXiv:2501.18512,
-            equation 3, is 1 - keep_local).
+        keep_local: share of a worker's own parameters that is kept when an agreement arrives (the mixing of
+            arXiv:2501.18512, section 2.3; torchft's fragment_update_alpha): 0 takes the agreed ones alone.
     """
 
     placement: Placement = choice("placements", "replicated")

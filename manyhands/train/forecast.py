@@ -36,7 +36,7 @@ import torch
 from manyhands.strategy.optimizers import AdamW
 from manyhands.train.local import LocalSteps
 from manyhands.train.norm import is_finite, norm_of
-from manyhands.train.replay import AdamRule, AdamState, adamw
+from manyhands.train.replay import AdamRule, AdamState, adamw, square_length
 from manyhands.train.rounds import Piece
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class ForecastSteps(LocalSteps):
         piece.round.clear()
         scale = 1.0 / (fragment.nominal or 1.0)
         for view, total in zip(fragment.views, piece.sent.sums, strict=True):
-            torch.mul(total, scale, out=view)
+            torch.mul(total, scale, out=view) if piece.sent.terms else view.zero_()
         if not self._speaks and self._cadence.delay:
             state = {n: t.clone() for n, t in self.inner.optimizer.state_by_name(piece.names).items()}
             piece.apart = [p.detach().clone() for p in fragment.params], state
@@ -140,8 +140,6 @@ class ForecastSteps(LocalSteps):
     ) -> None:
         """A, S ← H times optimizer(A, S, ḡ). `told`: [workers, 2 + 2 tensors], targets, terms, squares and who was used."""
         means = [m.reshape(a.shape).to(a.dtype) for m, a in zip(means, fragment.anchors, strict=True)]
-        if scale != 1.0:
-            means = [mean * scale for mean in means]
         targets, terms, *rest = told.sum(0).tolist()
         self._replay(
             fragment,
@@ -150,6 +148,7 @@ class ForecastSteps(LocalSteps):
             [bool(users) for users in rest[len(means) :]],
             terms,
             agreed=True,
+            scale=scale,
             steps=piece.sent.steps,
             behind=piece.round.steps,
         )
@@ -188,13 +187,14 @@ class ForecastSteps(LocalSteps):
         agreed: bool,
         steps: int,
         behind: int,
+        scale: float = 1.0,
     ) -> None:
-        """`steps` steps, the agreed ones or my own, with the mean of `terms` gradients; `behind`: steps since the last of them."""
+        """`steps` steps, agreed ones or my own, with `scale` · `means`, of `terms` gradients; `behind`: steps since the last."""
         optimizer, params = (
             (self.outer, fragment.anchors) if agreed else (self.inner.optimizer, fragment.params)
         )
         if agreed:
-            lengths = [length(mean) for mean in means]
+            lengths = [square_length(mean) * scale**2 for mean in means]
         elif steps > 1:  # what nobody else computes may differ in its last bits
             lengths = [float(n) ** 2 for n in torch._foreach_norm(list(means))]
         else:
@@ -204,8 +204,10 @@ class ForecastSteps(LocalSteps):
         spec = self._replica.strategy.outer
         factors = [self._replica.rate(spec, behind=behind + steps - j)[0] for j in range(steps)]
         if isinstance(spec, AdamW):
-            self._replay_adamw(spec, optimizer, fragment, means, counts, used, factors)
+            self._replay_adamw(spec, optimizer, fragment, means, counts, used, factors, scale)
             return
+        if scale != 1.0:
+            means = [mean * scale for mean in means]
         if not agreed:
             self._go_back(fragment)
         for param, mean, is_used in zip(params, means, used, strict=True):
@@ -230,6 +232,7 @@ class ForecastSteps(LocalSteps):
         counts: Sequence[float],
         used: Sequence[bool],
         factors: Sequence[float],
+        scale: float,
     ) -> None:
         """The same in one pass, of the own steps together with the way back to what is agreed."""
         anchors, own = fragment.anchors, optimizer is not self.outer
@@ -252,7 +255,7 @@ class ForecastSteps(LocalSteps):
                 source = target
             rule = AdamRule(spec.betas, spec.eps, spec.weight_decay if param.dim() >= 2 else 0.0)
             rates = [spec.lr * factor for factor in factors] if is_used else []
-            adamw(source, target, mean, count, rates, rule)
+            adamw(source, target, mean, count, rates, rule, scale=scale)
 
     def _go_back(self, fragment: Fragment) -> None:
         """θᵢ ← A, sᵢ ← S."""
@@ -312,12 +315,6 @@ class ForecastSteps(LocalSteps):
             mine.round.steps = theirs.round.steps
         self._redone = other._redone
         self.inner.optimizer.take_state_by_name(other.inner.optimizer.state_by_name())
-
-
-def length(mean: Tensor) -> float:
-    """|ḡ|², added up in float64."""
-    flat = mean.reshape(-1)
-    return sum(float(part.double().square().sum()) for part in torch.split(flat, 1 << 16))
 
 
 def times(square: float, length: float, terms: float, steps: int) -> float:

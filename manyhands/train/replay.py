@@ -48,15 +48,22 @@ class AdamRule:
 
 
 def adamw(
-    source: AdamState, target: AdamState, mean: Tensor, count: float, rates: Sequence[float], rule: AdamRule
+    source: AdamState,
+    target: AdamState,
+    mean: Tensor,
+    count: float,
+    rates: Sequence[float],
+    rule: AdamRule,
+    *,
+    scale: float = 1.0,
 ) -> None:
-    """`target` ← `source` after a step of each of `rates` with the gradient `mean`, whose square counts `count` times."""
+    """`target` ← `source` after a step of each of `rates` with the gradient `scale` · `mean`, whose square counts `count` times."""
     done = int(source.step)
     with torch.no_grad():
         numbers = _numbers(done, rates, rule)
         loops = _loops() if rates and _plain(source, target, mean) else None
         if loops is None:
-            reference(source, target, mean, count, numbers, rule)
+            reference(source, target, mean if scale == 1.0 else mean * scale, count, numbers, rule)
         else:
             flat = (ctypes.c_float * (3 * len(rates)))(*(x for row in numbers for x in row))
             own = (source.value, source.first, source.second, target.value, target.first, target.second, mean)
@@ -64,9 +71,20 @@ def adamw(
                 ctypes.c_int64(mean.numel()),
                 *(ctypes.c_void_p(t.data_ptr()) for t in own),
                 *(ctypes.c_int64(len(rates)), flat),
-                *(ctypes.c_float(x) for x in _shares(count, rule)),
+                *(ctypes.c_float(x) for x in (*_shares(count, rule), scale)),
             )
         target.step.fill_(done + len(rates))
+
+
+def square_length(mean: Tensor) -> float:
+    """|ḡ|², added up in float64."""
+    flat = mean.detach().reshape(-1)
+    own = flat.device.type == "cpu" and flat.dtype is torch.float32
+    loops = _loops() if own else None
+    if loops is None:
+        return sum(float(part.double().square().sum()) for part in torch.split(flat, 1 << 16))
+    flat = flat.contiguous()
+    return float(loops.square_length(ctypes.c_int64(flat.numel()), ctypes.c_void_p(flat.data_ptr())))
 
 
 def reference(
@@ -119,6 +137,8 @@ def _loops() -> Any:
     from manyhands.core import native
 
     try:
-        return native.kernels(SOURCE, "-mprefer-vector-width=512")
+        loops = native.kernels(SOURCE, "-mprefer-vector-width=512")
     except (RuntimeError, OSError, subprocess.SubprocessError):
         return None
+    loops.square_length.restype = ctypes.c_double
+    return loops

@@ -21,7 +21,7 @@ class Round:
     """What I have computed since the gradients were last sent.
 
     Attributes:
-        sums: Σ n g, per parameter.
+        sums: Σ n g, per parameter; anything where there are no terms.
         squares: Σ n |g|², per parameter.
         used: whether any of these gradients was of the parameter; it may be zero.
         terms: how many gradients that is.
@@ -36,25 +36,33 @@ class Round:
 
     @staticmethod
     def empty(like: Sequence[Tensor]) -> Round:
-        made = Round([torch.zeros(g.shape, dtype=wide(g.dtype), device=g.device) for g in like])
+        made = Round([torch.empty(g.shape, dtype=wide(g.dtype), device=g.device) for g in like])
         made.clear()
         return made
 
     def clear(self) -> None:
-        torch._foreach_zero_(self.sums)
         self.squares, self.used = [0.0] * len(self.sums), [False] * len(self.sums)
         self.terms = self.steps = 0
 
     def take(self, gradients: Sequence[Tensor], count: float, used: Sequence[bool]) -> None:
         """One more: the mean of `count` targets."""
         norms = [float(n) for n in torch._foreach_norm(list(gradients))]
-        torch._foreach_add_(self.sums, list(gradients), alpha=count)
+        if self.terms:
+            torch._foreach_add_(self.sums, list(gradients), alpha=count)
+        else:
+            for total, gradient in zip(self.sums, gradients, strict=True):
+                torch.mul(gradient.to(total.dtype), count, out=total)
         self.squares = [s + count * n * n for s, n in zip(self.squares, norms, strict=True)]
         self.used = [a or b for a, b in zip(self.used, used, strict=True)]
         self.terms += 1
 
     def add(self, other: Round) -> None:
-        torch._foreach_add_(self.sums, other.sums)
+        if not other.terms:
+            return
+        if self.terms:
+            torch._foreach_add_(self.sums, other.sums)
+        else:
+            torch._foreach_copy_(self.sums, other.sums)
         self.squares = [a + b for a, b in zip(self.squares, other.squares, strict=True)]
         self.used = [a or b for a, b in zip(self.used, other.used, strict=True)]
         self.terms += other.terms
