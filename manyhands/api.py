@@ -7,6 +7,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from manyhands.core import rng
 from manyhands.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from manyhands.strategy.base import Strategy
     from manyhands.train.replica import Part, Replica
     from manyhands.wire.world import World
+
+SAMPLES = 0x5A3D  # sets what a dataset draws apart from what a pass does
 
 
 def join(*, device: str = "auto", transport: str = "auto") -> Hands:
@@ -144,7 +147,7 @@ class Hands:
                 "the data are passed over so often",
                 "give a number, and leave the loop when done",
             )
-        rows = dataset if hasattr(dataset, "take") else _MapRows(dataset)
+        rows = dataset if hasattr(dataset, "bytes_per_target") else _MapRows(dataset)
         order = Order(len(rows), global_batch, seed, drop_last)
         if weights is not None and len(weights) != self.size:
             raise UsageError(
@@ -188,7 +191,7 @@ class Hands:
 
 
 class _MapRows:
-    """A map-style dataset as `Rows`."""
+    """A map-style dataset as `Rows`. What it draws (augmentation) follows from seed, step and the row's place."""
 
     bytes_per_target = 1.0
 
@@ -208,6 +211,16 @@ class _MapRows:
         from torch.utils.data import default_collate
 
         return default_collate([self._dataset[int(i)] for i in ids])
+
+    def take_at(self, ids: Any, seed: int, step: int, begin: int) -> Any:
+        from torch.utils.data import default_collate
+
+        found = []
+        with rng.undisturbed():
+            for place, i in enumerate(ids, begin):
+                rng.seed_everything(seed, step, place, SAMPLES)
+                found.append(self._dataset[int(i)])
+        return default_collate(found)
 
 
 def load(path: str | Path, *, trust: bool = False, into: nn.Module | None = None) -> nn.Module:

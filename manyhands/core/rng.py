@@ -6,6 +6,11 @@ so that neighbouring steps and places give unrelated streams.
 
 from __future__ import annotations
 
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+
 _MASK = (1 << 64) - 1
 
 
@@ -48,3 +53,27 @@ def seed_torch(*parts: int) -> None:
         torch.manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)
+
+
+def seed_everything(*parts: int) -> None:
+    """Seed torch's generators, Python's and, where it is in use, NumPy's own one from `key(*parts)`."""
+    random.seed(key(*parts))
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(key(*parts) & 0xFFFFFFFF)
+    seed_torch(*parts)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Whatever is drawn or seeded inside leaves the CPU's generators as they were."""
+    import torch
+
+    numpy = sys.modules.get("numpy")
+    kept = torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(kept[0])
+        random.setstate(kept[1])
+        if numpy:
+            numpy.random.set_state(kept[2])

@@ -144,7 +144,11 @@ class Summed(NamedTuple):
 
 
 class Rows(Protocol):
-    """A map-style set of training rows, read by whoever needs them (rank-local, memory-mapped)."""
+    """A map-style set of training rows, read by whoever needs them (rank-local, memory-mapped).
+
+    Where reading draws random numbers it has ``take_at(ids, seed, step, begin)``, too: rows `begin` and after of the global
+    batch of `step`, the same whoever reads them.
+    """
 
     def __len__(self) -> int: ...
 

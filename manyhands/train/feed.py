@@ -71,7 +71,7 @@ class Feed:
         cuts = cut(len(ids), self.micro_batch)
         mine = self.division(step)[self.rank] if places is None else _ascending(places, len(cuts))
         passes = self._passes(cuts, mine)
-        batches = [(first, self._batch(ids[begin:end])) for first, begin, end in passes]
+        batches = [(first, self._batch(step, begin, ids[begin:end])) for first, begin, end in passes]
         spans = [range(first, first + -(-(end - begin) // self.micro_batch)) for first, begin, end in passes]
         return Part(
             step,
@@ -124,8 +124,9 @@ class Feed:
                 passes.append((place, begin, end))
         return passes
 
-    def _batch(self, ids: NDArray[np.int64]) -> dict[str, Any]:
-        batch = self.rows.take(ids)
+    def _batch(self, step: int, begin: int, ids: NDArray[np.int64]) -> dict[str, Any]:
+        take_at = getattr(self.rows, "take_at", None)
+        batch = take_at(ids, self.seed, step, begin) if take_at is not None else self.rows.take(ids)
         if self.device.type == "cpu":
             return batch
         return {

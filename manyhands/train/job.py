@@ -256,6 +256,12 @@ class Job:
                 "compiled kernels are chosen per shape and machine",
                 "leave out --compile on",
             )
+        if self.reproducible and self.threads not in (None, 1):
+            raise UsageError(
+                f"reproducible = true with threads = {self.threads}",
+                "the order of additions inside a kernel depends on how many threads there are: each worker has one",
+                "leave out --threads",
+            )
         if self.reproducible and self.device_batch is not None:
             raise UsageError(
                 "reproducible = true with device_batch",
