@@ -30,6 +30,12 @@ EXCHANGES = sorted(registry.REGISTRY["exchanges"])
 LOSSLESS = ["all-reduce", "ordered"]  # all others: what was sent adds up to the mean (below)
 WORLDS = [1, 2, 3, 5]
 SHAPES: list[tuple[int, ...]] = [(), (0,), (1,), (7,), (33, 3), (129,), (4, 0, 2)]
+SEVERAL: list[tuple[int, ...]] = [
+    (5,),
+    (11, 4),
+    (),
+    (3,),
+]  # of one contribution: small and large for by-tensor
 AROUND = [
     "error-feedback({})",
     "two-phase({})",
@@ -85,6 +91,14 @@ def _values(world: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 
         torch.randn(shape, generator=torch.Generator().manual_seed(100 * seed + r)).to(dtype)
         for r in range(world)
     ]
+
+
+def _several(
+    world: int, shapes: list[tuple[int, ...]], dtype: torch.dtype, *, seed: int
+) -> list[list[torch.Tensor]]:
+    """Everybody's contribution of several tensors."""
+    of_each = [_values(world, shape, dtype, 10 * seed + i) for i, shape in enumerate(shapes)]
+    return [[values[rank] for values in of_each] for rank in range(world)]
 
 
 def _deltas(exchange: Any, values: list[torch.Tensor]) -> tuple[list[Any], torch.Tensor]:
@@ -177,9 +191,9 @@ def test_replicas_agree_bitwise_and_on_the_sum_of_what_was_sent(text: str, world
 @pytest.mark.parametrize("text", [t for t in TABLE if not trait(_value(t), "by_place")])
 def test_strides_and_a_wire_that_overwrites_change_nothing(text: str) -> None:
     exchange = _value(text)
-    plain = [[v] for v in _values(4, (24, 9), torch.float32)]
-    strided = [[v.t().contiguous().t()] for (v,) in plain]
-    assert not strided[0][0].is_contiguous()
+    plain = _several(4, [*SEVERAL, (24, 9)], torch.float32, seed=0)
+    strided = [[v.t().contiguous().t() if v.dim() == 2 else v for v in delta] for delta in plain]
+    assert not strided[0][-1].is_contiguous()
     first = [exchange.init(d) for d in plain]
     results = []
     for deltas, overwrite in ((plain, False), (strided, False), (plain, True)):
@@ -188,7 +202,7 @@ def test_strides_and_a_wire_that_overwrites_change_nothing(text: str) -> None:
         for _ in range(3):
             agreed = _talk(exchange, deltas, states, overwrite=overwrite)
             states = [each.state for each in agreed]
-            means.append(agreed[0].mean[0].clone())
+            means += [mean.clone() for mean in agreed[0].mean]
         results.append((means, states))
     for means, states in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(means, results[0][0], strict=True))
@@ -248,9 +262,8 @@ def _moved(states: list[Any], fresh: list[Any]) -> list[Any]:
 def test_nothing_is_lost(text: str) -> None:
     """Promise 4: Σₜ agreed + Σᵢ held = Σₜ Σᵢ wᵢ gᵢ, through changes of weights, save, load and resize."""
     exchange = _value(text)
-    shape = (11, 4)
-    like = [torch.zeros(shape, dtype=torch.float64)]
-    came, went = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    like = [torch.zeros(shape, dtype=torch.float64) for shape in SEVERAL]
+    came, went, held = ([torch.zeros_like(t) for t in like] for _ in range(3))
     states: list[Any] = [exchange.init(like) for _ in range(3)]
     turn = 0
     for world in (3, 3, 2, 5, 4):
@@ -258,17 +271,20 @@ def test_nothing_is_lost(text: str) -> None:
         for _ in range(2):
             turn += 1
             weights = torch.rand(world, generator=torch.Generator().manual_seed(turn)).tolist()
-            values = _values(world, shape, torch.float64, seed=turn)
-            deltas = [[v * w] for v, w in zip(values, weights, strict=True)]
-            came += sum(d[0] for d in deltas)
-            agreed = _talk(exchange, deltas, states)
+            values = _several(world, SEVERAL, torch.float64, seed=turn)
+            deltas = [[v * w for v in delta] for delta, w in zip(values, weights, strict=True)]
+            agreed = _talk(exchange, deltas, states, overwrite=True)
             states = [each.state for each in agreed]
-            went += agreed[0].mean[0]
-    owed = [flush(exchange, state, like) for state in states]
-    held = sum((o[0][0] for o in owed if o[0][0] is not None), torch.zeros(shape, dtype=torch.float64))
-    torch.testing.assert_close(went + held, came, rtol=1e-10, atol=1e-10)
-    after = [flush(exchange, state, like)[0][0] for _, state in owed]
-    assert all(t is None or not t.any() for t in after)  # owed no more
+            for i in range(len(like)):
+                came[i] += sum(d[i] for d in deltas)
+                went[i] += agreed[0].mean[i]
+    flushed = [flush(exchange, state, like) for state in states]
+    for owed, after in flushed:
+        for kept, tensor in zip(held, owed, strict=True):
+            kept += 0.0 if tensor is None else tensor
+        assert all(t is None or not t.any() for t in flush(exchange, after, like)[0])  # owed no more
+    for kept, out, into in zip(held, went, came, strict=True):
+        torch.testing.assert_close(out + kept, into, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("text", CODECS)

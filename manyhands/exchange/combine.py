@@ -129,9 +129,12 @@ def flush(exchange: Any, state: Any, like: Tensors) -> tuple[list[Tensor | None]
 # ------------------------------------------------------------------------------------------------ talks
 
 
-def protected(talk: Talk, tensors: Tensors) -> Talk:
-    """`talk`, in which no wire overwrites `tensors`: a `Sum` of their memory is asked of a copy."""
-    mine = {storage(t) for t in tensors}
+def protected(talk: Talk) -> Talk:
+    """`talk`, in which no wire overwrites what it was given or says that it sent: each `Sum` is asked of a copy.
+
+    A lossless talk's ``sent`` is the very tensor that it asked the sum of, and that need not be one of the caller's:
+    `ByTensor` packs small ones into a tensor of its own.
+    """
     reply: Any = None
     while True:
         try:
@@ -139,7 +142,7 @@ def protected(talk: Talk, tensors: Tensors) -> Talk:
         except StopIteration as end:
             agreed: Agreed = end.value
             return agreed
-        if isinstance(request, Sum) and storage(request.tensor) in mine:
+        if isinstance(request, Sum):
             request = dataclasses.replace(request, tensor=request.tensor.clone())
         reply = yield request
 

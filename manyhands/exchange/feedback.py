@@ -97,7 +97,7 @@ def offer(inner: Exchange, offered: Tensors, delta: Tensors, state: Any) -> Talk
         state: of `inner`.
     """
     given = [p.to(d.dtype) for p, d in zip(offered, delta, strict=True)]
-    agreed = yield from protected(inner.talk(given, state), given)
+    agreed = yield from protected(inner.talk(given, state))
     users = {storage(t) for t in (*agreed.mean, *agreed.sent)} | {storage(t) for _, t in leaves(agreed.state)}
     rest = [minus(p, s.to(p.dtype), users) for p, s in zip(offered, agreed.sent, strict=True)]
     return Agreed(agreed.mean, agreed.sent, {"residual": rest, "inner": agreed.state})

@@ -100,7 +100,7 @@ class Hierarchical:
         spans = [span(t.numel(), rank, size) for t in sums]
         slices = [t[own] for t, own in zip(sums, spans, strict=True)]
         talk = self.across.talk(slices, state["across"])
-        outer = yield from addressed(talk if lossless else protected(talk, slices), ACROSS)
+        outer = yield from addressed(talk if lossless else protected(talk), ACROSS)
         mean, sent = [], []
         for i, tensor in enumerate(delta):
             whole = outer.mean[i]
