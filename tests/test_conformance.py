@@ -41,6 +41,16 @@ AROUND = [
     "two-phase({})",
     "error-feedback(two-phase({}))",
 ]  # tried around each exchange
+AROUND_SHORT = [  # tried around each, in one short test
+    "momentum({})",
+    "ef21({})",
+    "warmup(error-feedback({}), rounds=1)",
+    "auto(error-feedback({}), every=1)",
+    "error-feedback(by-tensor({}, numel=8))",
+    "by-tensor({}, numel=8)",
+    "ef21(by-tensor({}, numel=8))",
+    "momentum(by-tensor({}, numel=8))",
+]
 AROUND_ONE = [  # and around one codec, which stands for all
     "error-feedback(hierarchical({}))",
     "error-feedback(chain({}, then={}))",
@@ -80,6 +90,8 @@ TRIED = [around.replace("{}", n) for n in SINGLE for around in AROUND]
 TRIED += [around.replace("{}", ONE) for around in AROUND_ONE]
 TRIED += [f"{around}(ternary(rounding=nearest))" for around in ("error-feedback", "ef21")]
 COMBINED = [text for text in TRIED if _possible(text)]
+SHORT = [around.replace("{}", n) for n in SINGLE for around in AROUND_SHORT]
+SHORT = [text for text in SHORT if _possible(text)]
 TABLE = [*[n for n in EXCHANGES if n not in BY_MODEL], *COMBINED]
 CODECS = [text for text in TABLE if isinstance(_value(text), Codec)]
 HOLDING = [text for text in TABLE if trait(_value(text), "holds") and trait(_value(text), "conserves")]
@@ -285,6 +297,25 @@ def test_nothing_is_lost(text: str) -> None:
         assert all(t is None or not t.any() for t in flush(exchange, after, like)[0])  # owed no more
     for kept, out, into in zip(held, went, came, strict=True):
         torch.testing.assert_close(out + kept, into, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("text", SHORT)
+def test_around_every_codec_replicas_agree_and_what_is_held_stays_small(text: str) -> None:
+    """20 rounds, each second over a wire that overwrites, of contributions of length about 6."""
+    exchange = _value(text)
+    shapes: list[tuple[int, ...]] = [(3,), (36,)]
+    states = [exchange.init(delta) for delta in _several(2, shapes, torch.float32, seed=0)]
+    for turn in range(20):
+        deltas, overwrite = _several(2, shapes, torch.float32, seed=turn), turn % 2 == 1
+        agreed = _talk(exchange, deltas, states, overwrite=overwrite)
+        states = [each.state for each in agreed]
+        for i, mean in enumerate(agreed[0].mean):
+            assert torch.equal(mean, agreed[1].mean[i])
+            if _adds_up(exchange) and not overwrite:  # what a lossless one sent is overwritten, too
+                both = agreed[0].sent[i] + agreed[1].sent[i]
+                torch.testing.assert_close(mean, both, rtol=1e-4, atol=1e-3)
+    held = [leaf for path, leaf in leaves(states) if "residual" in path]
+    assert all(float(leaf.norm()) < 1e3 for leaf in held)
 
 
 @pytest.mark.parametrize("text", CODECS)

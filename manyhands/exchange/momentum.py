@@ -56,7 +56,7 @@ class Momentum:
     nesterov: bool = option(False, help="look ahead")
 
     def __post_init__(self) -> None:
-        refuse("momentum", "inner", self.inner, holds=False)
+        refuse("momentum", "inner", self.inner, holds=False, kept=True)
         if not 0 <= self.momentum < 1:
             raise UsageError(f"momentum = {self.momentum}", "it is at least 0 and less than 1", "give 0.9")
         if isinstance(self.inner, AllReduce):
