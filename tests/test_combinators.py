@@ -17,6 +17,7 @@ from manyhands.core.request import ACROSS, NODE, Gather, Sum
 from manyhands.exchange.combine import leaves
 from manyhands.exchange.randomk import RandomK
 from manyhands.exchange.twophase import lengths
+from manyhands.strategy import presets
 from manyhands.wire.drive import run
 
 EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
@@ -257,7 +258,7 @@ def test_a_chain_sends_what_was_left() -> None:
 # ----------------------------------------------------------------------------------------- real wires
 
 WIRED = [
-    "error-feedback(all-reduce(precision=bf16))",
+    "all-reduce(precision=bf16)",
     "error-feedback(two-phase(bf16))",
     "error-feedback(hierarchical(bf16))",
     "hierarchical",
@@ -326,6 +327,10 @@ def _wired(world: Any, texts: list[str]) -> list[Any]:
         ("error-feedback(chain(topk, then=ternary))", "rounding='nearest'"),
         ("error-feedback(randomk(unbiased=true))", r"RandomK\(unbiased=False\)"),
         ("ef21(randomk(unbiased=true))", "grows without end"),
+        ("error-feedback(all-reduce(precision=bf16))", "use the codec bf16"),
+        ("error-feedback(hierarchical(all-reduce(precision=fp16)))", "rounds the sum"),
+        ("ef21(by-tensor(topk, small=all-reduce(precision=bf16)))", "rounds the sum"),
+        ("momentum(by-tensor(topk, small=all-reduce(precision=bf16)))", "rounds the sum"),
         ("momentum(all-reduce)", "sgd"),
         ("momentum(ternary)", "grows without end"),
         ("momentum(randomk(unbiased=true))", r"RandomK\(unbiased=False\)"),
@@ -371,8 +376,19 @@ def test_scaled_random_entries_held_back_would_grow() -> None:
 
 
 def test_what_passes_through() -> None:
-    inner = "all-reduce(bucket_mb=3, precision=bf16)"
+    inner = "all-reduce(bucket_mb=3)"
     assert _value(f"error-feedback({inner})").bucket_mb == 3
     assert _value(f"warmup(error-feedback({inner}))").bucket_mb == 3
     assert _value("error-feedback(by-tensor(bf16))").by_tensor
     assert not _value("error-feedback(bf16)").by_tensor
+
+
+def test_a_rounded_sum_across_hosts_goes_without_feedback() -> None:
+    for across, whole in (
+        ("all-reduce(precision=bf16)", "hierarchical(all-reduce(precision=bf16))"),
+        ("all-reduce", "hierarchical"),
+        ("int8", "error-feedback(hierarchical(int8))"),
+    ):
+        assert presets.hierarchical(across=across).exchange == _value(whole)
+    with pytest.raises(UsageError, match="without feedback"):
+        presets.hierarchical(across="all-reduce(precision=bf16)", feedback=True)

@@ -26,7 +26,8 @@ class AllReduce:
     Args:
         bucket_mb: gradients travel in buckets of about this many MiB, each as soon as backward has filled it.
         precision: the number format on the wire. ``as-is`` sends the parameters' own; bf16 and fp16 halve the bytes of
-            fp32 and round each contribution once (relative error 2⁻⁸ and 2⁻¹¹; fp16 overflows above 65,504).
+            fp32 and round each contribution, and then the sum at every addition (relative error 2⁻⁸ and 2⁻¹¹ each; fp16
+            overflows above 65,504): feedback, which knows of the first alone, takes the codecs ``bf16`` and ``fp16`` instead.
     """
 
     bucket_mb: float = 25.0
@@ -39,6 +40,16 @@ class AllReduce:
                 "a bucket holds at least one parameter",
                 "give a positive size",
             )
+
+    @property
+    def rounds_sums(self) -> bool:
+        """Whether the sum is rounded on its way, too."""
+        return self.precision in ("bf16", "fp16")
+
+    @property
+    def conserves(self) -> bool:
+        """Whether what was sent adds up to the sum."""
+        return not self.rounds_sums
 
     def init(self, like: Tensors) -> Any:
         return ()

@@ -64,6 +64,7 @@ class Auto:
     holds = passed("holds")
     conserves = passed("conserves")
     contracts = passed("contracts")
+    rounds_sums = passed("rounds_sums")
     accelerates = passed("accelerates")
 
     inner: Exchange = choice("exchanges", "error-feedback(int8)", help="where it is faster than all-reduce")

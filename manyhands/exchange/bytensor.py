@@ -39,6 +39,7 @@ class ByTensor:
     holds = passed("holds", "large", "small")
     conserves = passed("conserves", "large", "small")
     contracts = passed("contracts", "large", "small")
+    rounds_sums = passed("rounds_sums", "large", "small")
     accelerates = passed("accelerates", "large", "small")
 
     large: Exchange = choice("exchanges", "int8", help="for large tensors")

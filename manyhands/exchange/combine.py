@@ -8,6 +8,7 @@ an exchange by attribute (how contributions are cut, see `manyhands.core.types.E
                             ``flush(state, like)`` then gives what is owed, to be sent otherwise, and the state after
     conserves               the sum of all that was ever agreed plus what is held is the sum of what came in (default: True)
     contracts               what it leaves out is smaller than what came in, so that held back it stays small (default: True)
+    rounds_sums             the sum itself is rounded on its way, which is in nobody's ``sent`` (default: False)
     accelerates             what it agrees on is a velocity, larger than the mean of contributions (default: False)
 """
 
@@ -35,6 +36,7 @@ DEFAULTS = {
     "holds": False,
     "conserves": True,
     "contracts": True,
+    "rounds_sums": False,
     "accelerates": False,
 }
 
@@ -70,7 +72,7 @@ def refuse(
         holds: whether it may keep residuals of its own.
         tensors: whether it may want tensors in their own shapes.
         exact: whether what its workers sent must add up to what they agreed on.
-        kept: whether what it leaves out is kept, and so must stay small.
+        kept: whether what it leaves out is kept, and so must stay small, and be all that is lost.
     """
     spelled = f"{who}({field}={inner!r})"
     name = type(inner).__name__
@@ -109,6 +111,12 @@ def refuse(
             else f"use {name} alone, which has no bias, or with feedback {name}(unbiased=False)"
             if hasattr(inner, "unbiased")
             else "give what is inside rounding='nearest'",
+        )
+    if kept and trait(inner, "rounds_sums"):
+        raise UsageError(
+            spelled,
+            "an all-reduce in half precision rounds the sum as well as what each sends, and nobody holds back that loss",
+            "use the codec bf16 or fp16, which is added in float32, or the all-reduce without feedback",
         )
     if exact and not trait(inner, "conserves"):
         averaged = getattr(inner, "average", "all") != "all"

@@ -47,6 +47,7 @@ class Hierarchical:
     bucket_mb = passed("bucket_mb", "within", "across")
     conserves = passed("conserves", "within", "across")
     contracts = passed("contracts", "within", "across")
+    rounds_sums = passed("rounds_sums", "within", "across")
 
     across: Exchange = choice("exchanges", "all-reduce", help="between hosts, each worker a slice")
     _: KW_ONLY

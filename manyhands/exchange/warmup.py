@@ -44,6 +44,7 @@ class Warmup:
     holds = passed("holds")
     conserves = passed("conserves")
     contracts = passed("contracts")
+    rounds_sums = passed("rounds_sums")
     accelerates = passed("accelerates")
 
     inner: Exchange = choice("exchanges", "error-feedback(int8)", help="after the warm-up")

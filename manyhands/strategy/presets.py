@@ -111,15 +111,15 @@ def hierarchical(
 
     Args:
         across: the exchange between hosts, for example ``int8``.
-        feedback: error feedback around it all; default: where `across` is lossy.
+        feedback: error feedback around it all; default: where `across` is a codec. An all-reduce in half precision goes
+            without: it rounds sums, which feedback does not hear of.
     """
     from manyhands.exchange.feedback import ErrorFeedback
     from manyhands.exchange.hierarchical import Hierarchical
 
     between = _exchange(across)
     exchange: Any = Hierarchical(between)
-    lossless = isinstance(between, AllReduce) and between.precision == "as-is"
-    if not lossless if feedback is None else feedback:
+    if not isinstance(between, AllReduce) if feedback is None else feedback:
         exchange = ErrorFeedback(exchange)
     return Strategy(exchange=exchange, outer=_optimizer(optimizer, lr, schedule, weight_decay))
 
