@@ -392,3 +392,28 @@ def test_a_rounded_sum_across_hosts_goes_without_feedback() -> None:
         assert presets.hierarchical(across=across).exchange == _value(whole)
     with pytest.raises(UsageError, match="without feedback"):
         presets.hierarchical(across="all-reduce(precision=bf16)", feedback=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ddp(exchange=momentum(topk))",
+        "ddp(optimizer=sgd(momentum=0.9), exchange=by-tensor(momentum(topk)))",
+        "ddp(optimizer=muon, exchange=fetchsgd)",
+        "zero1(exchange=momentum(topk))",
+        "diloco(exchange=momentum(topk))",
+        "forecast(exchange=warmup(fetchsgd, rounds=0))",
+    ],
+)
+def test_a_velocity_is_refused_under_an_optimizer_with_momentum(text: str) -> None:
+    with pytest.raises(UsageError, match=r"a velocity; .* consume it with sgd"):
+        config.from_text("strategies", text)
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["sgd", "adagrad", "rmsprop", "adafactor", "signsgd", "adam(betas=(0,0.9))"]
+)
+def test_a_velocity_goes_with_an_optimizer_without(optimizer: str) -> None:
+    for exchange in ("momentum(topk)", "fetchsgd"):
+        config.from_text("strategies", f"ddp(optimizer='{optimizer}', exchange='{exchange}')")
+    config.from_text("strategies", f"diloco(outer_momentum=0, exchange={exchange})")

@@ -207,7 +207,7 @@ STRATEGIES = [
     "powersgd(rank=2)",
     "ddp(exchange=ef21(topk(density=0.3)))",
     "ddp(exchange=warmup(error-feedback(topk(density=0.3)), rounds=3))",
-    "ddp(exchange=momentum(topk(density=0.3)))",
+    "ddp(optimizer=sgd, lr=0.01, exchange=momentum(topk(density=0.3)))",
     "local-sgd(every=3)",
     "post-local-sgd(every=3, start=4)",
     "slowmo(every=3)",

@@ -10,6 +10,7 @@ from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.core.types import Cadence, Exchange, Placement
 from manyhands.exchange.allreduce import AllReduce
+from manyhands.exchange.combine import trait
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,6 +97,12 @@ class Strategy:
                 "it agrees on gradients; ways of one's own are overlapped by fragments in flight",
                 "use cadence = 'staggered(fragments=1, delay=1)'",
             )
+        if trait(self.exchange, "accelerates") and _has_momentum(self.outer):
+            raise UsageError(
+                f"exchange = {self.exchange!r} with {self.outer!r}",
+                "what it agrees on is a velocity; the momentum of an optimizer that consumes it would add that up once more",
+                "consume it with sgd (diloco: outer_momentum=0), or exchange error-feedback(topk) instead",
+            )
 
     def _check_without_inner(self) -> None:
         cadence = type(self.cadence).__name__
@@ -145,3 +152,9 @@ class Strategy:
         if self.inner is not None:
             return "manyhands.train.local:LocalSteps"
         return getattr(self.cadence, "method", None) or "manyhands.train.synchronous:Synchronous"
+
+
+def _has_momentum(optimizer: Any) -> bool:
+    """Whether it adds up the gradients of several steps (their squares are another matter)."""
+    first, *_ = getattr(optimizer, "betas", (0.0,))
+    return bool(first or getattr(optimizer, "momentum", 0.0))
