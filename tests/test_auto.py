@@ -113,3 +113,26 @@ def _real_auto(world: Any) -> list[Any]:
         seen.append([each.mean[0].tolist() for each in agreed])
         seen.append([leaf.tolist() for path, leaf in leaves(states) if "residual" not in path])
     return seen
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["auto(error-feedback(powersgd), every=1)", "auto(by-tensor(error-feedback(bf16), numel=8), every=1)"],
+)
+def test_many_tensors_are_one_all_reduce_of_each_type(text: str) -> None:
+    shapes = [(6, 5), (3,), (), (2, 2)]
+    kinds = [torch.float64, torch.float32, torch.float64, torch.float64]
+    exchange, sums = _value(text), []
+    generator = torch.Generator().manual_seed(0)
+    deltas = [
+        [torch.randn(s, generator=generator, dtype=k) for s, k in zip(shapes, kinds, strict=True)]
+        for _ in range(2)
+    ]
+    states = [{**exchange.init(d), "compress": torch.tensor(False)} for d in deltas]
+    for state in states:
+        state["next"] += 1  # nothing is measured yet
+    agreed = _round(exchange, deltas, states, tap=lambda rank, request: sums.append(request))
+    assert sorted(q.tensor.numel() for q in sums if isinstance(q, Sum)) == [3, 3, 35, 35]
+    for i, (mean, shape) in enumerate(zip(agreed[0].mean, shapes, strict=True)):
+        assert mean.shape == shape
+        torch.testing.assert_close(mean, deltas[0][i] + deltas[1][i])

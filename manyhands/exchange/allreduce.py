@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from manyhands.core.errors import UsageError
 from manyhands.core.request import Sum
 from manyhands.core.types import Agreed
+from manyhands.exchange.combine import packed, unpacked
 
 if TYPE_CHECKING:
     from manyhands.core.types import Talk, Tensors
@@ -70,6 +71,12 @@ class AllReduce:
                     mean.append((yield Sum(wire)).to(tensor.dtype))
                     sent.append(decoded)
         return Agreed(mean, sent, state)
+
+
+def together(delta: Tensors) -> Talk:
+    """A lossless all-reduce of many tensors as one of each type: one message for a model's, not one a tensor."""
+    agreed = yield from AllReduce().talk(packed(delta), ())
+    return Agreed(unpacked(agreed.mean, delta), unpacked(agreed.sent, delta), ())
 
 
 def _dtype(precision: Precision) -> Any:

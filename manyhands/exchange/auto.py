@@ -29,7 +29,7 @@ from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.core.request import Gather
 from manyhands.core.types import Agreed, Exchange
-from manyhands.exchange.allreduce import AllReduce
+from manyhands.exchange.allreduce import AllReduce, together
 from manyhands.exchange.combine import flush, passed, refuse, trait
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Auto:
                 if more is not None:
                     # in place, as the sum will be: a wire adds its own buffers without a copy
                     tensor.add_(more)
-        agreed = yield from AllReduce().talk(delta, ())
+        agreed = yield from together(delta)
         return Agreed(
             agreed.mean, agreed.sent, {**state, "inner": inner, "owes": torch.zeros((), dtype=torch.bool)}
         )

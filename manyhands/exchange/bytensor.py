@@ -6,14 +6,13 @@ Biases, gains and other small tensors cost little and matter much: they are sent
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.core.types import Agreed, Exchange
-from manyhands.exchange.combine import flush, passed, refuse
+from manyhands.exchange.combine import flush, packed, passed, refuse, trait, unpacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,12 +79,12 @@ class ByTensor:
         """What both parts owe, to be sent without loss with the next contribution, and the state after that."""
         small, large = self._parts(like)
         shorts = [like[i] for i in small]
-        packed = self._packed(shorts)
-        short, after_short = flush(self.small, state["small"], packed)
+        together = self._packed(shorts)
+        short, after_short = flush(self.small, state["small"], together)
         long, after_long = flush(self.large, state["large"], [like[i] for i in large])
         owed: list[Tensor | None] = [None] * len(like)
         if any(t is not None for t in short):
-            filled = [p.new_zeros(p.shape) if t is None else t for t, p in zip(short, packed, strict=True)]
+            filled = [p.new_zeros(p.shape) if t is None else t for t, p in zip(short, together, strict=True)]
             for i, tensor in zip(small, self._unpacked(filled, shorts), strict=True):
                 owed[i] = tensor
         for i, piece in zip(large, long, strict=True):
@@ -97,25 +96,10 @@ class ByTensor:
         large = [i for i, t in enumerate(tensors) if t.numel() >= self.numel and t.dim() >= self.dims]
         return sorted(set(range(len(tensors))) - set(large)), large
 
-    def _packed(self, tensors: Tensors) -> Sequence[Tensor]:
-        """Small tensors as they travel: one flat tensor per type, in order of first appearance."""
-        import torch
+    def _packed(self, tensors: Tensors) -> Tensors:
+        """Small tensors as they travel."""
+        return tensors if trait(self.small, "by_tensor") else packed(tensors)
 
-        if getattr(self.small, "by_tensor", False):
-            return tensors
-        types = dict.fromkeys(t.dtype for t in tensors)
-        return [torch.cat([t.reshape(-1) for t in tensors if t.dtype is kind]) for kind in types]
-
-    def _unpacked(self, packed: Tensors, like: Tensors) -> Sequence[Tensor]:
+    def _unpacked(self, flats: Tensors, like: Tensors) -> Tensors:
         """The inverse of `_packed`, for tensors shaped like `like`."""
-        if getattr(self.small, "by_tensor", False):
-            return packed
-        import torch
-
-        types = dict.fromkeys(t.dtype for t in like)
-        found: dict[int, Tensor] = {}
-        for kind, flat in zip(types, packed, strict=True):
-            places = [i for i, t in enumerate(like) if t.dtype is kind]
-            parts = torch.split(flat, [like[i].numel() for i in places])
-            found.update((i, part.reshape(like[i].shape)) for i, part in zip(places, parts, strict=True))
-        return [found[i] for i in range(len(like))]
+        return flats if trait(self.small, "by_tensor") else unpacked(flats, like)

@@ -167,6 +167,31 @@ def addressed(talk: Talk, axis: str) -> Talk:
         reply = yield dataclasses.replace(request, axis=axis) if request.axis == REPLICA else request
 
 
+# -------------------------------------------------------------------------------------- several as one
+
+
+def packed(tensors: Tensors) -> list[Tensor]:
+    """Flat tensors that hold all of `tensors`: one per type, in order of first appearance (of one alone its own memory)."""
+    import torch
+
+    kinds = dict.fromkeys(t.dtype for t in tensors)
+    of_each = [[t.reshape(-1) for t in tensors if t.dtype is kind] for kind in kinds]
+    return [flat[0] if len(flat) == 1 else torch.cat(flat) for flat in of_each]
+
+
+def unpacked(flats: Tensors, like: Tensors) -> list[Tensor]:
+    """The inverse of `packed`, for tensors shaped like `like`: views of `flats`."""
+    import torch
+
+    kinds = dict.fromkeys(t.dtype for t in like)
+    found: dict[int, Tensor] = {}
+    for kind, flat in zip(kinds, flats, strict=True):
+        places = [i for i, t in enumerate(like) if t.dtype is kind]
+        parts = torch.split(flat, [like[i].numel() for i in places])
+        found.update((i, part.reshape(like[i].shape)) for i, part in zip(places, parts, strict=True))
+    return [found[i] for i in range(len(like))]
+
+
 # ----------------------------------------------------------------------------------------------- states
 
 

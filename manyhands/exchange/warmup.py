@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.core.types import Agreed, Exchange
-from manyhands.exchange.allreduce import AllReduce
+from manyhands.exchange.allreduce import together
 from manyhands.exchange.combine import flush, passed, refuse, trait
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Warmup:
     def talk(self, delta: Tensors, state: Any) -> Talk:
         turn = int(state["round"])
         if turn < self.rounds:
-            agreed = yield from AllReduce().talk(delta, ())
+            agreed = yield from together(delta)
             return Agreed(agreed.mean, agreed.sent, {"round": state["round"] + 1, "inner": state["inner"]})
         agreed = yield from self.at(turn).talk(delta, state["inner"])
         return Agreed(agreed.mean, agreed.sent, {"round": state["round"] + 1, "inner": agreed.state})
