@@ -118,6 +118,31 @@ def test_momentum_correction_is_its_equations(nesterov: bool, mask: bool) -> Non
             torch.testing.assert_close(held["unsent"][0], v[i], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("inner", "whole"),
+    [
+        ("by-tensor(topk(density=0.1), numel=8)", [0]),
+        ("by-tensor(topk(density=0.1), small=bf16, numel=8)", [0]),
+        ("warmup(topk(density=0.1), rounds=99)", [0, 1]),
+        ("int8", [0, 1]),
+        ("topk(density=0.1)", []),
+    ],
+)
+def test_what_is_sent_whole_has_its_full_momentum(inner: str, whole: list[int]) -> None:
+    """A steady gradient summing 3 comes to a velocity of 3 / (1 - m); masked, its mean stays 3 in the long run."""
+    exchange = _value(f"momentum({inner}, momentum=0.5)")
+    deltas = [[torch.full((4,), g), torch.full((40,), g)] for g in (1.0, 2.0)]
+    states = [exchange.init(d) for d in deltas]
+    agreed = []
+    for _ in range(40):
+        last = _round(exchange, deltas, states, overwrite=True)
+        states = [each.state for each in last]
+        agreed.append(last[0].mean)
+    for i in range(2):
+        late = torch.stack([mean[i] for mean in agreed[20:]]).mean()
+        assert (float(late) == pytest.approx(6.0, rel=0.02)) == (i in whole)
+
+
 # --------------------------------------------------------------------------------------------- two phases
 
 

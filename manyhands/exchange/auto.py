@@ -65,6 +65,7 @@ class Auto:
     conserves = passed("conserves")
     contracts = passed("contracts")
     rounds_sums = passed("rounds_sums")
+    selects = passed("selects")
     accelerates = passed("accelerates")
 
     inner: Exchange = choice("exchanges", "error-feedback(int8)", help="where it is faster than all-reduce")

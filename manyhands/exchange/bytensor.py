@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.core.types import Agreed, Exchange
-from manyhands.exchange.combine import flush, packed, passed, refuse, trait, unpacked
+from manyhands.exchange.combine import flush, packed, passed, refuse, selected, trait, unpacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +39,7 @@ class ByTensor:
     conserves = passed("conserves", "large", "small")
     contracts = passed("contracts", "large", "small")
     rounds_sums = passed("rounds_sums", "large", "small")
+    selects = passed("selects", "large", "small")
     accelerates = passed("accelerates", "large", "small")
 
     large: Exchange = choice("exchanges", "int8", help="for large tensors")
@@ -90,6 +91,13 @@ class ByTensor:
         for i, piece in zip(large, long, strict=True):
             owed[i] = piece
         return owed, {"large": after_long, "small": after_short}
+
+    def selected(self, like: Tensors) -> list[bool]:
+        """Of each tensor, whether some of its entries are sent and others not."""
+        of_small = trait(self.small, "selects")
+        large = self._parts(like)[1]
+        found = dict(zip(large, selected(self.large, [like[i] for i in large]), strict=True))
+        return [found.get(i, of_small) for i in range(len(like))]
 
     def _parts(self, tensors: Tensors) -> tuple[list[int], list[int]]:
         """Positions of the small and of the large tensors."""

@@ -9,6 +9,8 @@ an exchange by attribute (how contributions are cut, see `manyhands.core.types.E
     conserves               the sum of all that was ever agreed plus what is held is the sum of what came in (default: True)
     contracts               what it leaves out is smaller than what came in, so that held back it stays small (default: True)
     rounds_sums             the sum itself is rounded on its way, which is in nobody's ``sent`` (default: False)
+    selects                 it sends some entries of a tensor and leaves out others (default: False); where that differs from
+                            tensor to tensor ``selected(like)`` says it of each
     accelerates             what it agrees on is a velocity, larger than the mean of contributions (default: False)
 """
 
@@ -37,6 +39,7 @@ DEFAULTS = {
     "conserves": True,
     "contracts": True,
     "rounds_sums": False,
+    "selects": False,
     "accelerates": False,
 }
 
@@ -132,6 +135,13 @@ def flush(exchange: Any, state: Any, like: Tensors) -> tuple[list[Tensor | None]
     if trait(exchange, "holds"):
         return exchange.flush(state, like)  # type: ignore[no-any-return]
     return [None] * len(like), state
+
+
+def selected(exchange: Any, like: Tensors) -> list[bool]:
+    """Of each contribution, whether `exchange` sends some of its entries and leaves out others."""
+    if hasattr(exchange, "selected"):
+        return exchange.selected(like)  # type: ignore[no-any-return]
+    return [trait(exchange, "selects")] * len(like)
 
 
 # ------------------------------------------------------------------------------------------------ talks

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from manyhands.core import rng
 from manyhands.core.errors import UsageError
@@ -59,6 +59,7 @@ class CountSketch:
         seed: of the hash functions, which change every round.
     """
 
+    selects: ClassVar[bool] = True
     rows: int = 3
     compression: float = 20.0
     density: float = 0.01

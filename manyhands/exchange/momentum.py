@@ -5,7 +5,9 @@ what is held back (equation 4), and the optimizer has none:
 
     uᵢ ← m uᵢ + gᵢ        vᵢ ← vᵢ + uᵢ        q = C(vᵢ)        vᵢ ← vᵢ − q        uᵢ ← 0 where q ≠ 0
 
-The last is momentum factor masking (section 3.3): what was just sent starts without the momentum of stale gradients.
+The last is momentum factor masking (section 3.3): what was just sent starts without the momentum of stale gradients. It is
+for tensors of which a sparsifier left something out: what is sent whole in every round is never stale, and what nobody
+selects has no entries that were sent and others that were not. There u is plain momentum.
 With ``nesterov``: uᵢ ← m (uᵢ + gᵢ), vᵢ ← vᵢ + uᵢ + gᵢ, as in the authors' code.
 
 Conserved is the sum of *velocities*: Σₜ qᵢ + vᵢ = Σₜ uᵢₜ (``conserves`` is False: it is not the sum of gᵢ, of which each
@@ -21,7 +23,7 @@ from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.core.types import Agreed, Exchange
 from manyhands.exchange.allreduce import AllReduce
-from manyhands.exchange.combine import passed, refuse
+from manyhands.exchange.combine import passed, refuse, selected
 from manyhands.exchange.feedback import offer, zeros
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class Momentum:
     Args:
         inner: a sparsifier.
         momentum: m, 0 ≤ m < 1.
-        mask: no momentum where something was sent. A dense quantizer sends everywhere: it would have none at all.
+        mask: no momentum where a sparsifier sent something.
         nesterov: look ahead.
     """
 
@@ -52,7 +54,7 @@ class Momentum:
     inner: Exchange = choice("exchanges", "topk", help="what is sent")
     _: KW_ONLY
     momentum: float = option(0.9, help="of the velocity, before what is held back")
-    mask: bool = option(True, help="no momentum where something was sent")
+    mask: bool = option(True, help="no momentum where a sparsifier sent something")
     nesterov: bool = option(False, help="look ahead")
 
     def __post_init__(self) -> None:
@@ -79,8 +81,14 @@ class Momentum:
             offered.append((v + u).add_(d) if self.nesterov else v + u)
         agreed = yield from offer(self.inner, offered, delta, state["inner"])
         if self.mask:
-            for u, sent in zip(velocity, agreed.sent, strict=True):
-                u.mul_(sent == 0)
+            chosen = selected(self.inner, delta)
+            for u, sent, rest, some in zip(
+                velocity, agreed.sent, agreed.state["residual"], chosen, strict=True
+            ):
+                if some:
+                    unsent = sent == 0
+                    # a warm-up inside sends whole tensors, too
+                    u.mul_(unsent | ~(unsent & (rest != 0)).any())
         residual = {"velocity": velocity, "unsent": agreed.state["residual"]}
         return Agreed(agreed.mean, agreed.sent, {"residual": residual, "inner": agreed.state["inner"]})
 

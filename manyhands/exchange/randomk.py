@@ -12,7 +12,7 @@ no residual, at a variance of n/k - 1 times the squared norm.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from manyhands.core import rng
 from manyhands.core.errors import UsageError
@@ -37,6 +37,7 @@ class RandomK:
         seed: of the choice of entries.
     """
 
+    selects: ClassVar[bool] = True
     density: float = 0.01
     block: int = 1
     unbiased: bool = False

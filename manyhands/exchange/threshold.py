@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from manyhands.core.errors import UsageError
 from manyhands.core.request import Where
@@ -43,6 +43,7 @@ class Threshold:
         average: ``all`` workers or the ``senders`` of each entry alone; see `TopK`.
     """
 
+    selects: ClassVar[bool] = True
     above: float = 0.5
     of: Literal["max", "rms", "norm", "absolute"] = "max"
     values: sparse.Values = "fp32"

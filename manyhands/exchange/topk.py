@@ -11,7 +11,7 @@ momentum or pseudo-gradients. Bytes received grow with the number of workers; `T
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from manyhands.core.errors import UsageError
 from manyhands.core.request import Where
@@ -41,6 +41,7 @@ class TopK:
             (DeMo, SparseLoCo). Then the mean is more than what was sent, so a residual is not an exact account.
     """
 
+    selects: ClassVar[bool] = True
     density: float = 0.01
     k: int | None = None
     chunk: int = 4096

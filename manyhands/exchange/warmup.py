@@ -45,6 +45,7 @@ class Warmup:
     conserves = passed("conserves")
     contracts = passed("contracts")
     rounds_sums = passed("rounds_sums")
+    selects = passed("selects")
     accelerates = passed("accelerates")
 
     inner: Exchange = choice("exchanges", "error-feedback(int8)", help="after the warm-up")
