@@ -47,8 +47,7 @@ def start(job: Job, origins: Mapping[str, str]) -> int:
         )
     check_names(job)
     job = placed(job, origins)
-    if job.resume is None:
-        check_fresh(Path(job.output))
+    check_fresh(Path(job.output), job.resume)
     return begin(ENTRY, Order(job, dict(origins), time.time()).to_json(), job)
 
 

@@ -7,6 +7,7 @@ earlier one has left the later ones behind.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,8 +44,21 @@ def checkpoints(output: Path) -> list[Path]:
     return [path for _, _, path in sorted(found)]
 
 
-def check_fresh(output: Path) -> None:
-    """Raises `UsageError` where another run's checkpoints are in `output`."""
+def run_of(value: str) -> Path:
+    """The output directory of the run that `value` names: as it is, or of the checkpoint that it is.
+
+    >>> run_of("runs/one/checkpoint-4"), run_of("runs/one")
+    (PosixPath('runs/one'), PosixPath('runs/one'))
+    """
+    path = Path(value)
+    named = path if path.name not in ("", "..") else Path(os.path.abspath(path))  # "." has no name of its own
+    return named.parent if _NAME.fullmatch(named.name) or (named / MANIFEST).is_file() else path
+
+
+def check_fresh(output: Path, resume: str | None = None) -> None:
+    """Raises `UsageError` where checkpoints of another run than the one that is resumed are in `output`."""
+    if resume is not None and run_of(resume).resolve() == output.resolve():
+        return
     if checkpoints(output):
         raise UsageError(
             f"{output} already holds checkpoints of another run",

@@ -288,9 +288,9 @@ class _Run:
     def _resume_path(self) -> Path | None:
         from manyhands.train import checkpoint, manifest
 
+        if self.the_world.rank == 0:
+            manifest.check_fresh(self.output, self.job.resume)
         if self.job.resume is None:
-            if self.the_world.rank == 0:
-                manifest.check_fresh(self.output)
             return None
         path = checkpoint.resolve_resume(self.job.resume, self.output)
         checkpoint.verify(path)
