@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from manyhands.cli.main import main
+from manyhands.core import hardware
+from manyhands.core.errors import UsageError
+from manyhands.launch import claim
 from manyhands.launch import job as launch_job
+from manyhands.launch.claim import claimed, in_use
 
 Begin = Callable[..., int]
 
@@ -20,6 +29,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
 
     def begin(entry: str, argument: str, job: launch_job.Job) -> int:
+        assert in_use(Path(job.output)) == (os.environ.get("RANK", "0") == "0")
         found.append(job.output)
         return 0
 
@@ -50,3 +60,97 @@ def test_a_resumed_run_does_not_mix_with_another(
         assert main(["train", "--resume", str(one), "--output", str(output)]) == 0
     assert main(["train", "--resume", str(one)]) == 0
     assert begun == [str(path) for path in (one, tmp_path / "link", tmp_path / "new", one)]
+
+
+# -- one owner
+
+
+@pytest.fixture
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "LOOK_S", 0.0)
+
+
+def test_an_output_in_use_is_refused(
+    tmp_path: Path, begun: list[str], no_patience: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = saved(tmp_path / "run", 2)
+    new = tmp_path / "new"
+    with claimed(run), claimed(new):
+        for command in (
+            ["train", "--output", str(new)],
+            ["train", "--resume", str(run)],
+            ["coordinate", "--output", str(new)],
+        ):
+            assert main(command) == 2
+            said = capsys.readouterr().err
+            assert f"is in use by process {os.getpid()} on {hardware.hostname()} since" in said
+            assert "give another --output." in said
+        (new / "coordinator.json").write_text("{}")
+        assert main(["train", "--output", str(new)]) == 2
+        assert f"or help it: manyhands join {new}" in capsys.readouterr().err
+    assert begun == []
+    assert main(["train", "--output", str(new)]) == 0
+    assert not in_use(new)
+
+
+def test_where_no_output_is_given_one_that_is_free_is_taken(
+    tmp_path: Path, begun: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "output", 2)
+    with claimed(Path("output-2")):
+        assert main(["train"]) == 0
+    assert begun == ["output-3"]
+
+
+def test_under_another_launcher_rank_0_owns_it(
+    tmp_path: Path, begun: list[str], no_patience: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["train", "--output", str(tmp_path)]) == 0
+    with claimed(tmp_path):
+        monkeypatch.setenv("RANK", "0")
+        assert main(["train", "--output", str(tmp_path)]) == 2
+    assert begun == [str(tmp_path)] * 2
+
+
+def test_a_killed_owner_leaves_it_free(tmp_path: Path, no_patience: None) -> None:
+    """Also where it had forked a process that lives on."""
+    script = """
+import os, sys, time
+from pathlib import Path
+from manyhands.launch.claim import claimed
+with claimed(Path(sys.argv[1])):
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)
+    time.sleep(60)
+"""
+    owner = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    child = int(owner.stdout.readline())
+    try:
+        with pytest.raises(UsageError, match=f"in use by process {owner.pid} on"), claimed(tmp_path):
+            pass
+        owner.kill()
+        owner.wait()
+        with claimed(tmp_path):
+            os.kill(child, 0)  # it lives
+    finally:
+        owner.kill()
+        os.kill(child, 9)
+        owner.stdout.close()
+
+
+def test_where_nothing_can_be_locked_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    with claimed(tmp_path), claimed(tmp_path):
+        assert not in_use(tmp_path)
+    (tmp_path / "file").touch()
+    with claimed(tmp_path / "file"):
+        pass

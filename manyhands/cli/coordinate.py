@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +20,15 @@ if TYPE_CHECKING:
     from manyhands.coordinate.server import Coordinator
     from manyhands.train.job import Job
 
+JOURNAL = "coordinator.jsonl"  # in the output directory
 LINGER_S = 2.0  # so that everybody hears how the job ended
 STOP_S = 600.0  # for the workers to save, after a signal
 
 
 def main(arguments: Sequence[str]) -> int:
-    from manyhands.coordinate.journal import unfinished
-    from manyhands.coordinate.server import Coordinator
-    from manyhands.coordinate.words import Rules
-    from manyhands.launch.control import CONTACT
+    from manyhands.launch.claim import claimed
     from manyhands.launch.job import placed
     from manyhands.placement.served import local
-    from manyhands.train.order import Order
 
     p = train.parser()
     p.prog = "manyhands coordinate"
@@ -62,13 +60,27 @@ def main(arguments: Sequence[str]) -> int:
         )
     job, origins = train.assemble(given)
     output = Path(job.output)
-    journal = output / "coordinator.jsonl"
-    if not journal.exists():
+    if not (output / JOURNAL).exists():
         job = placed(job, origins)
         output = Path(job.output)
-        journal = output / "coordinator.jsonl"
-    output.mkdir(parents=True, exist_ok=True)
     _check_servers(job)
+    with claimed(output):
+        return _coordinate(given, job, origins, default_listen=p.get_default("listen"))
+
+
+def _coordinate(
+    given: argparse.Namespace, job: Job, origins: Mapping[str, str], *, default_listen: str
+) -> int:
+    """The job, from its output's being ours to its end; returns the exit code."""
+    from manyhands.coordinate.journal import unfinished
+    from manyhands.coordinate.server import Coordinator
+    from manyhands.coordinate.words import Rules
+    from manyhands.launch.control import CONTACT
+    from manyhands.train.order import Order
+
+    output = Path(job.output)
+    journal = output / JOURNAL
+    output.mkdir(parents=True, exist_ok=True)
     before = unfinished(journal, end=job.resume is not None)
     listen, awaited = given.listen, job
     if before is not None and job.resume is not None:
@@ -76,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
     elif before is not None and "order" in before:  # its workers know an address and rules
         _log("the job goes on as it was given; of this command only where to listen and --replace-s count")
         awaited = Order.from_json(before["order"]).job
-        listen = _address_of(output / CONTACT) or listen if listen == p.get_default("listen") else listen
+        listen = _address_of(output / CONTACT) or listen if listen == default_listen else listen
     token_file = given.token_file or str(output / "coordinator.token")
     coordinator = Coordinator(
         token=token_in(token_file),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from manyhands.core import config, hardware
 from manyhands.core.environment import read_env
 from manyhands.core.errors import CheckpointError, UsageError
+from manyhands.launch.claim import claimed, in_use
 from manyhands.train.job import Job
 from manyhands.train.manifest import check_fresh
 from manyhands.train.order import BY_DEVICE, Order
@@ -47,8 +49,16 @@ def start(job: Job, origins: Mapping[str, str]) -> int:
         )
     check_names(job)
     job = placed(job, origins)
-    check_fresh(Path(job.output), job.resume)
-    return begin(ENTRY, Order(job, dict(origins), time.time()).to_json(), job)
+    with ownership(Path(job.output)):
+        check_fresh(Path(job.output), job.resume)
+        return begin(ENTRY, Order(job, dict(origins), time.time()).to_json(), job)
+
+
+def ownership(output: Path) -> contextlib.AbstractContextManager[None]:
+    """Of the job's output, for whoever starts it: this launcher, or under another one rank 0, unless a coordinator has it."""
+    env = read_env()
+    mine = env.launcher == "none" or (env.rank == 0 and env.coordinator is None)
+    return claimed(output) if mine else contextlib.nullcontext()
 
 
 def check_names(job: Job) -> None:
@@ -69,9 +79,10 @@ def check_names(job: Job) -> None:
 
 
 def placed(job: Job, origins: Mapping[str, str]) -> Job:
-    """Where no output was given: the default one, or the first of output-2, output-3, … that holds no run yet."""
+    """Where no output was given: the default one, or the first of output-2, output-3, … that no run has yet."""
     path, number = Path(job.output), 1
-    while "output" not in origins and any(path.glob("checkpoint-*")):
+    alone = read_env().launcher == "none"  # else each rank asks, and rank 0 may hold it already
+    while "output" not in origins and (any(path.glob("checkpoint-*")) or (alone and in_use(path))):
         number += 1
         path = Path(f"{job.output}-{number}")
     return dataclasses.replace(job, output=str(path))

@@ -1,0 +1,97 @@
+"""An output directory has one owner: whoever runs the job holds a lock on ``OUTPUT/.lock`` until it ends.
+
+The lock is the kernel's (`flock`), so it is free again when its holder dies, however that was. `filelock` is not used here: where
+a file system knows no `flock` it falls back to files that outlive their owners. There a run goes on without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from manyhands.core import hardware
+from manyhands.core.errors import UsageError
+from manyhands.launch import place
+
+LOCK = ".lock"
+LOOK_S = 0.5  # others may only look whether it is free, or be about to end
+TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+
+
+@contextlib.contextmanager
+def claimed(output: Path) -> Iterator[None]:
+    """The output is this process's meanwhile. Raises `UsageError`: it is another's."""
+    lock = _open(output / LOCK)
+    if lock is None:
+        yield
+        return
+    place.keep_from_forks(lock)  # they may outlive us
+    try:
+        deadline = time.monotonic() + LOOK_S
+        while not (got := _locked(lock)) and time.monotonic() < deadline:
+            time.sleep(LOOK_S / 10)
+        if not got:
+            raise _in_use(output, _holder(lock))
+        _sign(lock)
+        yield
+    finally:
+        place.forget_fork(lock)
+        os.close(lock)
+
+
+def in_use(output: Path) -> bool:
+    """Whether somebody holds it at this moment."""
+    try:
+        lock = os.open(output / LOCK, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return not _locked(lock)
+    finally:
+        os.close(lock)
+
+
+def _open(path: Path) -> int | None:
+    """None where nothing can be written: who writes there next says so, with the reason."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:
+        return None
+
+
+def _locked(lock: int) -> bool:
+    """False: another holds it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in TAKEN  # else a file system without locks
+    return True
+
+
+def _sign(lock: int) -> None:
+    """Say who holds it, for those who come later."""
+    words = f"process {os.getpid()} on {hardware.hostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, words.encode(), 0)
+
+
+def _holder(lock: int) -> str:
+    return os.pread(lock, 200, 0).decode(errors="replace") or "another run"
+
+
+def _in_use(output: Path, holder: str) -> UsageError:
+    from manyhands.launch.control import CONTACT
+
+    help_it = f", or help it: manyhands join {output}" if (output / CONTACT).exists() else ""
+    return UsageError(
+        f"{output} is in use by {holder}",
+        "a run has its output to itself",
+        f"wait until it has ended, give another --output{help_it}",
+    )
