@@ -18,7 +18,7 @@ from manyhands.core import hardware
 from manyhands.core.errors import UsageError
 from manyhands.launch import claim
 from manyhands.launch import job as launch_job
-from manyhands.launch.claim import claimed, in_use
+from manyhands.launch.claim import claimed, in_use, make_fresh
 
 Begin = Callable[..., int]
 
@@ -60,6 +60,52 @@ def test_a_resumed_run_does_not_mix_with_another(
         assert main(["train", "--resume", str(one), "--output", str(output)]) == 0
     assert main(["train", "--resume", str(one)]) == 0
     assert begun == [str(path) for path in (one, tmp_path / "link", tmp_path / "new", one)]
+
+
+def attempt(output: Path) -> Path:
+    """What an attempt leaves that is killed before its first checkpoint."""
+    (output / "ledger").mkdir(parents=True)
+    for name in ("metrics.jsonl", "config.toml", "summary.json", "ledger/w0.jsonl"):
+        (output / name).write_text("{}\n" if name != "config.toml" else "seed = 1\n")
+    return output
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_an_attempt_without_a_checkpoint_left_is_set_aside(
+    resumed: bool, tmp_path: Path, begun: list[str]
+) -> None:
+    output = tmp_path / "run"
+    other = ["--resume", str(saved(tmp_path / "other", 2))] if resumed else []
+    for number in (1, 2):
+        attempt(output) if number == 1 else (output / "ledger").mkdir()
+        assert main(["train", *other, "--output", str(output)]) == 0
+        assert (output / f"earlier-{number}" / "ledger").is_dir()
+    found = sorted(path.name for path in (output / "earlier-1").rglob("*.*"))
+    assert found == ["config.toml", "metrics.jsonl", "summary.json", "w0.jsonl"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        ".lock",
+        "config.toml",
+        "earlier-1",
+        "earlier-2",
+    ]
+    (output / "metrics.jsonl").write_text("an attempt without a step")
+    assert main(["train", str(output / "config.toml"), "--output", str(output)]) == 0
+    assert not (output / "metrics.jsonl").exists()
+    assert not (output / "earlier-3").exists()
+    assert len(begun) == 3
+
+
+def test_a_run_that_goes_on_keeps_its_records(tmp_path: Path, begun: list[str]) -> None:
+    output = saved(attempt(tmp_path), 2)
+    (output / "checkpoint-2").rename(output / "best")
+    for resume in (output / "best", output):
+        make_fresh(output, str(resume))
+        assert (output / "metrics.jsonl").exists() == (output / "ledger").exists() is True
+    saved(output, 2)
+    assert main(["train", "--resume", str(output)]) == 0
+    with pytest.raises(UsageError, match="already holds"):
+        make_fresh(output, None)
+    assert (output / "metrics.jsonl").exists()
 
 
 # -- one owner

@@ -75,6 +75,7 @@ def _coordinate(
     from manyhands.coordinate.journal import unfinished
     from manyhands.coordinate.server import Coordinator
     from manyhands.coordinate.words import Rules
+    from manyhands.launch.claim import make_fresh
     from manyhands.launch.control import CONTACT
     from manyhands.train.order import Order
 
@@ -82,6 +83,8 @@ def _coordinate(
     journal = output / JOURNAL
     output.mkdir(parents=True, exist_ok=True)
     before = unfinished(journal, end=job.resume is not None)
+    if before is None:
+        make_fresh(output, job.resume, job.sinks)
     listen, awaited = given.listen, job
     if before is not None and job.resume is not None:
         _log("the job begins anew from its checkpoint; whoever still runs it is turned away")

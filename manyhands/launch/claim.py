@@ -1,4 +1,4 @@
-"""An output directory has one owner: whoever runs the job holds a lock on ``OUTPUT/.lock`` until it ends.
+"""An output directory has one owner: whoever runs the job holds a lock on ``OUTPUT/.lock`` until it ends; and one run's records.
 
 The lock is the kernel's (`flock`), so it is free again when its holder dies, however that was. `filelock` is not used here: where
 a file system knows no `flock` it falls back to files that outlive their owners. There a run goes on without.
@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from manyhands.core import hardware
 from manyhands.core.errors import UsageError
 from manyhands.launch import place
+from manyhands.train import durable, ledger, manifest
 
 LOCK = ".lock"
 LOOK_S = 0.5  # others may only look whether it is free, or be about to end
@@ -54,6 +57,39 @@ def in_use(output: Path) -> bool:
         return not _locked(lock)
     finally:
         os.close(lock)
+
+
+def make_fresh(output: Path, resume: str | None, sinks: Sequence[str] = ()) -> None:
+    """Before a run begins (not where it goes on): records of an attempt that ended before its first checkpoint make way.
+
+    They go to ``output/earlier-N``; where it made no step there is nothing to keep. Only the owner may do this.
+
+    Raises:
+        UsageError: another run's checkpoints are there.
+        CheckpointError: nothing can be moved there.
+    """
+    manifest.check_fresh(output, resume)
+    metrics, config = output / "metrics.jsonl", output / "config.toml"
+    if manifest.goes_on(output, resume):
+        return
+    try:
+        if (output / ledger.DIRECTORY).exists():
+            number = next(n for n in itertools.count(1) if not (output / f"earlier-{n}").exists())
+            aside = output / f"earlier-{number}"
+            aside.mkdir()
+            for name in (
+                metrics.name,
+                "summary.json",
+                *sinks,
+                ledger.DIRECTORY,
+            ):  # the ledger last: it says all this
+                if (output / name).exists():
+                    (output / name).rename(aside / name)
+            if config.exists():  # it stays: this run may have been read from it
+                shutil.copyfile(config, aside / config.name)
+        metrics.unlink(missing_ok=True)
+    except OSError as error:
+        raise durable.failure(output, error) from error
 
 
 def _open(path: Path) -> int | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from manyhands.core import config, hardware
 from manyhands.core.environment import read_env
 from manyhands.core.errors import CheckpointError, UsageError
-from manyhands.launch.claim import claimed, in_use
+from manyhands.launch.claim import claimed, in_use, make_fresh
 from manyhands.train.job import Job
 from manyhands.train.manifest import check_fresh
 from manyhands.train.order import BY_DEVICE, Order
@@ -49,16 +49,16 @@ def start(job: Job, origins: Mapping[str, str]) -> int:
         )
     check_names(job)
     job = placed(job, origins)
-    with ownership(Path(job.output)):
-        check_fresh(Path(job.output), job.resume)
+    output, env = Path(job.output), read_env()
+    owner = env.launcher == "none" or (
+        env.rank == 0 and env.coordinator is None
+    )  # a coordinator owns it itself
+    with claimed(output) if owner else contextlib.nullcontext():
+        if owner:
+            make_fresh(output, job.resume, job.sinks)
+        else:
+            check_fresh(output, job.resume)
         return begin(ENTRY, Order(job, dict(origins), time.time()).to_json(), job)
-
-
-def ownership(output: Path) -> contextlib.AbstractContextManager[None]:
-    """Of the job's output, for whoever starts it: this launcher, or under another one rank 0, unless a coordinator has it."""
-    env = read_env()
-    mine = env.launcher == "none" or (env.rank == 0 and env.coordinator is None)
-    return claimed(output) if mine else contextlib.nullcontext()
 
 
 def check_names(job: Job) -> None:

@@ -55,11 +55,14 @@ def run_of(value: str) -> Path:
     return named.parent if _NAME.fullmatch(named.name) or (named / MANIFEST).is_file() else path
 
 
+def goes_on(output: Path, resume: str | None) -> bool:
+    """Whether the run that is resumed, if any, is the one of `output`."""
+    return resume is not None and run_of(resume).resolve() == output.resolve()
+
+
 def check_fresh(output: Path, resume: str | None = None) -> None:
     """Raises `UsageError` where checkpoints of another run than the one that is resumed are in `output`."""
-    if resume is not None and run_of(resume).resolve() == output.resolve():
-        return
-    if checkpoints(output):
+    if checkpoints(output) and not goes_on(output, resume):
         raise UsageError(
             f"{output} already holds checkpoints of another run",
             "a run does not mix with an earlier one",
