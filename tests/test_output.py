@@ -19,6 +19,7 @@ from manyhands.core.errors import UsageError
 from manyhands.launch import claim
 from manyhands.launch import job as launch_job
 from manyhands.launch.claim import claimed, in_use, make_fresh
+from manyhands.train import manifest
 
 Begin = Callable[..., int]
 
@@ -31,10 +32,15 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def begin(entry: str, argument: str, job: launch_job.Job) -> int:
         assert in_use(Path(job.output)) == (os.environ.get("RANK", "0") == "0")
         found.append(job.output)
+        resumed.append(job.resume)
         return 0
 
     monkeypatch.setattr(launch_job, "begin", begin)
+    resumed.clear()
     return found
+
+
+resumed: list[str | None] = []  # what the runs that have `begun` continue from
 
 
 def saved(output: Path, *steps: int) -> Path:
@@ -108,6 +114,53 @@ def test_a_run_that_goes_on_keeps_its_records(tmp_path: Path, begun: list[str]) 
     assert (output / "metrics.jsonl").exists()
 
 
+def test_resume_auto_continues_what_is_there_else_starts(
+    tmp_path: Path, begun: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "--resume", "auto", "--output", "run"]
+    assert main(command) == 0
+    saved(Path("run"), 2)
+    assert main(command) == 0
+    (tmp_path / "job.toml").write_text('resume = "auto"\noutput = "run"\n')
+    assert main(["train", "job.toml"]) == 0
+    assert resumed == [None, "run", "run"]
+    assert main(["train", "--resume", "auto"]) == 0
+    saved(Path("output"), 2)  # the default output is that one, never output-2
+    assert main(["train", "--resume", "auto"]) == 0
+    assert resumed[3:] == [None, "output"]
+    assert begun == ["run"] * 3 + ["output"] * 2
+    assert main(["train", "--output", "run"]) == 2
+    assert "already holds" in capsys.readouterr().err
+
+
+def test_a_launchers_restart_continues_by_itself(
+    tmp_path: Path, begun: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, run = saved(tmp_path / "other", 2), tmp_path / "run"
+    for name in ("RANK", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    commands = [["train", "--output", str(run)], ["train", "--resume", str(other), "--output", str(run)]]
+    commands.append(["train", "--resume", str(other / "checkpoint-2")])
+    for restarts in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        assert [main(command) for command in commands] == [0, 0, 0]
+        there = str(other) if restarts == "1" else str(other / "checkpoint-2")
+        assert resumed[-3:] == [None, str(other), there]
+    saved(run, 3)
+    assert [main(command) for command in commands] == [0, 0, 0]
+    assert resumed[-3:] == [str(run), str(run), str(other)]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert [main(command) for command in commands] == [2, 2, 0]
+
+
+def test_workers_that_see_different_checkpoints_do_not_begin(tmp_path: Path) -> None:
+    manifest.check_alike(tmp_path, [4, 4])
+    with pytest.raises(UsageError, match=r"worker 0 step 4, worker 1 none.* on a file system that all"):
+        manifest.check_alike(tmp_path, [4, -1])
+
+
 # -- one owner
 
 
@@ -133,7 +186,7 @@ def test_an_output_in_use_is_refused(
             assert "give another --output." in said
         (new / "coordinator.json").write_text("{}")
         assert main(["train", "--output", str(new)]) == 2
-        assert f"or help it: manyhands join {new}" in capsys.readouterr().err
+        assert f"; manyhands join {new} helps it." in capsys.readouterr().err
     assert begun == []
     assert main(["train", "--output", str(new)]) == 0
     assert not in_use(new)

@@ -58,7 +58,7 @@ def told_once(stack: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[str,
 
 def assemble(given: argparse.Namespace) -> tuple[Job, config.Origins]:
     """The job and where each value came from: defaults, a resumed run's, the file's, the command line's."""
-    from manyhands.launch.job import lowest_layers, workers_of
+    from manyhands.launch.job import continued, lowest_layers, workers_of
 
     names = [f.name for f in dataclasses.fields(Job)]
     lines = options.layers(given, names)
@@ -69,7 +69,7 @@ def assemble(given: argparse.Namespace) -> tuple[Job, config.Origins]:
     stack: list[tuple[str, Mapping[str, Any]]] = []
     if given.file is not None:
         stack.append((given.file, config.read_toml(given.file)))
-    stack += lines
+    stack = continued([*stack, *lines])
     stack = told_once([*lowest_layers(stack), *stack])
     job, origins = config.assemble(Job, stack)
     if given.accumulate is not None:

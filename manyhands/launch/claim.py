@@ -125,9 +125,7 @@ def _holder(lock: int) -> str:
 def _in_use(output: Path, holder: str) -> UsageError:
     from manyhands.launch.control import CONTACT
 
-    help_it = f", or help it: manyhands join {output}" if (output / CONTACT).exists() else ""
-    return UsageError(
-        f"{output} is in use by {holder}",
-        "a run has its output to itself",
-        f"wait until it has ended, give another --output{help_it}",
-    )
+    remedy = "wait until it has ended, or give another --output"
+    if (output / CONTACT).exists():
+        remedy += f"; manyhands join {output} helps it"
+    return UsageError(f"{output} is in use by {holder}", "a run has its output to itself", remedy)

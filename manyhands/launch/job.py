@@ -15,7 +15,7 @@ from manyhands.core.environment import read_env
 from manyhands.core.errors import CheckpointError, UsageError
 from manyhands.launch.claim import claimed, in_use, make_fresh
 from manyhands.train.job import Job
-from manyhands.train.manifest import check_fresh
+from manyhands.train.manifest import check_fresh, checkpoints, run_of
 from manyhands.train.order import BY_DEVICE, Order
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Layer = tuple[str, Mapping[str, Any]]
 ENTRY = "manyhands.train.worker:main"
+AUTO = "auto"  # of resume
 
 
 def workers_of(job: Job) -> int:
@@ -194,9 +195,32 @@ def lowest_layers(layers: Sequence[Layer]) -> list[Layer]:
     return [("the built-in job", unset)]
 
 
+def continued(layers: Sequence[Layer]) -> list[Layer]:
+    """`layers` with what ``resume = "auto"`` means here: the output, where it holds a checkpoint; else nothing.
+
+    Workers that another launcher has started anew continue likewise: their command is the one that began the run.
+    """
+    resume, output = _last(layers, "resume"), _last(layers, "output")
+    if resume == AUTO:
+        output = output or Job.output
+        found = output if checkpoints(Path(output)) else None
+        told = [(source, {**data, "resume": found} if "resume" in data else data) for source, data in layers]
+        return [*told, ("--resume auto", {"output": output})]
+    if read_env().restarts and (output or resume):  # a default output may by now be another one than it was
+        output = output or str(run_of(resume))
+        if checkpoints(Path(output)):
+            return [*layers, ("the launcher's restart", {"resume": output, "output": output})]
+    return list(layers)
+
+
+def _last(layers: Sequence[Layer], key: str) -> Any:
+    """The value of a key in the highest layer that gives one."""
+    return next((data[key] for _, data in reversed(layers) if data.get(key)), None)
+
+
 def resumed_layer(layers: Sequence[Layer]) -> list[Layer]:
     """The configuration of the run that `resume` names, as the lowest layer: a resumed job needs no other option."""
-    resume = next((data["resume"] for _, data in reversed(layers) if data.get("resume")), None)
+    resume = _last(layers, "resume")
     if resume is None:
         return []
     path = Path(str(resume))
@@ -237,6 +261,7 @@ def run(job: Job | Mapping[str, Any] | None = None, /, **options: Any) -> dict[s
     if job is not None:
         layers.append(("job", config.to_data(job) if isinstance(job, Job) else job))
     layers += [(name, {name: value}) for name, value in options.items()]
+    layers = continued(layers)
     made, origins = config.assemble(Job, [*lowest_layers(layers), *layers])
     made = placed(made, origins)
     code = start(made, {"output": "chosen", **origins})

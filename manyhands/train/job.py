@@ -165,7 +165,9 @@ class Job:
     )
     cache: str | None = option(None, help="directory of prepared data; none: the user's cache directory")
     resume: str | None = option(
-        None, help="continue from this checkpoint or output directory", aliases=("resume_from_checkpoint",)
+        None,
+        help="continue from this checkpoint or output directory; auto: from --output, where it holds a checkpoint",
+        aliases=("resume_from_checkpoint",),
     )
     report_to: tuple[str, ...] = option((), help="further sinks: tensorboard")
     prompt: str | None = option(

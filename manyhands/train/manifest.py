@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,6 +67,17 @@ def check_fresh(output: Path, resume: str | None = None) -> None:
             f"{output} already holds checkpoints of another run",
             "a run does not mix with an earlier one",
             f"continue it with --resume {output}, or give another --output",
+        )
+
+
+def check_alike(output: Path, steps: Sequence[int]) -> None:
+    """Raises `UsageError` where workers have found checkpoints of different steps (-1: none)."""
+    if len(set(steps)) > 1:
+        found = ", ".join(f"worker {k} {f'step {s}' if s >= 0 else 'none'}" for k, s in enumerate(steps))
+        raise UsageError(
+            f"workers have found different checkpoints ({found})",
+            "all continue from the same one",
+            f"put {output} on a file system that all machines share",
         )
 
 

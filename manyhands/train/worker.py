@@ -290,10 +290,12 @@ class _Run:
 
         if self.the_world.rank == 0:
             manifest.check_fresh(self.output, self.job.resume)
-        if self.job.resume is None:
-            return None
-        path = checkpoint.resolve_resume(self.job.resume, self.output)
-        checkpoint.verify(path)
+        path, step = None, -1
+        if self.job.resume is not None:
+            path = checkpoint.resolve_resume(self.job.resume, self.output)
+            step = int(checkpoint.verify(path)["step"])
+        if self.crew is None:  # each has looked for itself
+            manifest.check_alike(self.output, [int(found) for found in self.the_world.gather(step)])
         return path
 
     def _rebuild(self, world: World, salvaged: Mapping[str, Any], steps: int) -> tuple[Replica, str]:
