@@ -12,14 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import warm
+from runs import TINY
 
 from manyhands.cli.main import main
-from manyhands.core import hardware
+from manyhands.core import config, hardware
 from manyhands.core.errors import UsageError
 from manyhands.launch import claim
 from manyhands.launch import job as launch_job
 from manyhands.launch.claim import claimed, in_use, make_fresh
 from manyhands.train import manifest
+from manyhands.train.anchor import anchored
+from manyhands.train.job import Job
 
 Begin = Callable[..., int]
 
@@ -253,3 +257,60 @@ def test_where_nothing_can_be_locked_a_run_goes_on(tmp_path: Path, monkeypatch: 
     (tmp_path / "file").touch()
     with claimed(tmp_path / "file"):
         pass
+
+
+# -- read from anywhere
+
+
+def test_local_paths_hold_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "words"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").touch()
+    kept = ("stdlib", "hf:org/set:train", "s3://bucket/*.txt", "zip://*.csv::data.zip", "/data/*.txt")
+    job = Job(
+        data=("a.txt", "corpus/*.txt", "../b", "~/c.txt", *kept),
+        eval_data=("held.txt",),
+        model="model(n_layer=4)",
+        tokenizer="words",
+        cache="cache",
+        output="run",
+    )
+    found = anchored(job)
+    here, home = str(tmp_path), str(Path.home())
+    assert found.data == (f"{here}/a.txt", f"{here}/corpus/*.txt", f"{here}/../b", f"{home}/c.txt", *kept)
+    assert found.eval_data == (f"{here}/held.txt",)
+    assert (found.model, found.tokenizer) == (f"{here}/model(n_layer=4)", f"{here}/words")
+    assert (found.cache, found.output) == (f"{here}/cache", "run")
+    assert anchored(found) == found
+    (tmp_path / "gpt2-nano").mkdir()  # the preset goes before
+    for name in ("gpt2-nano", "gpt2-nano(n_layer=4)", "package.module:function(depth=3)", "auto"):
+        assert anchored(Job(model=name, tokenizer="bpe:400")).model == name
+    assert anchored(Job(model="config:shape.json(n_layer=4)")).model == f"config:{here}/shape.json(n_layer=4)"
+    (tmp_path / "job.toml").write_text(config.to_toml(found))
+    assert config.assemble(Job, [("file", config.read_toml("job.toml"))])[0] == found
+
+
+def test_a_run_is_continued_and_scored_from_another_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("many hands make light work\n" * 40)
+    job = ("--data", "t.txt", *TINY, "--eval-fraction", "0.2", "--workers", 1)
+    warm.manyhands("train", *job, "--steps", 2, "--output", "run")
+    monkeypatch.chdir(tmp_path / "run" / "checkpoint-2")
+    assert "perplexity" in warm.manyhands("evaluate", ".")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    warm.manyhands("train", "--resume", "../run", "--steps", 3)
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+
+
+def test_a_checkpoint_may_be_named_by_where_one_is(
+    tmp_path: Path, begun: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = saved(tmp_path / "run", 2)
+    for place, name in ((run / "checkpoint-2", "."), (run / "checkpoint-2", ".."), (run, "checkpoint-2")):
+        monkeypatch.chdir(place)
+        assert main(["train", "--resume", name]) == 0
+        assert Path(begun[-1]).resolve() == run

@@ -32,6 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     import tempfile
 
     from manyhands.launch.job import begin, resumed_layer
+    from manyhands.train.manifest import run_of
 
     p = options.Parser(
         prog="manyhands evaluate",
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
             f"{given.run} does not exist", "a run is an output directory of train", "check the path"
         )
     stack = options.layers(given, FIELDS)
-    run = Path(given.run).parent if Path(given.run).name.startswith("checkpoint-") else Path(given.run)
+    run = run_of(given.run)
     with tempfile.TemporaryDirectory(prefix="manyhands-") as scratch:
         own = [(name, _of_scoring(data)) for name, data in resumed_layer([("", {"resume": given.run})])]
         layers = [*own, *stack]

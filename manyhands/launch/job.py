@@ -223,8 +223,7 @@ def resumed_layer(layers: Sequence[Layer]) -> list[Layer]:
     resume = _last(layers, "resume")
     if resume is None:
         return []
-    path = Path(str(resume))
-    output = path.parent if path.name.startswith("checkpoint-") else path
+    output = run_of(str(resume))
     try:
         data = config.read_toml(str(output / "config.toml"))
     except UsageError:

@@ -202,9 +202,10 @@ class _Run:
 
     def _publish(self) -> None:
         """The run begins: what it consists of, for newcomers and for later. A refused one leaves an earlier one's alone."""
+        from manyhands.train.anchor import anchored
         from manyhands.train.durable import write_text
 
-        write_text(self.output / "config.toml", config.to_toml(self.effective))
+        write_text(self.output / "config.toml", config.to_toml(anchored(self.effective)))
         if self.crew is not None:
             order = Order.running(self.effective, self._given, self.device.type, self.origins, self.started)
             self.crew.membership.publish("job", order.to_json())
