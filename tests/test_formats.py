@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from manyhands.core import config
 from manyhands.core.errors import DataError, UsageError
 from manyhands.data import delimited, formats, source, stream
 from manyhands.data.prepare import prepare
 from manyhands.data.source import DataSpec, SourceFile, Span
+from manyhands.train.job import Job
+from manyhands.train.material import data_spec
 
 
 def _file(path: Path, kind: str) -> SourceFile:
@@ -40,21 +46,87 @@ def test_a_big_table_is_cut_between_its_rows(
     kind: str, comma: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delimited, "BLOCK_BYTES", 128)
+    delimited.edges.cache_clear()
     rng = np.random.default_rng(0)
     rows = [f"text{comma}label", *(f"{ODD[rng.integers(len(ODD))]}{comma}{i}" for i in range(400))]
     rows.insert(200, f"ragged{comma}1{comma}2")
+    rows.insert(90, f'"{comma}a quote that nobody meant')
     path = tmp_path / f"a.{kind}"
     path.write_bytes("\n".join(rows).encode())
-    spec = DataSpec(data=("x",), label="label")
+    spec = DataSpec(data=("x",), label="label", quoting="csv")
     whole = list(formats.read(_file(path, kind), Span(0), spec))
     assert [row.label for row in whole if isinstance(row, formats.Row)] == list(map(str, range(400)))
-    (bad,) = [row for row in whole if isinstance(row, formats.Bad)]
-    line = path.read_bytes()[: path.read_bytes().index(b"ragged")].count(b"\n") + 1
-    assert bad.where == f"{path}:{line}"
+    bad = [row for row in whole if isinstance(row, formats.Bad)]
+    lines = [
+        path.read_bytes()[: path.read_bytes().index(w)].count(b"\n") + 1 for w in (b"a quote that", b"ragged")
+    ]
+    assert [row.where for row in bad] == [f"{path}:{line}" for line in lines]
     for size in (40, 200, 2000):
-        spans = source._spans(0, _file(path, kind), size)
+        spans = source._spans(0, _file(path, kind), size, spec)
         assert len(spans) > 2
         assert [row for span in spans for row in formats.read(_file(path, kind), span, spec)] == whole
+
+
+@pytest.mark.parametrize(
+    ("closing", "words"), [("", "never closed"), ('"a, b",0\n', "closed 40 lines below, with text behind it")]
+)
+def test_a_stray_quote_costs_its_own_line(closing: str, words: str, tmp_path: Path) -> None:
+    rows = [f"row {i},{i % 3}\n" for i in range(1000)]
+    rows[10] = '"' + rows[10]
+    if closing:
+        rows[50] = closing
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(rows))
+    read = _read(tmp_path / "a.csv", "csv", label="label")
+    bad = read.pop(10)
+    assert bad.where == f"{tmp_path / 'a.csv'}:12"
+    assert bad.message.endswith(words)
+    assert [row.text for row in read] == [
+        "a, b" if closing and i == 50 else f"row {i}" for i in range(1000) if i != 10
+    ]
+
+
+def test_lines_that_are_read_again_are_not_read_with_all_after_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = 0
+    reader = csv.reader
+
+    def counted(text: Iterator[str], **options: Any) -> Any:
+        def each() -> Iterator[str]:
+            nonlocal taken
+            for line in text:
+                taken += 1
+                yield line
+
+        return reader(each(), **options)
+
+    monkeypatch.setattr(csv, "reader", counted)
+    (tmp_path / "a.csv").write_text("text,label\n" + 'x","y\n' * 500 + "good,1\n")
+    read = _read(tmp_path / "a.csv", "csv", label="label")
+    assert len([row for row in read if isinstance(row, formats.Bad)]) == 500
+    assert read[-1] == formats.Row("good", "1")
+    assert taken < 10 * 500
+
+
+def test_quotes_in_tsv_are_letters_unless_they_are_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text('text\tlabel\n"Ah\t1\noh" he said\t2\n"fine"\t3\n')
+    texts = {
+        quoting: [row.text for row in _read(path, "tsv", label="label", quoting=quoting) if row[1] in "123"]
+        for quoting in ("auto", "none", "csv")
+    }
+    assert texts["auto"] == texts["none"] == ['"Ah', 'oh" he said', '"fine"']
+    assert texts["csv"] == ['oh" he said', "fine"]
+    spec = DataSpec(data=(str(path),), text="0", format="csv")
+    made = [
+        prepare(dataclasses.replace(spec, quoting=q), cache=tmp_path / "c")
+        for q in ("csv", "none")  # type: ignore[arg-type]
+    ]
+    assert made[0].identity != made[1].identity
+    job = config.assemble(Job, [("--quoting", {"quoting": "none"})])[0]
+    assert data_spec(config.from_data(Job, config.to_data(job)), job.data, "byte").quoting == "none"
+    with pytest.raises(UsageError, match="'auto', 'csv', 'none'"):
+        config.assemble(Job, [("--quoting", {"quoting": "all"})])
 
 
 def test_pieces_of_a_table_make_the_same_stream(tmp_path: Path) -> None:

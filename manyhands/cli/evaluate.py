@@ -13,7 +13,7 @@ from manyhands.core.errors import UsageError
 from manyhands.train.job import Job
 
 FIELDS = (
-    *("data", "format", "encoding", "document", "on_error", "eval_fraction", "device_batch"),
+    *("data", "format", "encoding", "document", "quoting", "on_error", "eval_fraction", "device_batch"),
     *("workers", "device", "threads", "transport", "precision", "cache"),
 )
 

@@ -17,6 +17,7 @@ FIELDS = [
     "format",
     "encoding",
     "document",
+    "quoting",
     "on_error",
     "model",
     "tokenizer",

@@ -31,7 +31,7 @@ from manyhands.data import formats, shards, source, tokenize
 from manyhands.data.piece import SHOWN, prepare_piece
 from manyhands.data.source import DataSpec, Piece, SourceFile, Span
 
-VERSION = 3
+VERSION = 4
 TRAIN_BYTES = 128 << 20  # of text a tokenizer is trained on
 POLL_S = 0.1
 

@@ -50,6 +50,7 @@ class DataSpec:
         text: column of the text; several, joined by a space: "title,body". Numbers (from 0): a CSV without header.
         label: column of the label; None: causal language modelling.
         tokenizer: byte, char, word:N, bpe:N or a tokenizer directory.
+        quoting: whether quotes in CSV and TSV hold line ends and delimiters; auto: in CSV.
         on_error: broken rows are counted and skipped, or fatal.
     """
 
@@ -57,6 +58,7 @@ class DataSpec:
     format: str = "auto"
     encoding: str = "utf-8"
     document: Literal["file", "line"] = "file"
+    quoting: Literal["auto", "csv", "none"] = "auto"
     text: str = "text"
     label: str | None = None
     tokenizer: str = "byte"
@@ -278,7 +280,7 @@ def cut(files: Sequence[SourceFile], spec: DataSpec) -> list[Piece]:
     open_spans: list[Span] = []
     filled = 0
     for i, file in enumerate(files):
-        spans = _spans(i, file, size)
+        spans = _spans(i, file, size, spec)
         if len(spans) > 1:
             if open_spans:
                 pieces.append(tuple(open_spans))
@@ -295,7 +297,7 @@ def cut(files: Sequence[SourceFile], spec: DataSpec) -> list[Piece]:
     return pieces
 
 
-def _spans(i: int, file: SourceFile, size: int) -> list[Span]:
+def _spans(i: int, file: SourceFile, size: int, spec: DataSpec) -> list[Span]:
     if file.format in ("text", "jsonl") and file.compression is None and file.size_bytes > size:
         count = -(-file.size_bytes // size)
         edges = [file.size_bytes * k // count for k in range(count + 1)]
@@ -303,7 +305,7 @@ def _spans(i: int, file: SourceFile, size: int) -> list[Span]:
     if file.format in ("csv", "tsv") and file.compression is None and file.size_bytes > size:
         from manyhands.data import delimited
 
-        return [Span(i, a, b) for a, b in itertools.pairwise(delimited.edges(file, size))]
+        return [Span(i, a, b) for a, b in itertools.pairwise(delimited.edges(file, size, spec))]
     if file.format in ("parquet", "arrow", "hf") and file.compression is None and file.size_bytes > size:
         from manyhands.data.formats import unit_count
 

@@ -41,6 +41,10 @@ class Job:
     format: str = option("auto", help="text, jsonl, json, csv, tsv, parquet or arrow; auto: by the file name")
     encoding: str = option("utf-8", help="character encoding of text files")
     document: Literal["file", "line"] = option("file", help="what one document of a plain text file is")
+    quoting: Literal["auto", "csv", "none"] = option(
+        "auto",
+        help="whether quotes in CSV and TSV hold line ends and delimiters (csv), or are letters (none); auto: csv for CSV",
+    )
     on_error: Literal["skip", "fail"] = option("skip", help="broken rows are skipped and counted, or fatal")
     # model
     model: str = option(

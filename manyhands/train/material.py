@@ -75,6 +75,7 @@ def data_spec(job: Job, data: Sequence[str], tokenizer: str) -> DataSpec:
         format=job.format,
         encoding=job.encoding,
         document=job.document,
+        quoting=job.quoting,
         text=getattr(job.task, "text", "text"),
         label=label,
         tokenizer=tokenizer,
