@@ -133,7 +133,7 @@ BROKEN = [
     ("a.jsonl", b'{"text": "a"}\n{"text": \n{"text": 3}\n{"txt": "b"}\n', ":2", "json"),
     ("a.csv", b'text,label\na,1\nb,2,3\n"two\nlines",1\nc\n', ":3", "ragged"),
     ("a.csv", b"text,label\na,1\n\xff,2\n", ":3", "encoding"),
-    ("a.csv", b'text,label\na,1\n"open,2\nb,3\n', ":4", "csv"),
+    ("a.csv", b'text,label\na,1\n"open,2\nb,3\n', ":3", "csv"),
 ]
 
 

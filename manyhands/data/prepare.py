@@ -12,7 +12,6 @@ the ranks of a job on one file system share the work without a barrier. Which pr
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -74,8 +73,9 @@ def prepare(spec: DataSpec, *, cache: Path, processes: int = 1, emit: Emit = ign
     tokenize.parse(spec.tokenizer)
     try:
         files = source.find_files(spec, cache)
-        tokenizer, token_identity = _tokenizer(spec, files, cache, emit)
-        identity = source.identity_of(spec, files, token_identity, VERSION)
+        tokenizer = _tokenizer(spec, files, cache, emit)
+        encoder = tokenize.Encoder(tokenizer)
+        identity = source.identity_of(spec, files, tokenize.identity(tokenizer, encoder), VERSION)
         directory = cache / "data" / identity[:24]
         reused = (directory / "manifest.json").exists()
         if not reused:
@@ -83,7 +83,7 @@ def prepare(spec: DataSpec, *, cache: Path, processes: int = 1, emit: Emit = ign
         manifest = json.loads((directory / "manifest.json").read_text())
     except OSError as error:
         raise shards.failure(cache, error) from error
-    prepared = _read(directory, tokenizer, manifest, identity)
+    prepared = _read(directory, tokenizer, encoder, manifest, identity)
     _report(prepared, manifest, reused, time.monotonic() - start, emit)
     if not prepared.documents:
         raise DataError(
@@ -117,12 +117,11 @@ def _report(prepared: Prepared, manifest: dict[str, Any], reused: bool, wall_s: 
 # -- tokenizer
 
 
-def _tokenizer(spec: DataSpec, files: list[SourceFile], cache: Path, emit: Emit) -> tuple[Path, str]:
-    """The tokenizer's directory and identity; trained here, by one process while others wait, if need be."""
+def _tokenizer(spec: DataSpec, files: list[SourceFile], cache: Path, emit: Emit) -> Path:
+    """The tokenizer's directory; trained here, by one process while others wait, if need be."""
     kind, _ = tokenize.parse(spec.tokenizer)
     if kind == "directory":
-        path = Path(spec.tokenizer)
-        return path, tokenize.directory_identity(path)
+        return Path(spec.tokenizer)
     if kind == "byte":
         name = "byte"
     else:
@@ -139,7 +138,7 @@ def _tokenizer(spec: DataSpec, files: list[SourceFile], cache: Path, emit: Emit)
                 )
                 texts = iter(()) if kind == "byte" else _sample(spec, files, everything=kind == "char")
                 tokenize.train(spec.tokenizer, texts, directory)
-    return directory, hashlib.sha256(name.encode()).hexdigest()
+    return directory
 
 
 def _sample(spec: DataSpec, files: list[SourceFile], *, everything: bool) -> Iterator[str]:
@@ -324,8 +323,9 @@ def _label_order(name: str) -> tuple[bool, float, str]:
         return True, 0.0, name
 
 
-def _read(directory: Path, tokenizer: Path, manifest: dict[str, Any], identity: str) -> Prepared:
-    encoder = tokenize.Encoder(tokenizer)
+def _read(
+    directory: Path, tokenizer: Path, encoder: tokenize.Encoder, manifest: dict[str, Any], identity: str
+) -> Prepared:
     for name, _ in manifest["shards"]:
         if not (directory / name).is_file():
             raise DataError(

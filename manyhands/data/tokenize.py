@@ -54,9 +54,16 @@ def parse(spec: str) -> tuple[str, int]:
     )
 
 
-def directory_identity(path: Path) -> str:
-    """Changes with any file of a tokenizer."""
-    digest = hashlib.sha256()
+def identity(path: Path, encoder: Encoder) -> str:
+    """Changes with what the tokenizer of a directory gives, not with how its files are written: a checkpoint's copy has the same.
+
+    Padding and truncation, which are not used, do not matter.
+    """
+    digest = hashlib.sha256(f"{encoder.end_id}/".encode())
+    if (path / "tokenizer.json").is_file():
+        state = json.loads((path / "tokenizer.json").read_bytes())
+        digest.update(json.dumps({**state, "padding": None, "truncation": None}, sort_keys=True).encode())
+        return digest.hexdigest()
     for file in sorted(path.iterdir()):
         if file.is_file() and (
             "token" in file.name

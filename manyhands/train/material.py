@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ class Material:
 
     Attributes:
         train, evaluation: rows; no evaluation where nothing is held out.
-        identity: changes when the rows change.
+        identity: changes when the rows change; held_out_identity: when data of their own to score on do.
         targets_per_row: targets of a full row.
     """
 
@@ -42,6 +42,7 @@ class Material:
     vocab_size: int
     labels: Sequence[str] | None
     identity: str
+    held_out_identity: str | None
     default_model: str
     default_prompt: str
     targets_per_row: int
@@ -130,9 +131,6 @@ def gather_material(job: Job, world: World, emit: Emit, *, labels: Sequence[str]
             f"a row has {job.seq_len} tokens",
             "give more text, a smaller --seq-len or a smaller --eval-fraction",
         )
-    identity = hashlib.sha256(
-        f"{train.identity}/{held_out.identity if held_out else ''}".encode()
-    ).hexdigest()
     pretrain = job.task_name == "pretrain"
     return Material(
         train=rows,
@@ -141,7 +139,8 @@ def gather_material(job: Job, world: World, emit: Emit, *, labels: Sequence[str]
         tokenizer_spec=tokenizer_for(job),
         vocab_size=train.vocab_size,
         labels=labels if labels is not None else train.labels,
-        identity=identity,
+        identity=_identity(train, held_out),
+        held_out_identity=held_out.identity if held_out else None,
         default_model="gpt2-micro" if pretrain else "tutorial",
         default_prompt="def " if job.data == ("stdlib",) else "\n",
         targets_per_row=job.seq_len if pretrain else 1,
@@ -150,6 +149,52 @@ def gather_material(job: Job, world: World, emit: Emit, *, labels: Sequence[str]
         text_bytes=train.text_bytes,
         skipped=sum(train.skipped.values()),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Rows that a saved model is scored on.
+
+    Attributes:
+        rows: None where nothing is held out.
+        identity: changes when they change, as `Material.identity` or, where they are data of their own, `held_out_identity`.
+        others: how many rows of the same data there are to train on; None where they are data of their own.
+        skipped: broken rows of the data.
+    """
+
+    rows: Rows | None
+    identity: str
+    others: int | None
+    skipped: int
+
+
+def gather_scored(job: Job, world: World, emit: Emit, *, labels: Sequence[str] | None) -> Scored:
+    """Prepare together what is scored, and no more: the job's `eval_data`, else the rows of `data` that it holds out."""
+    from manyhands.data.prepare import prepare
+
+    spec = data_spec(job, job.eval_data or job.data, tokenizer_for(job))
+    found = prepare(spec, cache=cache_directory(job), processes=1, emit=emit if world.rank == 0 else ignore)
+    whole = replace(
+        job, data=spec.data, eval_data=(), eval_fraction=0.0 if job.eval_data else job.eval_fraction
+    )
+    if job.task_name == "pretrain":
+        rows, held_out = _text_rows(whole, found, None)
+    else:
+        rows, held_out = _labelled_rows(whole, found, None, labels)
+    if len(rows) == 0:
+        raise DataError(
+            f"{', '.join(spec.data)} holds {found.tokens} tokens, which is no row to score",
+            "each token but the first is scored",
+            "give more text",
+        )
+    skipped = sum(found.skipped.values())
+    if job.eval_data:
+        return Scored(rows=rows, identity=found.identity, others=None, skipped=skipped)
+    return Scored(rows=held_out, identity=_identity(found, None), others=len(rows), skipped=skipped)
+
+
+def _identity(train: Prepared, held_out: Prepared | None) -> str:
+    return hashlib.sha256(f"{train.identity}/{held_out.identity if held_out else ''}".encode()).hexdigest()
 
 
 def _text_rows(job: Job, train: Prepared, held_out: Prepared | None) -> tuple[Rows, Rows | None]:

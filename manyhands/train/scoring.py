@@ -36,7 +36,7 @@ def score(job: Job, *, held_out: bool, trust: bool) -> dict[str, float | int | s
     from manyhands.models.build import load_model
     from manyhands.train import checkpoint, session
     from manyhands.train.evaluate import evaluate
-    from manyhands.train.material import gather_material
+    from manyhands.train.material import gather_scored
     from manyhands.train.plan import choose_precision
 
     assert job.resume is not None
@@ -46,8 +46,8 @@ def score(job: Job, *, held_out: bool, trust: bool) -> dict[str, float | int | s
     try:
         labels = checkpoint.load_state(path).state.get("labels")
         own = dataclasses.replace(job, tokenizer=str(path))
-        material = gather_material(own, world, ignore, labels=labels)
-        rows = material.evaluation if held_out else material.train
+        found = gather_scored(own, world, ignore, labels=labels)
+        rows = found.rows
         if rows is None:
             raise UsageError(f"{job.resume} held nothing out", "there is nothing to score", "give --data")
         model = load_model(path, trust=trust).to(device)

@@ -368,6 +368,7 @@ class _Run:
             "job": config.to_data(self.effective),
             "strategy": config.to_data(self.job.strategy),
             "data": self.parts.material.identity,
+            "eval_data": self.parts.material.held_out_identity,
             "rows": len(self.parts.material.train),
             "world_sizes": self.world_sizes,
             "labels": self.parts.material.labels,
