@@ -6,10 +6,8 @@ import csv
 import dataclasses
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +15,11 @@ import pytest
 
 from manyhands.core import config
 from manyhands.core.errors import DataError, UsageError
-from manyhands.core.events import PreparedData
 from manyhands.data import delimited, formats, source, stream
 from manyhands.data.prepare import prepare
 from manyhands.data.source import DataSpec, SourceFile, Span
 from manyhands.train.job import Job
-from manyhands.train.material import data_spec, gather_scored
+from manyhands.train.material import data_spec
 
 
 def _file(path: Path, kind: str) -> SourceFile:
@@ -268,24 +265,3 @@ def test_bad_bytes_are_named_by_their_line_in_any_fragment(
             text.split()
             == [w for i, line in enumerate(lines) if i not in (40, 77) for w in line.decode().split()]
         )
-
-
-def test_what_is_scored_is_prepared_once_and_alone(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("many hands make light work\n" * 50)
-    spec = DataSpec(data=(str(tmp_path / "a.txt"),), tokenizer="bpe:270")
-    first = prepare(spec, cache=tmp_path / "cache")
-    copy = tmp_path / "checkpoint"  # its tokenizer's files are copied, and more of them are there
-    shutil.copytree(first.tokenizer, copy)
-    state = json.loads((copy / "tokenizer.json").read_text())
-    (copy / "tokenizer.json").write_text(json.dumps(state, indent=7))
-    (copy / "more_tokens.json").write_text("{}")
-    job = Job(data=("gone",), eval_data=spec.data, tokenizer=str(copy), cache=str(tmp_path / "cache"))
-    world: Any = SimpleNamespace(rank=0)
-    events: list[Any] = []
-    found = gather_scored(job, world, events.append, labels=None)
-    assert found.identity == first.identity
-    assert [event.reused for event in events if isinstance(event, PreparedData)] == [True]
-    merges = state["model"]["merges"]
-    state["model"]["merges"] = merges[:-1]
-    (copy / "tokenizer.json").write_text(json.dumps(state))
-    assert gather_scored(job, world, events.append, labels=None).identity != first.identity

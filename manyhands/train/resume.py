@@ -1,4 +1,4 @@
-"""How a run is continued, and what must stay the same."""
+"""How a run is continued or scored, and what must stay the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from manyhands.core.events import Emit, Resumed, Warned
 if TYPE_CHECKING:
     from manyhands.train.job import Job
     from manyhands.train.loop import Loop
-    from manyhands.train.material import Material
+    from manyhands.train.material import Material, Scored
 
 
 def same_order(path: Path, before: Mapping[str, Any], job: Job, material: Material) -> None:
@@ -26,18 +26,53 @@ def same_order(path: Path, before: Mapping[str, Any], job: Job, material: Materi
                 "a resumed run continues with the same batches",
                 f"leave out --{key.replace('_', '-')}, or start a new run",
             )
+    if before.get("data") not in (None, material.identity):
+        held_out = material.held_out_identity
+        if "eval_data" in before and (before["eval_data"] is None) != (held_out is None):
+            raise UsageError(
+                f"{path} was written {'with' if held_out is None else 'without'} eval_data",
+                "a resumed run continues with the same batches",
+                "leave out --eval-data and --eval-fraction, or start a new run",
+            )
+        raise CheckpointError(
+            f"{path} was trained on other data than {', '.join((*job.data, *job.eval_data))} holds now",
+            "a resumed run continues with the same rows",
+            "restore the data and how they are read, or start a new run",
+        )
     rows = len(material.train)
     if before.get("rows") not in (None, rows):
         raise UsageError(
             f"{rows:,} rows to train on, but {path} was written with {before['rows']:,}",
             "a resumed run continues with the same batches",
-            "leave out --eval-fraction and --eval-data, or start a new run",
+            "leave out --eval-fraction, or start a new run",
         )
-    if before.get("data") not in (None, material.identity):
+
+
+def same_held_out(path: Path, before: Mapping[str, Any], job: Job, found: Scored) -> None:
+    """Refuse to score rows as held out that the checkpoint's run did not hold out: it may have been trained on them."""
+    rule = "a run is scored on the rows that it held out"
+    known = before.get("data" if found.others is not None else "eval_data")
+    if known not in (None, found.identity):
         raise CheckpointError(
-            f"{path} was trained on other data than {', '.join(job.data)} holds now",
-            "a resumed run continues with the same rows",
-            "restore the data, or start a new run",
+            f"{path} held out rows of other data than {', '.join(job.eval_data or job.data)} holds now",
+            rule,
+            "restore the data and how they are read, or give --data to score other text",
+        )
+    if found.others is None:
+        return
+    old = before.get("job", {})
+    for key in ("seed", "seq_len", "eval_fraction"):
+        if old.get(key) not in (None, getattr(job, key)):
+            raise UsageError(
+                f"{key} = {getattr(job, key)}, but {path} was written with {old[key]}",
+                rule,
+                f"leave out {key}, or give --data to score other text",
+            )
+    if before.get("rows") not in (None, found.others):
+        raise CheckpointError(
+            f"{found.others:,} rows are not held out, but {path} was trained on {before['rows']:,}",
+            rule,
+            "restore the data and how they are read, or give --data to score other text",
         )
 
 

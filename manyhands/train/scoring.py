@@ -38,15 +38,18 @@ def score(job: Job, *, held_out: bool, trust: bool) -> dict[str, float | int | s
     from manyhands.train.evaluate import evaluate
     from manyhands.train.material import gather_scored
     from manyhands.train.plan import choose_precision
+    from manyhands.train.resume import same_held_out
 
     assert job.resume is not None
     path = checkpoint.resolve_resume(job.resume, Path(job.resume))
     checkpoint.verify(path)
     world, device = session.connect_from_environment(device=job.device, transport=job.transport)
     try:
-        labels = checkpoint.load_state(path).state.get("labels")
+        state = checkpoint.load_state(path).state
         own = dataclasses.replace(job, tokenizer=str(path))
-        found = gather_scored(own, world, ignore, labels=labels)
+        found = gather_scored(own, world, ignore, labels=state.get("labels"))
+        if held_out:
+            same_held_out(path, state, job, found)
         rows = found.rows
         if rows is None:
             raise UsageError(f"{job.resume} held nothing out", "there is nothing to score", "give --data")

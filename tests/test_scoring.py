@@ -1,0 +1,82 @@
+"""What `manyhands evaluate` scores: prepared once, alone, and what its run held out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from manyhands.core import config
+from manyhands.core.errors import CheckpointError, UsageError
+from manyhands.core.events import PreparedData, ignore
+from manyhands.data.prepare import prepare
+from manyhands.data.source import DataSpec
+from manyhands.train.job import Job
+from manyhands.train.material import gather_material, gather_scored
+from manyhands.train.resume import same_held_out, same_order
+
+
+def test_what_is_scored_is_prepared_once_and_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("many hands make light work\n" * 50)
+    spec = DataSpec(data=(str(tmp_path / "a.txt"),), tokenizer="bpe:270")
+    first = prepare(spec, cache=tmp_path / "cache")
+    copy = tmp_path / "checkpoint"  # its tokenizer's files are copied, and more of them are there
+    shutil.copytree(first.tokenizer, copy)
+    state = json.loads((copy / "tokenizer.json").read_text())
+    (copy / "tokenizer.json").write_text(json.dumps(state, indent=7))
+    (copy / "more_tokens.json").write_text("{}")
+    job = Job(data=("gone",), eval_data=spec.data, tokenizer=str(copy), cache=str(tmp_path / "cache"))
+    world: Any = SimpleNamespace(rank=0)
+    events: list[Any] = []
+    found = gather_scored(job, world, events.append, labels=None)
+    assert found.identity == first.identity
+    assert [event.reused for event in events if isinstance(event, PreparedData)] == [True]
+    merges = state["model"]["merges"]
+    state["model"]["merges"] = merges[:-1]
+    (copy / "tokenizer.json").write_text(json.dumps(state))
+    assert gather_scored(job, world, events.append, labels=None).identity != first.identity
+
+
+def test_rows_that_were_not_held_out_are_not_scored_as_such(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("many hands make light work\n" * 100)
+    job = Job(data=(str(text),), tokenizer="byte", seq_len=32, cache=str(tmp_path / "cache"))
+    world: Any = SimpleNamespace(rank=0)
+    material = gather_material(job, world, ignore)
+    before = {
+        "job": config.to_data(job),
+        "data": material.identity,
+        "eval_data": None,
+        "rows": len(material.train),
+    }
+
+    def check(job: Job) -> None:
+        same_held_out(Path("run"), before, job, gather_scored(job, world, ignore, labels=None))
+
+    def resume(job: Job) -> None:
+        same_order(Path("run"), before, job, gather_material(job, world, ignore))
+
+    check(job)
+    resume(job)
+    with pytest.raises(UsageError, match=r"eval_fraction = 0\.5, but run was written with 0\.05"):
+        check(replace(job, eval_fraction=0.5))
+    with pytest.raises(
+        UsageError, match=r"rows to train on, but run was written with .*leave out --eval-fraction"
+    ):
+        resume(replace(job, eval_fraction=0.5))
+    with pytest.raises(UsageError, match="written without eval_data"):
+        resume(replace(job, eval_data=(str(text),)))
+    with text.open("a") as file:
+        file.write("and more\n" * 50)
+    with pytest.raises(CheckpointError, match=r"held out rows of other data than .*give --data"):
+        check(job)
+    with pytest.raises(CheckpointError, match="trained on other data than"):
+        resume(job)
+    before["eval_data"] = "of another text"
+    with pytest.raises(CheckpointError, match="other data"):
+        check(replace(job, eval_data=(str(text),)))
