@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import signal
@@ -114,13 +115,23 @@ def test_transformers_alone_loads_it_and_scores_the_same_loss(trained: Path, cor
     assert scores["bits_per_byte"] == pytest.approx(total / 0.6931471805599453 / size, rel=1e-3)
 
 
-def test_evaluate_and_generate(trained: Path, corpus: Path) -> None:
+def test_evaluate_and_generate(trained: Path, tmp_path: Path) -> None:
     scored = manyhands("evaluate", trained).stdout
     assert float(scored.split("loss")[1].split()[0]) == pytest.approx(
         summary(trained)["eval"]["loss"], rel=1e-5
     )
-    fresh = warm.manyhands("evaluate", trained, "--data", corpus / "0.txt", "--workers", 1)
-    assert "perplexity" in fresh
+    broken = tmp_path / "broken.jsonl"
+    broken.write_bytes(
+        b'{"text": "many hands make light work, and more"}\n' * 3 + b'{"text": 1}\n{"text\n\xff\n'
+    )
+    fresh = manyhands(
+        "evaluate", trained, "--data", broken, "--workers", 1, "--json", tmp_path / "scores.json"
+    )
+    assert json.loads((tmp_path / "scores.json").read_text())["skipped"] == 3
+    assert [line.split()[0] for line in fresh.stdout.splitlines()[:3]] == ["checkpoint", "rows", "skipped"]
+    assert "warning" not in fresh.stdout
+    assert f"warning: {broken}:5: not JSON" in fresh.stderr
+    assert "3 documents" in fresh.stderr
     text = warm.manyhands("generate", trained, "--prompt", "many ", "--max-new-tokens", 20)
     assert text.startswith("many ")
     assert len(text) > 10

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,10 @@ def main(arguments: Sequence[str]) -> int:
                 "trust": given.trust,
             }
         )
-        code = begin("manyhands.train.scoring:main", argument, job)
+        with contextlib.redirect_stdout(
+            sys.stderr
+        ):  # warnings and progress: the figures alone are the output
+            code = begin("manyhands.train.scoring:main", argument, job)
         if code == 0 and result.exists():
             scores = json.loads(result.read_text())
             if given.json_file:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from manyhands.core import config
+from manyhands.core.environment import console
 from manyhands.core.events import ignore
 from manyhands.train.job import Job
 
@@ -39,15 +40,18 @@ def score(job: Job, *, held_out: bool, trust: bool) -> dict[str, float | int | s
     from manyhands.train.material import gather_scored
     from manyhands.train.plan import choose_precision
     from manyhands.train.resume import same_held_out
+    from manyhands.train.sinks import Terminal, fan_out
 
     assert job.resume is not None
     path = checkpoint.resolve_resume(job.resume, Path(job.resume))
     checkpoint.verify(path)
     world, device = session.connect_from_environment(device=job.device, transport=job.transport)
+    terminal = Terminal(console()) if world.rank == 0 else None
+    emit = fan_out([terminal]) if terminal is not None else ignore
     try:
         state = checkpoint.load_state(path).state
         own = dataclasses.replace(job, tokenizer=str(path))
-        found = gather_scored(own, world, ignore, labels=state.get("labels"))
+        found = gather_scored(own, world, emit, labels=state.get("labels"))
         if held_out:
             same_held_out(path, state, job, found)
         rows = found.rows
@@ -66,7 +70,16 @@ def score(job: Job, *, held_out: bool, trust: bool) -> dict[str, float | int | s
             batch_rows=job.device_batch or max(1, 4096 // job.seq_len),
             device=device,
             autocast=session.autocast_for(precision, device.type),
+            emit=emit,
         )
-        return {"checkpoint": str(path), "rows": len(rows), **metrics} if world.rank == 0 else None
+        told: dict[str, float | int | str] = {
+            "checkpoint": str(path),
+            "rows": len(rows),
+            "skipped": found.skipped,
+            **metrics,
+        }
+        return told if world.rank == 0 else None
     finally:
+        if terminal is not None:
+            terminal.close()
         world.wire.close()
