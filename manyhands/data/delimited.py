@@ -16,8 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from manyhands.core.errors import DataError
-from manyhands.data.row import Bad, Rows, pick
+from manyhands.data.row import Bad, BrokenFile, Rows, pick
 from manyhands.data.source import DataSpec, SourceFile, Span
 from manyhands.data.stream import LINE_BYTES, Place, decoded, lines, opened
 
@@ -166,10 +165,17 @@ def _header(fields: list[str], spec: DataSpec, file: SourceFile) -> tuple[list[s
         missing = [name for name in wanted if name not in fields]
         names, is_data = fields, False
     if missing:
-        raise DataError(
+        raise BrokenFile(
             f"{file.url}: no column {missing[0]!r}",
             f"its first row is {', '.join(fields)[:200]}",
             'name columns in --task, as in "classify(text=review, label=stars)"; numbers from 0 for a file without header',
+        )
+    twice = [name for name in wanted if names.count(name) > 1]
+    if twice:
+        raise BrokenFile(
+            f"{file.url}: {names.count(twice[0])} columns {twice[0]!r}",
+            "which is meant cannot be known",
+            "rename one in its first row",
         )
     return names, is_data
 

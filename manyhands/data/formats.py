@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from manyhands.core.errors import DataError
 from manyhands.data import delimited
-from manyhands.data.row import Bad, Row, Rows, pick
+from manyhands.data.row import Bad, BrokenFile, Row, Rows, pick
 from manyhands.data.source import DataSpec, SourceFile, Span
 from manyhands.data.stream import LINE_BYTES, Place, decoded, fragments, lines, opened
 
 __all__ = ["Bad", "Row", "Rows", "read", "unit_count"]
 BLOCK_CHARS = 1 << 20  # of a JSON array read at a time
+_ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are no text
 
 
 def read(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
-    """The rows of a span. Raises `DataError` where the file as a whole cannot be read."""
+    """The rows of a span. Raises `BrokenFile` where it cannot be read for what it holds, else `DataError`."""
     try:
         yield from READERS[file.format](file, span, spec)
     except (OSError, EOFError, ValueError, NotImplementedError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
+        # a disk or a network that fails says nothing of the file
+        fails = isinstance(error, OSError) and (error.errno is not None or "://" in file.url)
+        raise (DataError if fails else BrokenFile)(
             f"{file.url}: {first}", f"it must be readable as {file.format}", "check the file"
         ) from error
 
 
 def _text(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
     if spec.label is not None:
-        raise DataError(
+        raise BrokenFile(
             f"{file.url} is plain text",
             f"it has no column {spec.label!r}",
             "labels come from CSV, TSV, JSON, Parquet or Arrow; give --format if it is one of these",
@@ -97,11 +102,12 @@ def _json(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
 
     decode = json.JSONDecoder().raw_decode
     with opened(file) as handle:
-        text = codecs.getreader(spec.encoding)(handle)
+        # an item's bytes spoil only that item
+        text = codecs.getreader(spec.encoding)(handle, "surrogateescape")
         held = text.read(BLOCK_CHARS).removeprefix("\ufeff").lstrip()
         if not held.startswith("["):
             found = "nothing" if not held else "an object" if held[0] == "{" else f"{held[:20]!r}"
-            raise DataError(
+            raise BrokenFile(
                 f"{file.url} holds {found}",
                 "a .json file is an array of objects",
                 "objects line by line: --format jsonl",
@@ -124,7 +130,7 @@ def _json(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
             except ValueError as error:
                 more = text.read(max(BLOCK_CHARS, len(held)))
                 if not more or len(held) - at > LINE_BYTES or (after and at < len(held)):
-                    raise DataError(
+                    raise BrokenFile(
                         f"{file.url}: item {number + 1} is not JSON ({error})",
                         "a .json file is an array of objects",
                         "mend it, or use JSON lines (.jsonl), whose broken lines can be skipped",
@@ -133,7 +139,12 @@ def _json(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
                 continue
             number += 1
             where = f"{file.url}: item {number}"
-            yield _whole(pick(value, spec, where), held[at:end], where)
+            wrong = _ESCAPED.search(held, at, end)
+            if wrong is not None:
+                byte = ord(wrong[0]) - 0xDC00
+                yield Bad(where, "encoding", f"byte {byte:#04x} is not {spec.encoding}")
+            else:
+                yield _whole(pick(value, spec, where), held[at:end], where)
             at, after = end, True
 
 
@@ -143,12 +154,12 @@ def _parquet(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
     with opened(file) as handle:
         table = pq.ParquetFile(handle)
         groups = range(table.num_row_groups)[span.begin : span.end if span.end >= 0 else None]
-        row = sum(table.metadata.row_group(i).num_rows for i in range(groups.start))
+        metadata = table.metadata
         yield from _batches(
             table.iter_batches(
                 1024, row_groups=list(groups), columns=_columns(table.schema_arrow.names, spec, file)
             ),
-            row,
+            lambda: sum(metadata.row_group(i).num_rows for i in range(groups.start)),
             spec,
             file,
         )
@@ -160,9 +171,14 @@ def _arrow(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
         _columns(reader.schema.names, spec, file)
         if hasattr(reader, "num_record_batches"):
             numbers = range(reader.num_record_batches)[span.begin : span.end if span.end >= 0 else None]
-            yield from _batches((reader.get_batch(i) for i in numbers), 0, spec, file)
+            yield from _batches(
+                (reader.get_batch(i) for i in numbers),
+                lambda: sum(reader.get_batch(i).num_rows for i in range(numbers.start)),
+                spec,
+                file,
+            )
         else:
-            yield from _batches(reader, 0, spec, file)
+            yield from _batches(reader, lambda: 0, spec, file)
 
 
 def _arrow_reader(handle: BinaryIO) -> Any:
@@ -179,17 +195,35 @@ def _columns(names: list[str], spec: DataSpec, file: SourceFile) -> list[str]:
     wanted = [*spec.columns, *([spec.label] if spec.label is not None else [])]
     for name in wanted:
         if name not in names:
-            raise DataError(
+            raise BrokenFile(
                 f"{file.url}: no column {name!r}", f"it has {', '.join(names)}", "name its columns in --task"
+            )
+        if names.count(name) > 1:
+            raise BrokenFile(
+                f"{file.url}: {names.count(name)} columns {name!r}",
+                "which is meant cannot be known",
+                "rename one",
             )
     return wanted
 
 
-def _batches(batches: Any, row: int, spec: DataSpec, file: SourceFile) -> Rows:
+def _batches(batches: Any, before: Callable[[], int], spec: DataSpec, file: SourceFile) -> Rows:
+    place = _RowPlace(file, before)
     for batch in batches:
         for value in batch.to_pylist():
-            row += 1
-            yield pick(value, spec, f"{file.url}: row {row}")
+            place.row += 1
+            yield pick(value, spec, place)
+
+
+class _RowPlace:
+    """file: row; the rows of the pieces before are counted only when somebody asks."""
+
+    def __init__(self, file: SourceFile, before: Callable[[], int]) -> None:
+        self._file, self._before = file, functools.cache(before)
+        self.row = 0
+
+    def __str__(self) -> str:
+        return f"{self._file.url}: row {self._before() + self.row}"
 
 
 def _hf(file: SourceFile, span: Span, spec: DataSpec) -> Rows:

@@ -10,6 +10,7 @@ import numpy as np
 
 from manyhands.core.errors import DataError
 from manyhands.data import formats, shards, tokenize
+from manyhands.data.row import BrokenFile
 from manyhands.data.source import DataSpec, Piece, SourceFile
 
 BATCH_CHARS = 1 << 20  # of text given to the tokenizer at a time
@@ -21,23 +22,32 @@ def prepare_piece(
 ) -> dict[str, Any]:
     made = _Maker(directory, encoder, labelled=spec.label is not None)
     skipped: Counter[str] = Counter()
-    bad: list[formats.Bad] = []
+    bad: list[
+        list[Any]
+    ] = []  # (file's number, where in it, kind, message): other jobs know the files by other names
+    broken: list[list[Any]] = []  # (file's number, message)
     for span in piece:
-        for row in formats.read(files[span.file], span, spec):
-            if isinstance(row, formats.Row):
-                made.add(row)
-                continue
+        name = files[span.file].url
+        try:
+            for row in formats.read(files[span.file], span, spec):
+                if isinstance(row, formats.Row):
+                    made.add(row)
+                    continue
+                if spec.on_error == "fail":
+                    raise DataError(
+                        f"{row.where}: {row.message}",
+                        "on_error = 'fail' stops at the first broken row",
+                        "mend it, or use --on-error skip",
+                    )
+                skipped[row.kind] += 1
+                if skipped[row.kind] <= SHOWN:
+                    bad.append([span.file, row.where.removeprefix(name), row.kind, row.message])
+        except BrokenFile as error:
             if spec.on_error == "fail":
-                raise DataError(
-                    f"{row.where}: {row.message}",
-                    "on_error = 'fail' stops at the first broken row",
-                    "mend it, or use --on-error skip",
-                )
-            skipped[row.kind] += 1
-            if skipped[row.kind] <= SHOWN:
-                bad.append(row)
+                raise
+            broken.append([span.file, str(error).removeprefix(name).removeprefix(":").strip()])
     made.flush(last=True)
-    return {**made.facts, "skipped": dict(skipped), "bad": [list(b) for b in bad]}
+    return {**made.facts, "skipped": dict(skipped), "bad": bad, "broken": broken}
 
 
 class _Maker:

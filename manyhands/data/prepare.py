@@ -28,6 +28,7 @@ from manyhands.core.errors import DataError
 from manyhands.core.events import Emit, PreparedData, Preparing, Warned, ignore
 from manyhands.data import formats, shards, source, tokenize
 from manyhands.data.piece import SHOWN, prepare_piece
+from manyhands.data.row import BrokenFile
 from manyhands.data.source import DataSpec, Piece, SourceFile, Span
 
 VERSION = 4
@@ -84,7 +85,7 @@ def prepare(spec: DataSpec, *, cache: Path, processes: int = 1, emit: Emit = ign
     except OSError as error:
         raise shards.failure(cache, error) from error
     prepared = _read(directory, tokenizer, encoder, manifest, identity)
-    _report(prepared, manifest, reused, time.monotonic() - start, emit)
+    _report(prepared, manifest, files, reused, time.monotonic() - start, emit)
     if not prepared.documents:
         raise DataError(
             f"{', '.join(spec.data)} holds no text"
@@ -95,12 +96,24 @@ def prepare(spec: DataSpec, *, cache: Path, processes: int = 1, emit: Emit = ign
     return prepared
 
 
-def _report(prepared: Prepared, manifest: dict[str, Any], reused: bool, wall_s: float, emit: Emit) -> None:
-    for bad in manifest["bad"]:
-        emit(Warned(message=bad[2], where=bad[0]))
+def _report(
+    prepared: Prepared,
+    manifest: dict[str, Any],
+    files: list[SourceFile],
+    reused: bool,
+    wall_s: float,
+    emit: Emit,
+) -> None:
+    for number, where, _, message in manifest["bad"]:
+        emit(Warned(message=message, where=files[number].url + where))
     for kind, count in prepared.skipped.items():
         if count > SHOWN:
-            emit(Warned(message=f"{count:,} broken rows of this kind were skipped in all", where=kind))
+            emit(
+                Warned(
+                    message=f"{count:,} broken {'files' if kind == 'file' else 'rows of this kind'} were skipped in all",
+                    where=kind,
+                )
+            )
     emit(
         PreparedData(
             directory=str(prepared.directory),
@@ -148,9 +161,13 @@ def _sample(spec: DataSpec, files: list[SourceFile], *, everything: bool) -> Ite
     stride = 1 if everything else max(1, -(-total // TRAIN_BYTES))
     for piece in pieces[::stride]:
         for span in piece:
-            for row in formats.read(files[span.file], span, spec):
-                if isinstance(row, formats.Row):
-                    yield row.text
+            try:
+                for row in formats.read(files[span.file], span, spec):
+                    if isinstance(row, formats.Row):
+                        yield row.text
+            except BrokenFile:  # whoever prepares it says so
+                if spec.on_error == "fail":
+                    raise
 
 
 # -- work
@@ -171,7 +188,7 @@ def _run(
     if processes > 1 and len(plan["pieces"]) > 1:
         _spawn(directory, min(processes, len(plan["pieces"])), progress)
     work(directory, progress)
-    _finish(directory, spec, len(plan["pieces"]))
+    _finish(directory, spec, files, len(plan["pieces"]))
 
 
 def work(directory: Path, progress: _Progress | None = None, first: int = 0) -> None:
@@ -279,8 +296,8 @@ class _Progress:
         )
 
 
-def _finish(directory: Path, spec: DataSpec, pieces: int) -> None:
-    """The manifest, from all pieces in order."""
+def _finish(directory: Path, spec: DataSpec, files: list[SourceFile], pieces: int) -> None:
+    """The manifest, from all pieces in order. Raises `DataError` where every file is broken."""
     with _lock(directory / ".manifest.lock"):
         if (directory / "manifest.json").exists():
             return
@@ -288,6 +305,14 @@ def _finish(directory: Path, spec: DataSpec, pieces: int) -> None:
         skipped: Counter[str] = Counter()
         for facts in each:
             skipped.update(facts["skipped"])
+        # a file in several pieces is one file, whose first row, for example, each of them has found wanting
+        broken = [list(b) for b in dict.fromkeys(tuple(b) for facts in each for b in facts["broken"])]
+        if broken and len({number for number, _ in broken}) == len(files):
+            number, message = broken[0]
+            every = f"all {len(files)} files are broken; " if len(files) > 1 else ""
+            raise DataError(f"{every}{files[number].url}: {message}")
+        if broken:
+            skipped["file"] = len({number for number, _ in broken})
         labels = sorted({name for facts in each for name in facts["labels"]}, key=_label_order)
         sizes = [(name, size) for facts in each for name, size in facts["shards"]]
         manifest = {
@@ -298,20 +323,25 @@ def _finish(directory: Path, spec: DataSpec, pieces: int) -> None:
             "shards": sizes,
             "labels": labels if spec.label is not None else None,
             "skipped": dict(skipped),
-            "bad": _shown([bad for facts in each for bad in facts["bad"]]),
+            "bad": _shown(
+                [
+                    *(bad for facts in each for bad in facts["bad"]),
+                    *([number, "", "file", f"left out from there on: {why}"] for number, why in broken),
+                ]
+            ),
         }
         _write_json(directory / "manifest.json", manifest)
         for lock in directory.glob(".piece-*.lock"):
             lock.unlink(missing_ok=True)
 
 
-def _shown(bad: list[list[str]]) -> list[list[str]]:
+def _shown(bad: list[list[Any]]) -> list[list[Any]]:
     seen: Counter[str] = Counter()
     kept = []
-    for where, kind, message in bad:
-        seen[kind] += 1
-        if seen[kind] <= SHOWN:
-            kept.append([where, kind, message])
+    for one in bad:
+        seen[one[2]] += 1
+        if seen[one[2]] <= SHOWN:
+            kept.append(one)
     return kept
 
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from manyhands.core.errors import DataError
 from manyhands.data.source import DataSpec
+
+
+class BrokenFile(DataError):
+    """A file that cannot be read (on) as what it is said to be: left out, with --on-error skip, where others can."""
 
 
 class Row(NamedTuple):
@@ -48,6 +53,6 @@ def pick(value: Any, spec: DataSpec, where: object) -> Row | Bad:
     if spec.label is None:
         return Row(" ".join(parts))
     label = value.get(spec.label)
-    if label is None or label == "" or isinstance(label, (list, dict)):
+    if label is None or label == "" or isinstance(label, (list, dict)) or label != label:  # NaN is none, too
         return Bad(str(where), "label", f"column {spec.label!r} holds no label")
     return Row(" ".join(parts), str(label))

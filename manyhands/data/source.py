@@ -51,7 +51,7 @@ class DataSpec:
         label: column of the label; None: causal language modelling.
         tokenizer: byte, char, word:N, bpe:N or a tokenizer directory.
         quoting: whether quotes in CSV and TSV hold line ends and delimiters; auto: in CSV.
-        on_error: broken rows are counted and skipped, or fatal.
+        on_error: broken rows (and files, where not all are) are counted and skipped, or fatal.
     """
 
     data: tuple[str, ...]
@@ -298,6 +298,13 @@ def cut(files: Sequence[SourceFile], spec: DataSpec) -> list[Piece]:
 
 
 def _spans(i: int, file: SourceFile, size: int, spec: DataSpec) -> list[Span]:
+    try:
+        return _cut_one(i, file, size, spec)
+    except (EOFError, ValueError):  # whoever reads it says what is wrong
+        return [Span(i)]
+
+
+def _cut_one(i: int, file: SourceFile, size: int, spec: DataSpec) -> list[Span]:
     if file.format in ("text", "jsonl") and file.compression is None and file.size_bytes > size:
         count = -(-file.size_bytes // size)
         edges = [file.size_bytes * k // count for k in range(count + 1)]

@@ -45,7 +45,9 @@ class Job:
         "auto",
         help="whether quotes in CSV and TSV hold line ends and delimiters (csv), or are letters (none); auto: csv for CSV",
     )
-    on_error: Literal["skip", "fail"] = option("skip", help="broken rows are skipped and counted, or fatal")
+    on_error: Literal["skip", "fail"] = option(
+        "skip", help="broken rows and files are skipped and counted, or fatal"
+    )
     # model
     model: str = option(
         "auto",
