@@ -29,6 +29,7 @@ from manyhands.models.build import (
     split_call,
 )
 from manyhands.models.presets import Preset
+from manyhands.models.same import difference
 
 SMALL = {"gpt2-nano", "gpt2-micro", "llama-nano", "llama-micro", "bert-tiny", "bert-mini", "tutorial"}
 
@@ -454,3 +455,26 @@ def test_values_need_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "field"),
+    [
+        ("gpt2-nano", "gpt2-nano(n_head=4)", "n_head"),
+        ("gpt2-nano", "gpt2-nano(activation_function='relu')", "activation_function"),
+        ("llama-nano", "llama-nano(rms_norm_eps=0.1)", "rms_norm_eps"),
+        ("gpt2-nano", "gpt2-nano(resid_pdrop=0.3, initializer_range=0.3)", None),
+        ("llama-nano", "gpt2-nano", "model_type"),
+        ("tutorial", "tutorial(hidden=8)", "hidden"),
+        ("tutorial", "tutorial(dropout=0.3)", None),
+    ],
+)
+def test_a_configuration_tells_another_function(
+    name: str, other: str, field: str | None, tmp_path: Path
+) -> None:
+    task = "classify" if name == "tutorial" else "pretrain"
+    made = make(name, task=task)
+    save_model(made, tmp_path)
+    assert difference(made, tmp_path) is None
+    found = difference(make(other, task=task), tmp_path)
+    assert (found.name if found else None) == field

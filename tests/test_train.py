@@ -417,6 +417,20 @@ def test_a_resumed_run_keeps_its_batches(trained: Path) -> None:
     assert "global_batch = 8" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--model", "gpt2-nano(n_head=4)", "the model's n_head = 4, but"),
+        ("--steps", STEPS - 3, f"the job has {STEPS - 3} steps, but"),
+    ],
+)
+def test_a_resumed_run_keeps_its_model_and_its_length(
+    option: str, value: object, says: str, trained: Path
+) -> None:
+    done = manyhands("train", "--resume", trained, option, value, "--workers", 1, code=2)
+    assert says in done.stderr
+
+
 def test_a_resumed_run_keeps_its_rows(trained: Path) -> None:
     done = manyhands("train", "--resume", trained, "--eval-fraction", 0.4, "--steps", 20, code=2)
     assert "rows to train on" in done.stderr

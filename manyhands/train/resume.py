@@ -10,6 +10,8 @@ from manyhands.core.errors import CheckpointError, UsageError
 from manyhands.core.events import Emit, Resumed, Warned
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from manyhands.train.job import Job
     from manyhands.train.loop import Loop
     from manyhands.train.material import Material, Scored
@@ -76,6 +78,29 @@ def same_held_out(path: Path, before: Mapping[str, Any], job: Job, found: Scored
         )
 
 
+def same_function(path: Path, model: nn.Module) -> None:
+    """Refuse to go on with parameters in a model that makes something else of them."""
+    from manyhands.models.same import difference
+
+    found = difference(model, path)
+    if found is not None:
+        raise UsageError(
+            f"the model's {found.name} = {found.now!r}, but {path} was written with {found.saved!r}",
+            "parameters go on in the model that they were trained in (its dropout may change)",
+            "leave out --model, or start a new run",
+        )
+
+
+def not_beyond(path: Path, step: int, total: int) -> None:
+    """Refuse a length that the run has exceeded already: it would end at once, as if it were done."""
+    if step > total:
+        raise UsageError(
+            f"the job has {total} steps, but {path} stands after step {step}",
+            "steps are counted from the run's beginning",
+            f"give --steps {step} or more, or resume an earlier checkpoint",
+        )
+
+
 def restore(loop: Loop, path: Path, job: Job, material: Material, emit: Emit) -> list[int]:
     """Bring a loop to where a checkpoint (already verified) stands. Collective.
 
@@ -89,6 +114,8 @@ def restore(loop: Loop, path: Path, job: Job, material: Material, emit: Emit) ->
 
     before = checkpoint.load_state(path).state
     same_order(path, before, job, material)
+    same_function(path, loop.replica.model)
+    not_beyond(path, int(before.get("step", 0)), loop.schedule.total_steps)
     session.restore_replica(loop.replica, path, verified=True)
     lost = exchange_state.missing(before)
     earlier = list(before.get("world_sizes", []))
