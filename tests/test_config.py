@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyhands.cadence.every import EveryStep
-from manyhands.cli.train import told_once
+from manyhands.cli import options
+from manyhands.cli.train import assemble, parser, told_once
 from manyhands.core import config
 from manyhands.core.callform import parse
 from manyhands.core.errors import UsageError
@@ -109,6 +110,15 @@ def test_a_part_of_a_default_can_be_changed() -> None:
         ({"micro_batch": 9, "global_batch": 4}, "micro_batch <= 4"),
         ({"steps": 3, "epochs": 1}, "leave one out"),
         ({"shares": "1,2", "workers": 3}, "each worker has one share"),
+        ({"data": [""]}, "data holds an empty name"),
+        ({"eval_data": ["a.txt", ""]}, "eval_data holds an empty name"),
+        ({"output": ""}, "output holds an empty name"),
+        ({"resume": ""}, "resume holds an empty name"),
+        ({"output": "run\udcff"}, r"output = 'run\\udcff'. names are kept in config.toml"),
+        ({"data": ["t.txt", "run.toml"]}, r"data names run.toml.*manyhands train run.toml --data"),
+        ({"eval_every": 5, "eval_fraction": 0}, "eval_every = 5 with eval_fraction = 0"),
+        ({"task": "classify", "prompt": "x"}, "prompt = 'x' with task = 'classify'"),
+        ({"document": "line", "format": "csv"}, "document = 'line' with format = 'csv'"),
     ],
 )
 def test_mistakes_are_one_clear_message(layer: dict[str, Any], words: str) -> None:
@@ -118,6 +128,30 @@ def test_mistakes_are_one_clear_message(layer: dict[str, Any], words: str) -> No
 
     assert re.search(words, str(caught.value)), str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_what_is_meant_is_let_through() -> None:
+    for layer in (
+        {"data": ["conf/*.toml"]},
+        {"data": ["run.toml"], "format": "text"},
+        {"eval_every": 5, "eval_fraction": 0, "eval_data": ["held.txt"]},
+        {"task": "classify", "prompt": ""},
+        {"document": "line", "format": "text"},
+    ):
+        config.assemble(Job, [("here", layer)])
+
+
+def test_the_global_batch_is_not_said_twice(tmp_path: Path) -> None:
+    job = tmp_path / "run.toml"
+    job.write_text("global_batch = 6\n")
+    product = ("--gradient-accumulation-steps", "2", "--per-device-train-batch-size", "4", "--workers", "1")
+    line = options.parse(parser(), [str(job), *product])
+    made, origins = assemble(line)  # the command line goes before a file
+    assert made.global_batch == 8
+    assert "accumulation" in origins["global_batch"]
+    for said in (("--global-batch", "6"), ("--set", "global_batch=6"), ("--set", "global-batch=6")):
+        with pytest.raises(UsageError, match="accumulation follows from it"):
+            assemble(options.parse(parser(), [*product, *said]))
 
 
 def test_toml_mistakes_name_the_file(tmp_path: Path) -> None:

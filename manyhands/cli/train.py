@@ -73,7 +73,8 @@ def assemble(given: argparse.Namespace) -> tuple[Job, config.Origins]:
     stack = told_once([*lowest_layers(stack), *stack])
     job, origins = config.assemble(Job, stack)
     if given.accumulate is not None:
-        if given.global_batch is not None or job.device_batch is None:
+        twice = origins.get("global_batch", "").startswith(("--global-batch", "--set "))
+        if twice or job.device_batch is None:
             raise UsageError(
                 f"--gradient-accumulation-steps {given.accumulate}",
                 "it says the global batch as a product with --per-device-train-batch-size",

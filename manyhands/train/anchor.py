@@ -8,6 +8,7 @@ from pathlib import Path
 
 from manyhands.core import registry
 from manyhands.train.job import Job
+from manyhands.train.job_names import is_text
 
 
 def anchored(job: Job) -> Job:
@@ -24,7 +25,8 @@ def anchored(job: Job) -> Job:
 
 def _absolute(path: str) -> str:
     """As it is spelled, but from the root: links and patterns keep their meaning."""
-    return str(Path(path).absolute())
+    whole = str(Path(path).absolute())
+    return whole if is_text(whole) else path  # TOML cannot say every name of a directory
 
 
 def _data(name: str) -> str:

@@ -17,6 +17,7 @@ from manyhands.core.types import Task
 from manyhands.exchange.allreduce import AllReduce
 from manyhands.exchange.ordered import Ordered
 from manyhands.strategy.base import Strategy
+from manyhands.train.job_names import check_ignored, check_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +182,7 @@ class Job:
     )
 
     def __post_init__(self) -> None:
+        check_names(self)
         for name in ("global_batch", "seq_len", "keep"):
             _at_least(name, getattr(self, name), 1)
         for name in (
@@ -229,6 +231,7 @@ class Job:
                 "give --data, or leave it out for the stdlib's sources",
             )
         self._check_pairs()
+        check_ignored(self)
 
     def _check_pairs(self) -> None:
         placement = self.strategy.placement
