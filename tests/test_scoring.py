@@ -14,7 +14,9 @@ import pytest
 from manyhands.core import config
 from manyhands.core.errors import CheckpointError, UsageError
 from manyhands.core.events import PreparedData, ignore
+from manyhands.data import tokenize
 from manyhands.data.prepare import prepare
+from manyhands.data.rows import TokenRows
 from manyhands.data.source import DataSpec
 from manyhands.train.job import Job
 from manyhands.train.material import gather_material, gather_scored
@@ -80,3 +82,19 @@ def test_rows_that_were_not_held_out_are_not_scored_as_such(tmp_path: Path) -> N
     before["eval_data"] = "of another text"
     with pytest.raises(CheckpointError, match="other data"):
         check(replace(job, eval_data=(str(text),)))
+
+
+def test_an_unknown_character_has_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("abc" * 100)
+    (tmp_path / "b.txt").write_text("abcd" * 500 + "ü" * 500)
+    cache = tmp_path / "cache"
+    known = prepare(DataSpec(data=(str(tmp_path / "a.txt"),), tokenizer="char"), cache=cache)
+    made = prepare(DataSpec(data=(str(tmp_path / "b.txt"),), tokenizer=str(known.tokenizer)), cache=cache)
+    rows = TokenRows(made, 32)
+    # targets are all but the first character, and the end, which stands for no text
+    assert rows.bytes_per_target == pytest.approx((2000 + 1000 - 1) / 2500, rel=1e-12)
+    # "d" is one byte, "ü" two: of 1,000 unknown characters the mean is one and a half
+    part = TokenRows(made, 32, range(60))
+    assert part.bytes_per_target == pytest.approx((1440 + 480 * 1.5) / 1920, rel=1e-12)
+    monkeypatch.setattr(tokenize, "Encoder", None)  # it is found once
+    assert part.bytes_per_target > 1

@@ -7,6 +7,7 @@ and every full row is full (packing at 100%).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -58,23 +59,38 @@ class TokenRows:
         inputs[inputs == IGNORED] = self._prepared.end_id
         return {"input_ids": torch.from_numpy(inputs), "targets": torch.from_numpy(targets)}
 
-    @property
+    @functools.cached_property
     def bytes_per_target(self) -> float:
-        """UTF-8 bytes of text per target of this part; exact for byte-level and character tokens, else the data's mean."""
+        """UTF-8 bytes of text per target of this part; exact for byte-level and character tokens, else the data's mean.
+
+        An unknown character counts as many bytes as those of the data do on average.
+        """
         first, last = (
             self._part.start * self._length + 1,
             min(self._part.stop * self._length + 1, self._total),
         )
         if 0 < last - first <= EXACT_TOKENS:
-            lengths = tokenize.Encoder(self._prepared.tokenizer).byte_lengths()
+            encoder = tokenize.Encoder(self._prepared.tokenizer)
+            lengths = encoder.byte_lengths()
             if lengths is not None:
-                counts = np.zeros(len(lengths), dtype=np.int64)
-                for begin in range(first, last, 1 << 20):
-                    block = np.empty(min(1 << 20, last - begin), dtype=np.int64)
-                    self._copy(begin, begin + len(block), block)
-                    counts += np.bincount(block, minlength=len(lengths))
-                return float(counts @ lengths) / (last - first)
+                counts = self._counts(first, last, len(lengths))
+                unknown = encoder.unknown_id
+                if unknown is None or not counts[unknown]:
+                    return float(counts @ lengths) / (last - first)
+                if self._total <= EXACT_TOKENS:
+                    whole = self._counts(0, self._total, len(lengths))
+                    each = (self._prepared.text_bytes - int(whole @ lengths)) / int(whole[unknown])
+                    return (float(counts @ lengths) + each * int(counts[unknown])) / (last - first)
         return self._prepared.text_bytes / max(1, self._prepared.tokens)
+
+    def _counts(self, first: int, last: int, size: int) -> NDArray[np.int64]:
+        """How often each token occurs in [first, last)."""
+        counts = np.zeros(size, dtype=np.int64)
+        for begin in range(first, last, 1 << 20):
+            block = np.empty(min(1 << 20, last - begin), dtype=np.int64)
+            self._copy(begin, begin + len(block), block)
+            counts += np.bincount(block, minlength=size)
+        return counts
 
     def _copy(self, first: int, last: int, into: NDArray[np.int64]) -> None:
         """Tokens [first, last) to the beginning of `into`."""

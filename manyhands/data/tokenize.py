@@ -157,12 +157,17 @@ class Encoder:
     Attributes:
         vocab_size: tokens in all.
         end_id: the token between documents.
+        unknown_id: the token of what is in no other; None where there is none.
         dtype: the smallest unsigned type that holds every token.
     """
 
     def __init__(self, directory: Path) -> None:
         self._tokenizer, self.end_id = _load(directory)
         self.vocab_size = self._tokenizer.get_vocab_size()
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        self.unknown_id: int | None = (
+            self._tokenizer.token_to_id(unknown) if isinstance(unknown, str) else None
+        )
         self.dtype: type[np.unsignedinteger[Any]] = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         self._table = self._lookup()
         self._words = bytelevel.build(self._tokenizer) if self._table is None else None
@@ -189,7 +194,7 @@ class Encoder:
         return _joined([np.array(one.ids, dtype=self.dtype) for one in encoded], self.dtype)
 
     def byte_lengths(self) -> NDArray[np.int64] | None:
-        """UTF-8 bytes of each token, where every token stands for a fixed piece of text; None otherwise."""
+        """UTF-8 bytes of each token, where all but the unknown one (0) stand for a fixed piece of text; None otherwise."""
         state = json.loads(self._tokenizer.to_str())
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         special = {t["content"] for t in state["added_tokens"]}
