@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from manyhands.core.errors import DataError
 from manyhands.core.events import Warned
-from manyhands.data import source
+from manyhands.data import shards, source
 from manyhands.data.prepare import Prepared, prepare
 from manyhands.data.source import DataSpec
 
@@ -125,3 +126,28 @@ def test_a_column_that_is_there_twice_is_refused_where_it_is_asked_for(tmp_path:
         out.write_table(table)
     with pytest.raises(DataError, match="2 columns 'text'"):
         _prepare(tmp_path, tmp_path / "a.arrow")
+
+
+def test_a_changed_shard_is_named_and_an_untouched_one_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("many hands make light work\n" * 100)
+    made, _ = _prepare(tmp_path, path)
+    shard = made.directory / made.shards[0][0]
+    read: list[Any] = []
+    name = shards._name
+    monkeypatch.setattr(shards, "_name", lambda file: read.append(file) or name(file))
+    _prepare(tmp_path, path)
+    assert not read
+    os.utime(shard, (1, 1))
+    _prepare(tmp_path, path)
+    _prepare(tmp_path, path)
+    assert len(read) == 1
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-600] + bytes([whole[-600] ^ 1]) + whole[-599:])
+    with pytest.raises(DataError, match=f"{shard.name} was changed .*delete"):
+        _prepare(tmp_path, path)
+    shutil.rmtree(made.directory)
+    _prepare(tmp_path, path)
+    assert shard.read_bytes() == whole

@@ -12,6 +12,7 @@ the ranks of a job on one file system share the work without a barrier. Which pr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -28,6 +29,7 @@ from manyhands.core.errors import DataError
 from manyhands.core.events import Emit, PreparedData, Preparing, Warned, ignore
 from manyhands.data import formats, shards, source, tokenize
 from manyhands.data.piece import SHOWN, prepare_piece
+from manyhands.data.progress import Progress
 from manyhands.data.row import BrokenFile
 from manyhands.data.source import DataSpec, Piece, SourceFile, Span
 
@@ -184,14 +186,14 @@ def _run(
         "tokenizer": str(tokenizer.resolve()),
     }
     _write_json(directory / "plan.json", plan)
-    progress = _Progress(directory, files, emit)
+    progress = Progress(directory, files, emit)
     if processes > 1 and len(plan["pieces"]) > 1:
         _spawn(directory, min(processes, len(plan["pieces"])), progress)
     work(directory, progress)
     _finish(directory, spec, files, len(plan["pieces"]))
 
 
-def work(directory: Path, progress: _Progress | None = None, first: int = 0) -> None:
+def work(directory: Path, progress: Progress | None = None, first: int = 0) -> None:
     """Take part until every piece of the plan is done. Raises `DataError`."""
     plan = json.loads((directory / "plan.json").read_text())
     data = dict(plan["spec"])
@@ -239,7 +241,7 @@ def _claim(
         lock.release()
 
 
-def _spawn(directory: Path, processes: int, progress: _Progress) -> None:
+def _spawn(directory: Path, processes: int, progress: Progress) -> None:
     """Start that many processes at different pieces and wait; this one then does what is left, if anything."""
     command = [sys.executable, "-m", "manyhands.data.prepare", str(directory)]
     env = {**os.environ, "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -271,31 +273,6 @@ def _spawn(directory: Path, processes: int, progress: _Progress) -> None:
                 child.stderr.close()
 
 
-class _Progress:
-    """Emits how much is done, from the pieces' files; at most four times a second."""
-
-    def __init__(self, directory: Path, files: list[SourceFile], emit: Emit) -> None:
-        self._directory, self._emit = directory, emit
-        self._total = sum(f.size_bytes for f in files)
-        self._packed = any(f.compression or f.format not in ("text", "jsonl") for f in files)
-        self._known: dict[str, tuple[int, int]] = {}
-        self._shown = 0.0
-
-    def show(self) -> None:
-        if time.monotonic() - self._shown < 0.25:
-            return
-        self._shown = time.monotonic()
-        for path in self._directory.glob("piece-*.json"):
-            if path.name not in self._known:
-                facts = json.loads(path.read_text())
-                self._known[path.name] = (facts["text_bytes"], facts["tokens"])
-        done = sum(b for b, _ in self._known.values())
-        tokens = sum(t for _, t in self._known.values())
-        self._emit(
-            Preparing(done_bytes=done, total_bytes=None if self._packed else self._total, tokens=tokens)
-        )
-
-
 def _finish(directory: Path, spec: DataSpec, files: list[SourceFile], pieces: int) -> None:
     """The manifest, from all pieces in order. Raises `DataError` where every file is broken."""
     with _lock(directory / ".manifest.lock"):
@@ -321,6 +298,7 @@ def _finish(directory: Path, spec: DataSpec, files: list[SourceFile], pieces: in
             "tokens": sum(f["tokens"] for f in each),
             "text_bytes": sum(f["text_bytes"] for f in each),
             "shards": sizes,
+            "stamps": {name: shards.stamp(directory / name) for name, _ in sizes},
             "labels": labels if spec.label is not None else None,
             "skipped": dict(skipped),
             "bad": _shown(
@@ -356,13 +334,10 @@ def _label_order(name: str) -> tuple[bool, float, str]:
 def _read(
     directory: Path, tokenizer: Path, encoder: tokenize.Encoder, manifest: dict[str, Any], identity: str
 ) -> Prepared:
-    for name, _ in manifest["shards"]:
-        if not (directory / name).is_file():
-            raise DataError(
-                f"{directory / name} is missing",
-                "a preparation is used only whole",
-                f"delete {directory}; it is made anew",
-            )
+    stamps = shards.verified(directory, [name for name, _ in manifest["shards"]], manifest["stamps"])
+    if stamps != manifest["stamps"]:  # a copy of the cache, or a touched file: read once, not at every start
+        with contextlib.suppress(OSError):
+            _write_json(directory / "manifest.json", {**manifest, "stamps": stamps})
     labelled = manifest["labels"] is not None
     return Prepared(
         directory=directory,

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -51,18 +51,51 @@ def _write(directory: Path, batch: Any) -> str:
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
             writer.write_batch(batch)
-        digest = hashlib.sha256()
         with temporary.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+            name = _name(file)
             os.fsync(file.fileno())
-        name = f"{digest.hexdigest()[:24]}.arrow"
         temporary.replace(directory / name)
         return name
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise failure(directory, error) from error
+
+
+def _name(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return f"{digest.hexdigest()[:24]}.arrow"
+
+
+def stamp(path: Path) -> list[int]:
+    """[size, time of the last change]: what a changed file hardly keeps."""
+    facts = path.stat()
+    return [facts.st_size, facts.st_mtime_ns]
+
+
+def verified(directory: Path, names: Sequence[str], stamps: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """The shards' stamps now; those that are not as they were are read, and must still be what their names say.
+
+    Raises:
+        DataError: a shard is missing or was changed.
+    """
+    found: dict[str, list[int]] = {}
+    for name in names:
+        path, wrong = directory / name, ""
+        if not path.is_file():
+            wrong = "is missing"
+        elif name not in found:
+            found[name] = stamp(path)
+            if found[name] != stamps.get(name):
+                with path.open("rb") as file:
+                    wrong = "" if _name(file) == name else "was changed after it was written"
+        if wrong:
+            raise DataError(
+                f"{path} {wrong}", "a preparation is used only whole", f"delete {directory}; it is made anew"
+            )
+    return found
 
 
 def failure(path: Path, error: OSError) -> DataError:
