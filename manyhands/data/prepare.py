@@ -157,19 +157,37 @@ def _tokenizer(spec: DataSpec, files: list[SourceFile], cache: Path, emit: Emit)
 
 
 def _sample(spec: DataSpec, files: list[SourceFile], *, everything: bool) -> Iterator[str]:
-    """Texts to train on: everything, or evenly spaced pieces of at most `TRAIN_BYTES` in all."""
+    """Texts to train on: everything, or evenly spaced pieces of at most `TRAIN_BYTES` in all.
+
+    How much text is in files that are no plain text, their size does not say: of each piece of them the beginning is taken,
+    as much as its part of the bytes allows with what the pieces before it have left.
+    """
     pieces = source.cut(files, spec)
     total = sum(f.size_bytes for f in files)
     stride = 1 if everything else max(1, -(-total // TRAIN_BYTES))
-    for piece in pieces[::stride]:
-        for span in piece:
-            try:
-                for row in formats.read(files[span.file], span, spec):
-                    if isinstance(row, formats.Row):
-                        yield row.text
-            except BrokenFile:  # whoever prepares it says so
-                if spec.on_error == "fail":
-                    raise
+    taken = pieces[::stride]
+    plain = all(f.compression is None and f.format == "text" for f in files)
+    unlimited = everything or plain
+    sizes = [1 + sum(source.span_bytes(span, files[span.file]) for span in piece) for piece in taken]
+    used = 0
+    for k, piece in enumerate(taken):
+        allowed = TRAIN_BYTES * sum(sizes[: k + 1]) // sum(sizes)
+        for text in _texts(spec, files, piece):
+            yield text
+            used += len(text.encode("utf-8", "surrogatepass"))
+            if used >= allowed and not unlimited:
+                break
+
+
+def _texts(spec: DataSpec, files: list[SourceFile], piece: Piece) -> Iterator[str]:
+    for span in piece:
+        try:
+            for row in formats.read(files[span.file], span, spec):
+                if isinstance(row, formats.Row):
+                    yield row.text
+        except BrokenFile:  # whoever prepares it says so
+            if spec.on_error == "fail":
+                raise
 
 
 # -- work

@@ -323,6 +323,12 @@ def _cut_one(i: int, file: SourceFile, size: int, spec: DataSpec) -> list[Span]:
     return [Span(i)]
 
 
+def span_bytes(span: Span, file: SourceFile) -> int:
+    """How many bytes of the file a span has; those of the whole file where it counts something else."""
+    counted = file.format in ("text", "jsonl", "csv", "tsv") and span.end >= 0
+    return span.end - span.begin if counted else file.size_bytes
+
+
 def identity_of(spec: DataSpec, files: Sequence[SourceFile], tokenizer: str, version: int) -> str:
     """A name for the prepared form: the same for the same content, options and tokenizer."""
     facts = asdict(spec)

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,7 @@ def train(spec: str, texts: Iterable[str], directory: Path) -> None:
         trainer = trainers.BpeTrainer(
             vocab_size=size, initial_alphabet=alphabet, special_tokens=[END], show_progress=False
         )
-        made.train_from_iterator(texts, trainer)
+        _aside(lambda: made.train_from_iterator(texts, trainer))
     elif kind == "char":
         characters = sorted(set().union(*map(set, texts)))
         made = Tokenizer(
@@ -110,15 +111,35 @@ def train(spec: str, texts: Iterable[str], directory: Path) -> None:
         made.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
         )
-        made.train_from_iterator(
-            texts,
-            trainers.WordLevelTrainer(
-                vocab_size=size, special_tokens=[PAD, UNKNOWN, END], show_progress=False
-            ),
+        words = trainers.WordLevelTrainer(
+            vocab_size=size, special_tokens=[PAD, UNKNOWN, END], show_progress=False
         )
+        _aside(lambda: made.train_from_iterator(texts, words))
     elif kind == "directory":
         raise UsageError(f"tokenizer = {spec!r}", "a directory is used as it is", "")
     _save(made, special, directory)
+
+
+def _aside(work: Callable[[], object]) -> None:
+    """Do `work` in a thread of its own: it may be in the library for long, where no signal reaches Python.
+
+    What a signal's handler raises leaves from here at once; the thread, which writes nothing, ends with the process.
+    """
+    done = threading.Event()
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=run, name="train tokenizer", daemon=True).start()
+    done.wait()
+    if failed:
+        raise failed[0]
 
 
 def _in_byte_order(alphabet: Sequence[str]) -> list[str]:
