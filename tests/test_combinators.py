@@ -266,6 +266,33 @@ def test_a_warm_up_is_lossless_then_comes_down_in_density() -> None:
     assert [a / b for a, b in itertools.pairwise(densities[:5])] == pytest.approx([25**0.25] * 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "warmup(ef21(topk(density=0.1)), rounds=3)",
+        "warmup(by-tensor(ef21(topk(density=0.1)), small=ef21(bf16), numel=8), rounds=3)",
+        "auto(ef21(topk(density=0.1)), every=50)",
+    ],
+)
+def test_ef21_goes_on_from_the_last_lossless_round(text: str, dtype: torch.dtype) -> None:
+    exchange = _value(text)
+    steady = [[torch.full((4,), g).to(dtype), _grads(2)[i][0].to(dtype)] for i, g in enumerate((1.0, 2.0))]
+    states = [exchange.init(d) for d in steady]
+    if text.startswith("auto"):  # it has measured, and declined
+        states = [{**s, "next": s["next"] + 3, "compress": torch.tensor(False)} for s in states]
+    for turn in range(5):
+        agreed = _round(exchange, steady, states, overwrite=turn % 2 == 0)
+        states = [each.state for each in agreed]
+        for i, mean in enumerate(agreed[0].mean):
+            torch.testing.assert_close(mean, steady[0][i] + steady[1][i])
+        own = [[leaf for path, leaf in leaves(s) if "residual" in path] for s in states]
+        everyones = [leaf for path, leaf in leaves(states[0]) if "agreed" in path]
+        if turn >= 2:
+            for total, a, b in zip(everyones, *own, strict=True):  # H = Σ hᵢ
+                torch.testing.assert_close(total, a + b, rtol=1e-6, atol=1e-6)
+
+
 def test_a_chain_sends_what_was_left() -> None:
     (delta,) = _grads(1, (1000,))
     errors = {}

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from manyhands.core.errors import UsageError
 from manyhands.core.request import Sum
 from manyhands.core.types import Agreed
-from manyhands.exchange.combine import packed, unpacked
+from manyhands.exchange.codec import wide
+from manyhands.exchange.combine import packed, protected, renewed, trait, unpacked
 
 if TYPE_CHECKING:
-    from manyhands.core.types import Talk, Tensors
+    from manyhands.core.types import Exchange, Talk, Tensors
 
 Precision = Literal["as-is", "fp32", "bf16", "fp16"]
 
@@ -77,6 +78,21 @@ def together(delta: Tensors) -> Talk:
     """A lossless all-reduce of many tensors as one of each type: one message for a model's, not one a tensor."""
     agreed = yield from AllReduce().talk(packed(delta), ())
     return Agreed(unpacked(agreed.mean, delta), unpacked(agreed.sent, delta), ())
+
+
+def beside(inner: Exchange, delta: Tensors, state: Any) -> Talk:
+    """A round of all-reduce instead of one of `inner`, whose `state` follows it.
+
+    Where `inner` keeps estimates of contributions they are renewed: in float32 for half precision, so that the estimate of
+    the sum is the sum of the estimates.
+    """
+    if not trait(inner, "follows"):
+        agreed = yield from together(delta)
+        return Agreed(agreed.mean, agreed.sent, state)
+    offered = [t.to(wide(t.dtype)) for t in delta]
+    agreed = yield from protected(together(offered))
+    mean = [m.to(d.dtype) for m, d in zip(agreed.mean, delta, strict=True)]
+    return Agreed(mean, list(delta), renewed(inner, offered, agreed.mean, state))
 
 
 def _dtype(precision: Precision) -> Any:

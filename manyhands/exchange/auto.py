@@ -29,8 +29,8 @@ from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.core.request import Gather
 from manyhands.core.types import Agreed, Exchange
-from manyhands.exchange.allreduce import AllReduce, together
-from manyhands.exchange.combine import flush, passed, refuse, trait
+from manyhands.exchange.allreduce import AllReduce, beside
+from manyhands.exchange.combine import flush, passed, refuse, renewed, trait
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +66,7 @@ class Auto:
     contracts = passed("contracts")
     rounds_sums = passed("rounds_sums")
     selects = passed("selects")
+    follows = passed("follows")
     accelerates = passed("accelerates")
 
     inner: Exchange = choice("exchanges", "error-feedback(int8)", help="where it is faster than all-reduce")
@@ -121,6 +122,10 @@ class Auto:
         after = {**agreed.state, **_measured(state, way, seconds), "round": state["round"] + 1}
         return Agreed(agreed.mean, agreed.sent, self._decided(after))
 
+    def renewed(self, delta: Tensors, mean: Tensors, state: Any) -> Any:
+        """The inner exchange's estimates after a round that went another way."""
+        return {**state, "inner": renewed(self.inner, delta, mean, state["inner"])}
+
     def flush(self, state: Any, like: Tensors) -> tuple[list[Tensor | None], Any]:
         """What the inner exchange owes, to be sent without loss, and the state after that."""
         owed, inner = flush(self.inner, state["inner"], like)
@@ -144,9 +149,11 @@ class Auto:
                 if more is not None:
                     # in place, as the sum will be: a wire adds its own buffers without a copy
                     tensor.add_(more)
-        agreed = yield from together(delta)
+        agreed = yield from beside(self.inner, delta, inner)
         return Agreed(
-            agreed.mean, agreed.sent, {**state, "inner": inner, "owes": torch.zeros((), dtype=torch.bool)}
+            agreed.mean,
+            agreed.sent,
+            {**state, "inner": agreed.state, "owes": torch.zeros((), dtype=torch.bool)},
         )
 
     def _decided(self, state: Any) -> Any:

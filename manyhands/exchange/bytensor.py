@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.core.types import Agreed, Exchange
-from manyhands.exchange.combine import flush, packed, passed, refuse, selected, trait, unpacked
+from manyhands.exchange.combine import flush, packed, passed, refuse, renewed, selected, trait, unpacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +40,7 @@ class ByTensor:
     contracts = passed("contracts", "large", "small")
     rounds_sums = passed("rounds_sums", "large", "small")
     selects = passed("selects", "large", "small")
+    follows = passed("follows", "large", "small")
     accelerates = passed("accelerates", "large", "small")
 
     large: Exchange = choice("exchanges", "int8", help="for large tensors")
@@ -91,6 +92,16 @@ class ByTensor:
         for i, piece in zip(large, long, strict=True):
             owed[i] = piece
         return owed, {"large": after_long, "small": after_short}
+
+    def renewed(self, delta: Tensors, mean: Tensors, state: Any) -> Any:
+        """Both parts' estimates after a round that went another way."""
+        small, large = self._parts(delta)
+        shorts, short_means = ([of[i] for i in small] for of in (delta, mean))
+        longs, long_means = ([of[i] for i in large] for of in (delta, mean))
+        return {
+            "large": renewed(self.large, longs, long_means, state["large"]),
+            "small": renewed(self.small, self._packed(shorts), self._packed(short_means), state["small"]),
+        }
 
     def selected(self, like: Tensors) -> list[bool]:
         """Of each tensor, whether some of its entries are sent and others not."""

@@ -11,6 +11,8 @@ an exchange by attribute (how contributions are cut, see `manyhands.core.types.E
     rounds_sums             the sum itself is rounded on its way, which is in nobody's ``sent`` (default: False)
     selects                 it sends some entries of a tensor and leaves out others (default: False); where that differs from
                             tensor to tensor ``selected(like)`` says it of each
+    follows                 what it keeps are estimates of contributions (default: False);
+                            ``renewed(delta, mean, state)`` then takes those of a round that went another way, without loss
     accelerates             what it agrees on is a velocity, larger than the mean of contributions (default: False)
 """
 
@@ -40,6 +42,7 @@ DEFAULTS = {
     "contracts": True,
     "rounds_sums": False,
     "selects": False,
+    "follows": False,
     "accelerates": False,
 }
 
@@ -135,6 +138,11 @@ def flush(exchange: Any, state: Any, like: Tensors) -> tuple[list[Tensor | None]
     if trait(exchange, "holds"):
         return exchange.flush(state, like)  # type: ignore[no-any-return]
     return [None] * len(like), state
+
+
+def renewed(exchange: Any, delta: Tensors, mean: Tensors, state: Any) -> Any:
+    """The state of `exchange` after a round beside it, in which all of everybody's `delta` came to `mean`."""
+    return exchange.renewed(delta, mean, state) if trait(exchange, "follows") else state
 
 
 def selected(exchange: Any, like: Tensors) -> list[bool]:

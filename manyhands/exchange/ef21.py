@@ -37,6 +37,7 @@ class EF21:
     """
 
     holds: ClassVar[bool] = True
+    follows: ClassVar[bool] = True
     conserves: ClassVar[bool] = False
     by_tensor = passed("by_tensor")
     bucket_mb = passed("bucket_mb")
@@ -60,6 +61,14 @@ class EF21:
             [h.to(d.dtype) for h, d in zip(own, delta, strict=True)],
             {"residual": own, "agreed": everyones, "inner": agreed.state},
         )
+
+    def renewed(self, delta: Tensors, mean: Tensors, state: Any) -> Any:
+        """hᵢ = gᵢ and H = Σ gᵢ of a round that went another way, without loss: else the first changes would be from 0."""
+        return {
+            **state,
+            "residual": [d.to(h.dtype, copy=True) for d, h in zip(delta, state["residual"], strict=True)],
+            "agreed": [m.to(h.dtype, copy=True) for m, h in zip(mean, state["agreed"], strict=True)],
+        }
 
     def flush(self, state: Any, like: Tensors) -> tuple[list[Tensor | None], Any]:
         """Nothing is owed: hᵢ is an estimate, which stays."""

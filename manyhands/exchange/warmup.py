@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.core.types import Agreed, Exchange
-from manyhands.exchange.allreduce import together
-from manyhands.exchange.combine import flush, passed, refuse, trait
+from manyhands.exchange.allreduce import beside, together
+from manyhands.exchange.combine import flush, passed, refuse, renewed, trait
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,8 @@ START_DENSITY = 0.25
 class Warmup:
     """All-reduce for the first rounds, then `inner`.
 
-    State: ``round``, and the inner exchange's, untouched until it begins.
+    State: ``round``, and the inner exchange's, untouched until it begins (but for estimates of contributions, as EF21's,
+    which begin with those of the last lossless round).
 
     Args:
         inner: any exchange.
@@ -46,6 +47,7 @@ class Warmup:
     contracts = passed("contracts")
     rounds_sums = passed("rounds_sums")
     selects = passed("selects")
+    follows = passed("follows")
     accelerates = passed("accelerates")
 
     inner: Exchange = choice("exchanges", "error-feedback(int8)", help="after the warm-up")
@@ -81,8 +83,11 @@ class Warmup:
     def talk(self, delta: Tensors, state: Any) -> Talk:
         turn = int(state["round"])
         if turn < self.rounds:
-            agreed = yield from together(delta)
-            return Agreed(agreed.mean, agreed.sent, {"round": state["round"] + 1, "inner": state["inner"]})
+            last = turn + 1 == self.rounds
+            talk = beside(self.inner, delta, state["inner"]) if last else together(delta)
+            agreed = yield from talk
+            inner = agreed.state if last else state["inner"]
+            return Agreed(agreed.mean, agreed.sent, {"round": state["round"] + 1, "inner": inner})
         agreed = yield from self.at(turn).talk(delta, state["inner"])
         return Agreed(agreed.mean, agreed.sent, {"round": state["round"] + 1, "inner": agreed.state})
 
@@ -90,6 +95,10 @@ class Warmup:
         """The inner exchange as it is in round `turn`, counted from 0."""
         done = turn - self.rounds
         return self.inner if done >= self.ramp else denser(self.inner, done / self.ramp)
+
+    def renewed(self, delta: Tensors, mean: Tensors, state: Any) -> Any:
+        """The inner exchange's estimates after a round that went another way."""
+        return {**state, "inner": renewed(self.inner, delta, mean, state["inner"])}
 
     def flush(self, state: Any, like: Tensors) -> tuple[list[Tensor | None], Any]:
         """What the inner exchange owes, to be sent without loss, and the state after that."""
