@@ -136,3 +136,29 @@ def test_many_tensors_are_one_all_reduce_of_each_type(text: str) -> None:
     for i, (mean, shape) in enumerate(zip(agreed[0].mean, shapes, strict=True)):
         assert mean.shape == shape
         torch.testing.assert_close(mean, deltas[0][i] + deltas[1][i])
+
+
+@pytest.mark.parametrize("inner", ["topk(density=0.05)", "by-tensor(topk(density=0.05), numel=8)"])
+def test_what_is_owed_to_half_precision_is_sent_unrounded(inner: str) -> None:
+    """In the round after a compressed one the mean is rounded once, at its end."""
+    exchange = _value(f"auto(error-feedback({inner}), every=1)")
+    generator = torch.Generator().manual_seed(0)
+    states: list[Any] = []
+    for turn in range(8):
+        deltas = [[torch.randn(n, generator=generator).bfloat16() for n in (5, 400)] for _ in range(3)]
+        states = states or [exchange.init(d) for d in deltas]
+        held = [leaf for state in states for path, leaf in leaves(state) if "residual" in path]
+        if turn % 2:
+            states = [{**s, "next": s["round"] + 1, "compress": torch.tensor(False)} for s in states]
+        else:
+            states = [{**s, "next": s["round"] + 1, "compress": torch.tensor(True)} for s in states]
+        agreed = _round(exchange, deltas, states, overwrite=True)
+        states = [each.state for each in agreed]
+        if turn % 2:
+            for i, mean in enumerate(agreed[0].mean):
+                exact = sum(d[i].double() for d in deltas) + sum(h.double() for h in held[i::2])
+                assert (mean.double() - exact).abs().max() <= exact.abs().max() * 2.0**-8
+                assert torch.equal(mean, exact.bfloat16()) or (mean != exact.bfloat16()).sum() <= 1
+            assert not any(
+                leaf.any() for state in states for path, leaf in leaves(state) if "residual" in path
+            )

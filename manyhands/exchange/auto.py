@@ -14,7 +14,8 @@ slower way may cost at most `SHARE` of the time until then (but after ``MOST * e
 a slow link one all-reduce takes as long as hundreds of compressed rounds; it is then seen once, and rarely again.
 
 Nothing is lost on switching: before an all-reduce what the inner exchange owes (its residual) is added to the
-contribution, and owed no more. All rounds conserve the sum, so the way may change as often as it likes.
+contribution, and owed no more. What is owed for half precision is in float32, so that one sum is, too. All rounds
+conserve the sum, so the way may change as often as it likes.
 
 Not seen from inside a talk is how much of it backward hides; with one bucket, as for most codecs, nothing is hidden.
 """
@@ -142,16 +143,20 @@ class Auto:
                 agreed.sent,
                 {**state, "inner": agreed.state, "owes": torch.ones((), dtype=torch.bool)},
             )
-        inner = state["inner"]
+        inner, offered = state["inner"], list(delta)
         if state["owes"]:
             owed, inner = flush(self.inner, inner, delta)
-            for tensor, more in zip(delta, owed, strict=True):
-                if more is not None:
+            for i, more in enumerate(owed):
+                if more is None:
+                    continue
+                if more.dtype is offered[i].dtype:
                     # in place, as the sum will be: a wire adds its own buffers without a copy
-                    tensor.add_(more)
-        agreed = yield from beside(self.inner, delta, inner)
+                    offered[i].add_(more)
+                else:  # rounded to half precision, something would be owed by nobody
+                    offered[i] = more.add(offered[i])
+        agreed = yield from beside(self.inner, offered, inner)
         return Agreed(
-            agreed.mean,
+            [m.to(d.dtype) for m, d in zip(agreed.mean, delta, strict=True)],
             agreed.sent,
             {**state, "inner": agreed.state, "owes": torch.zeros((), dtype=torch.bool)},
         )
