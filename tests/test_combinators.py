@@ -249,6 +249,13 @@ def test_tensors_go_by_size_and_dimension_and_small_ones_together() -> None:
             torch.testing.assert_close(mean, exact, rtol=0.05, atol=0.05)
 
 
+def test_blocks_that_end_with_tensors_leave_zeros_alone() -> None:
+    exchange = _value("error-feedback(by-tensor(int2, numel=0))")
+    deltas = [[torch.zeros(7), torch.ones(30), torch.zeros(3, 4)] for _ in range(2)]
+    agreed = _round(exchange, deltas, [exchange.init(d) for d in deltas])
+    assert [bool(mean.any()) for mean in agreed[0].mean] == [False, True, False]
+
+
 # --------------------------------------------------------------------------------------- warm-up, chains
 
 

@@ -244,7 +244,9 @@ def total(parts: Sequence[Entries], numel: int, dtype: torch.dtype, average: Ave
     """What the workers' entries come to, added in their order in `wide(dtype)`: [numel] of type `dtype`.
 
     Contributions are weighted to add up to the mean over all workers, so ``average = "all"`` is their plain sum, and
-    the mean over those who sent a coordinate is that sum times workers / senders.
+    the mean over those who sent a coordinate is that sum times workers / senders: exact where all have as many targets.
+    Weights do not travel, so whoever had twice as many pulls such a mean twice as far, and a worker without any counts
+    as a sender of what it sends.
     """
     import torch
 
