@@ -26,7 +26,7 @@ import methods_report
 import methods_run
 import methods_setting as setting
 import netlab
-from methods_catalogue import RATES, Method
+from methods_catalogue import RATES, USUAL, Method
 
 
 def merge(path: Path, kind: str, records: Sequence[dict[str, Any]]) -> None:
@@ -150,7 +150,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("what", choices=["rates", "quality", "report"])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="methods")
     parser.add_argument("--workers", nargs="+", type=int, default=[2])
-    parser.add_argument("--rates", nargs="+", choices=list(RATES), default=list(RATES))
+    parser.add_argument("--rates", nargs="+", choices=list(RATES), default=list(USUAL))
     parser.add_argument(
         "--size", choices=list(setting.SIZES), help="default: large for rates, small for quality"
     )

@@ -11,9 +11,24 @@ import methods_setting as setting
 from methods_setting import Size
 
 PEERS = Path(__file__).parent / "peers"
-RATES: Mapping[str, float | None] = {"10gbit": 10e9, "1gbit": 1e9, "100mbit": 100e6, "20mbit": 20e6}
-DENSE = {"10gbit": 8, "1gbit": 5, "100mbit": 2, "20mbit": 1}  # steps that are timed at each rate
-THIN = {"10gbit": 10, "1gbit": 10, "100mbit": 8, "20mbit": 6}
+RATES: Mapping[str, float | None] = {
+    "10gbit": 10e9,
+    "1gbit": 1e9,
+    "100mbit": 100e6,
+    "20mbit": 20e6,
+    "5mbit": 5e6,  # these two where a machine is so slow that 20 Mbit/s are a fast link to it
+    "2.5mbit": 2.5e6,
+}
+USUAL = ("10gbit", "1gbit", "100mbit", "20mbit")
+DENSE = {
+    "10gbit": 8,
+    "1gbit": 5,
+    "100mbit": 2,
+    "20mbit": 1,
+    "5mbit": 1,
+    "2.5mbit": 1,
+}  # steps timed at each rate
+THIN = {"10gbit": 10, "1gbit": 10, "100mbit": 8, "20mbit": 6, "5mbit": 6, "2.5mbit": 6}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +147,7 @@ def forecast(name: str, every: int, *, delay: int, fragments: int = 1) -> Method
     """Gradients of `every` steps in 4 bits, `delay` steps in flight."""
     turns = f", fragments={fragments}" if fragments > 1 else ""
     strategy = f"forecast({BASE}, every={every}, delay={delay}{turns}, exchange='error-feedback(int4)')"
-    timed = dict.fromkeys(RATES, every * (-(-9 // every)))
+    timed = dict.fromkeys(RATES, every * (-(-8 // every)))
     return ours(name, strategy, timed, period=every, settle=every + delay)
 
 

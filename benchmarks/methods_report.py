@@ -10,9 +10,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from methods_catalogue import catalogue
+from methods_catalogue import RATES, catalogue
 
-SHOWN = {"10gbit": "10 Gbit/s", "1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s", "20mbit": "20 Mbit/s"}
+SHOWN = {
+    "10gbit": "10 Gbit/s",
+    "1gbit": "1 Gbit/s",
+    "100mbit": "100 Mbit/s",
+    "20mbit": "20 Mbit/s",
+    "5mbit": "5 Mbit/s",
+    "2.5mbit": "2.5 Mbit/s",
+}
 ALONE, ALONE_PEERS = "no communication", "PyTorch, no communication"
 BYTES_OF = "PyTorch DDP, bf16 hook"  # whose bytes the others are held against
 TIME_OF = "PyTorch DDP"  # whose time
@@ -50,7 +57,7 @@ class Results:
         for one in data.get("rates", []):
             if one["method"] not in methods or one["strategy"] != methods[one["method"]].strategy:
                 continue
-            if one["rate"] in ("100mbit", "20mbit"):
+            if RATES.get(one["rate"], 1e9) <= 100e6:
                 self.bytes[one["method"], one["workers"]].append(max(one["sent_bytes_per_step"]))
             if one["others_share"] <= MOST_OTHERS:
                 self.speeds[one["method"], one["workers"], one["rate"]].append(one)
@@ -61,6 +68,9 @@ class Results:
         measured = {name for name, _ in self.bytes} | {name for name, _, _ in self.speeds} | set(self.losses)
         self.order = [name for name in methods if name in measured]
         self.methods = methods
+        self.shown = {
+            rate: title for rate, title in SHOWN.items() if any(r == rate for _, _, r in self.speeds)
+        }
         self.worlds = sorted({world for _, world, _ in self.speeds} | {world for _, world in self.bytes})
 
     def speed(self, name: str, world: int, rate: str) -> float | None:
@@ -167,19 +177,19 @@ def _speed_table(results: Results, world: int) -> list[str]:
         (
             "In brackets: share of what the same program reached with no communication, nearest in time. "
             "Bytes: what the busiest host sends, "
-            "headers included, at 100 and 20 Mbit/s."
+            "headers included, at 100 Mbit/s and less."
         ),
         "",
-        f"| method | {' | '.join(SHOWN.values())} | kB/step | fewer than bf16 DDP |",
-        "|---|" + "--:|" * (len(SHOWN) + 2),
+        f"| method | {' | '.join(results.shown.values())} | kB/step | fewer than bf16 DDP |",
+        "|---|" + "--:|" * (len(results.shown) + 2),
     ]
     for name in results.order:
         if results.methods[name].apart:
             if speed := results.speed(name, world, "none"):
-                rows.append(f"| *{name}* |" + f" {speed:,.0f} |" * len(SHOWN) + " 0 | |")
+                rows.append(f"| *{name}* |" + f" {speed:,.0f} |" * len(results.shown) + " 0 | |")
             continue
         cells = []
-        for rate in SHOWN:
+        for rate in results.shown:
             speed, share = results.speed(name, world, rate), results.share(name, world, rate)
             cells.append("" if speed is None else f"{speed:,.0f} ({share:.0%})" if share else f"{speed:,.0f}")
         sent = results.sent(name, world)
@@ -256,8 +266,8 @@ def _time_table(results: Results, world: int) -> list[str]:
             f"In brackets: times faster than {TIME_OF} at that rate."
         ),
         "",
-        f"| method | tokens | {' | '.join(SHOWN.values())} |",
-        "|---|" + "--:|" * (len(SHOWN) + 1),
+        f"| method | tokens | {' | '.join(results.shown.values())} |",
+        "|---|" + "--:|" * (len(results.shown) + 1),
     ]
     reference = results.tokens_to(TIME_OF, target)
     for name in results.order:
@@ -265,10 +275,10 @@ def _time_table(results: Results, world: int) -> list[str]:
             continue
         needed = results.tokens_to(name, target)
         if needed is None:
-            rows.append(f"| {name} | not reached |" + " |" * len(SHOWN))
+            rows.append(f"| {name} | not reached |" + " |" * len(results.shown))
             continue
         cells = []
-        for rate in SHOWN:
+        for rate in results.shown:
             speed, theirs = results.speed(name, world, rate), results.speed(TIME_OF, world, rate)
             if speed is None:
                 cells.append("")
@@ -289,11 +299,11 @@ def plot(path: Path, results: Results, *, world: int = 2) -> None:
     from matplotlib.ticker import NullFormatter
 
     figure = plt.figure(figsize=(15, 13), layout="constrained")
-    grid = figure.add_gridspec(2, 4, height_ratios=[1, 1.9])
+    grid = figure.add_gridspec(2, max(1, len(results.shown)), height_ratios=[1, 1.9])
     drawn = [name for name in DRAWN if results.curve(name)]
     colours = dict(zip(drawn, plt.get_cmap("tab10").colors, strict=False))
     shared = None
-    for column, (rate, title) in enumerate(SHOWN.items()):
+    for column, (rate, title) in enumerate(results.shown.items()):
         axes = figure.add_subplot(grid[0, column], sharey=shared)
         shared = shared or axes
         for name in drawn:
@@ -319,12 +329,12 @@ def plot(path: Path, results: Results, *, world: int = 2) -> None:
 
 
 def _bars(axes: Any, results: Results, world: int) -> None:
-    names = [n for n in results.order if any(results.speed(n, world, r) for r in SHOWN)][::-1]
-    shades = ["#08306b", "#2171b5", "#6baed6", "#c6dbef"]
-    height = 0.8 / len(SHOWN)
-    for i, (rate, title) in enumerate(SHOWN.items()):
+    names = [n for n in results.order if any(results.speed(n, world, r) for r in results.shown)][::-1]
+    shades = ["#08306b", "#2171b5", "#6baed6", "#c6dbef", "#fdae6b", "#e6550d"]
+    height = 0.8 / max(1, len(results.shown))
+    for i, (rate, title) in enumerate(results.shown.items()):
         speeds = [results.speed(n, world, rate) or 0 for n in names]
-        places = [y + (1.5 - i) * height for y in range(len(names))]
+        places = [y + ((len(results.shown) - 1) / 2 - i) * height for y in range(len(names))]
         axes.barh(places, speeds, height, color=shades[i], label=title)
     if most := results.speed(ALONE, world, "none"):
         axes.axvline(most, color="black", lw=1, ls="--", label=f"{ALONE} (manyhands)")

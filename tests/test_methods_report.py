@@ -97,7 +97,8 @@ def test_table_and_plot(
     (tmp_path / "methods.json").write_text(json.dumps(data))
     report.write(tmp_path / "methods")
     text = (tmp_path / "methods.md").read_text()
-    assert "| sparseloco |  |  | 925 (92%) |  | 1 | 1e+03 × |" in text
+    assert "| method | 100 Mbit/s | kB/step |" in text, "what was measured"
+    assert "| sparseloco | 925 (92%) | 1 | 1e+03 × |" in text
     assert "| powersgd | not reached |" in text
     assert (tmp_path / "methods.png").stat().st_size > 10_000
     assert text in capsys.readouterr().out
