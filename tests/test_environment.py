@@ -74,9 +74,3 @@ def test_an_allocation_without_srun_is_a_world_of_one() -> None:
 def test_garbage_is_one_clear_message(variables: dict[str, str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         read_env(variables)
-
-
-def test_only_torchruns_restarts_count() -> None:
-    started = {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "2"}
-    assert read_env(started).restarts == 0
-    assert read_env({**started, "TORCHELASTIC_RUN_ID": "x"}).restarts == 2

@@ -467,6 +467,7 @@ def test_values_need_no_torch() -> None:
         ("llama-nano", "gpt2-nano", "model_type"),
         ("tutorial", "tutorial(hidden=8)", "hidden"),
         ("tutorial", "tutorial(dropout=0.3)", None),
+        ("tutorial", "tutorial(hidden=256)", None),
     ],
 )
 def test_a_configuration_tells_another_function(

@@ -98,11 +98,14 @@ def test_what_an_attempt_without_a_checkpoint_left_is_set_aside(
         "earlier-1",
         "earlier-2",
     ]
-    (output / "metrics.jsonl").write_text("an attempt without a step")
+    (output / "metrics.jsonl").write_text('{"event": "planned"}\n')
     assert main(["train", str(output / "config.toml"), "--output", str(output)]) == 0
     assert not (output / "metrics.jsonl").exists()
     assert not (output / "earlier-3").exists()
-    assert len(begun) == 3
+    (output / "metrics.jsonl").write_text("another program's\n")
+    assert main(["train", str(output / "config.toml"), "--output", str(output)]) == 0
+    assert (output / "earlier-3" / "metrics.jsonl").read_text() == "another program's\n"
+    assert len(begun) == 4
 
 
 def test_a_run_that_goes_on_keeps_its_records(tmp_path: Path, begun: list[str]) -> None:
@@ -136,27 +139,6 @@ def test_resume_auto_continues_what_is_there_else_starts(
     assert begun == ["run"] * 3 + ["output"] * 2
     assert main(["train", "--output", "run"]) == 2
     assert "already holds" in capsys.readouterr().err
-
-
-def test_a_launchers_restart_continues_by_itself(
-    tmp_path: Path, begun: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other, run = saved(tmp_path / "other", 2), tmp_path / "run"
-    for name in ("RANK", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
-        monkeypatch.setenv(name, "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    commands = [["train", "--output", str(run)], ["train", "--resume", str(other), "--output", str(run)]]
-    commands.append(["train", "--resume", str(other / "checkpoint-2")])
-    for restarts in ("0", "1"):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
-        assert [main(command) for command in commands] == [0, 0, 0]
-        there = str(other) if restarts == "1" else str(other / "checkpoint-2")
-        assert resumed[-3:] == [None, str(other), there]
-    saved(run, 3)
-    assert [main(command) for command in commands] == [0, 0, 0]
-    assert resumed[-3:] == [str(run), str(run), str(other)]
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert [main(command) for command in commands] == [2, 2, 0]
 
 
 def test_workers_that_see_different_checkpoints_do_not_begin(tmp_path: Path) -> None:
@@ -267,9 +249,10 @@ def test_local_paths_hold_from_any_directory(tmp_path: Path, monkeypatch: pytest
     for name in ("model", "words"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").touch()
-    kept = ("stdlib", "hf:org/set:train", "s3://bucket/*.txt", "zip://*.csv::data.zip", "/data/*.txt")
+    kept = ("stdlib", "hf:org/set:train", "s3://bucket/*.txt", "zip://*.csv::s3://b/data.zip", "/data/*.txt")
+    ours = ("hf:words:train", "hf:words", "zip://*.csv::data.zip")
     job = Job(
-        data=("a.txt", "corpus/*.txt", "../b", "~/c.txt", *kept),
+        data=("a.txt", "corpus/*.txt", "../b", "~/c.txt", *ours, *kept),
         eval_data=("held.txt",),
         model="model(n_layer=4)",
         tokenizer="words",
@@ -278,7 +261,9 @@ def test_local_paths_hold_from_any_directory(tmp_path: Path, monkeypatch: pytest
     )
     found = anchored(job)
     here, home = str(tmp_path), str(Path.home())
-    assert found.data == (f"{here}/a.txt", f"{here}/corpus/*.txt", f"{here}/../b", f"{home}/c.txt", *kept)
+    ours = (f"hf:{here}/words:train", f"hf:{here}/words", f"zip://*.csv::{here}/data.zip")
+    there = (f"{here}/a.txt", f"{here}/corpus/*.txt", f"{here}/../b", f"{home}/c.txt")
+    assert found.data == (*there, *ours, *kept)
     assert found.eval_data == (f"{here}/held.txt",)
     assert (found.model, found.tokenizer) == (f"{here}/model(n_layer=4)", f"{here}/words")
     assert (found.cache, found.output) == (f"{here}/cache", "run")

@@ -32,7 +32,9 @@ def test_what_is_scored_is_prepared_once_and_alone(tmp_path: Path) -> None:
     state = json.loads((copy / "tokenizer.json").read_text())
     (copy / "tokenizer.json").write_text(json.dumps(state, indent=7))
     (copy / "more_tokens.json").write_text("{}")
-    job = Job(data=("gone",), eval_data=spec.data, tokenizer=str(copy), cache=str(tmp_path / "cache"))
+    job = Job(
+        data=("gone",), eval_data=spec.data, eval_every=1, tokenizer=str(copy), cache=str(tmp_path / "cache")
+    )
     world: Any = SimpleNamespace(rank=0)
     events: list[Any] = []
     found = gather_scored(job, world, events.append, labels=None)

@@ -23,6 +23,7 @@ FIELDS = (
 TRAINING = (  # how the run trained says nothing of how it is scored
     *("strategy", "reproducible", "min_workers", "restarts", "hang_s", "stuck_s", "elastic", "lost_round"),
     *("inner_steps", "on_divergence", "check_every", "balance", "micro_batch"),
+    *("eval_every", "save_every", "log_every", "prompt"),
 )
 
 

@@ -32,7 +32,6 @@ class Env:
         token_file: file with its token ($MANYHANDS_TOKEN_FILE).
         fingerprint: of its certificate ($MANYHANDS_FINGERPRINT); None: without TLS.
         seat: this process's id in the job ($MANYHANDS_SEAT).
-        restarts: how often the launcher has started all workers anew (torchrun's --max-restarts).
     """
 
     rank: int = 0
@@ -49,7 +48,6 @@ class Env:
     token_file: str | None = None
     fingerprint: str | None = None
     seat: str | None = None
-    restarts: int = 0
 
 
 # launcher -> (rank, world size, local rank, local world size)
@@ -126,7 +124,6 @@ def _read(env: Mapping[str, str], launcher: str, names: tuple[str, str, str, str
         token_file=env.get("MANYHANDS_TOKEN_FILE") or None,
         fingerprint=env.get("MANYHANDS_FINGERPRINT") or None,
         seat=env.get("MANYHANDS_SEAT") or None,
-        restarts=_number(env, "TORCHELASTIC_RESTART_COUNT", default=0) if agent else 0,
     )
 
 

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import json
 import os
 import shutil
 import time
@@ -73,7 +74,9 @@ def make_fresh(output: Path, resume: str | None, sinks: Sequence[str] = ()) -> N
     if manifest.goes_on(output, resume):
         return
     try:
-        if (output / ledger.DIRECTORY).exists():
+        if _of_no_step(metrics):
+            metrics.unlink()
+        if (output / ledger.DIRECTORY).exists() or metrics.exists():
             number = next(n for n in itertools.count(1) if not (output / f"earlier-{n}").exists())
             aside = output / f"earlier-{number}"
             aside.mkdir()
@@ -87,9 +90,17 @@ def make_fresh(output: Path, resume: str | None, sinks: Sequence[str] = ()) -> N
                     (output / name).rename(aside / name)
             if config.exists():  # it stays: this run may have been read from it
                 shutil.copyfile(config, aside / config.name)
-        metrics.unlink(missing_ok=True)
     except OSError as error:
         raise durable.failure(output, error) from error
+
+
+def _of_no_step(metrics: Path) -> bool:
+    """Whether it is there, ours, and tells of nothing that was computed."""
+    try:
+        events = [json.loads(line)["event"] for line in metrics.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+    return "stepped" not in events
 
 
 def _open(path: Path) -> int | None:

@@ -196,20 +196,13 @@ def lowest_layers(layers: Sequence[Layer]) -> list[Layer]:
 
 
 def continued(layers: Sequence[Layer]) -> list[Layer]:
-    """`layers` with what ``resume = "auto"`` means here: the output, where it holds a checkpoint; else nothing.
-
-    Workers that another launcher has started anew continue likewise: their command is the one that began the run.
-    """
+    """`layers` with what ``resume = "auto"`` means here: the output, where it holds a checkpoint; else nothing."""
     resume, output = _last(layers, "resume"), _last(layers, "output")
     if resume == AUTO:
         output = output or Job.output
         found = output if checkpoints(Path(output)) else None
         told = [(source, {**data, "resume": found} if "resume" in data else data) for source, data in layers]
         return [*told, ("--resume auto", {"output": output})]
-    if read_env().restarts and (output or resume):  # a default output may by now be another one than it was
-        output = output or str(run_of(resume))
-        if checkpoints(Path(output)):
-            return [*layers, ("the launcher's restart", {"resume": output, "output": output})]
     return list(layers)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 RECIPE = "manyhands_recipe"  # attribute of a model: how it was made
+DEFAULTS = "manyhands_defaults"  # of the same: arguments that are not in the recipe
 
 
 def import_function(name: str) -> Callable[..., Any]:
@@ -130,6 +131,7 @@ def make(
             "return the module itself",
         )
     model.__dict__[RECIPE] = {"model": name, "arguments": arguments}
+    model.__dict__[DEFAULTS] = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
     return model
 
 
@@ -137,3 +139,8 @@ def recipe_of(model: nn.Module) -> dict[str, Any] | None:
     """How `make` made this model; None where something else did."""
     found = model.__dict__.get(RECIPE)
     return dict(found) if found else None
+
+
+def defaults_of(model: nn.Module) -> dict[str, Any]:
+    """The arguments that `make`'s function has when they are not given."""
+    return dict(model.__dict__.get(DEFAULTS, {}))

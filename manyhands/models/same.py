@@ -42,8 +42,9 @@ def difference(model: nn.Module, directory: Path) -> Difference | None:
             saved = _plain(kind.from_dict(saved).to_dict())  # fields that have their defaults are not written
         names = saved.keys() & now.keys()  # versions of Transformers add some
     elif "manyhands" in saved and not store.is_transformers(model):
-        saved = saved["manyhands"].get("arguments") or {}
-        names = saved.keys() | now.keys()  # what is not given has its default
+        usual = _plain(custom.defaults_of(model))
+        saved, now = {**usual, **(saved["manyhands"].get("arguments") or {})}, {**usual, **now}
+        names = saved.keys() | now.keys()
     else:
         return Difference("model_type", saved.get("model_type"), now.get("model_type"))
     for name in sorted(names):

@@ -30,10 +30,17 @@ def _absolute(path: str) -> str:
 
 
 def _data(name: str) -> str:
-    """A path or a pattern; addresses, Hugging Face's data sets and the standard library are no place of this machine's."""
-    if name == "stdlib" or name.startswith("hf:") or "://" in name or "::" in name:
+    """A path or a pattern; addresses, Hugging Face's own data sets and the standard library are no place of this machine's."""
+    kind, colon, rest = name.partition(":")
+    if kind == "hf" and colon:
+        for path, split in ((rest, ""), (rest.rpartition(":")[0], rest[rest.rfind(":") :])):
+            if path and os.path.exists(path):  # one that was saved here
+                return f"hf:{_absolute(path)}{split}"
         return name
-    return _absolute(os.path.expanduser(name))
+    first, chained, last = name.rpartition("::")  # fsspec's: the last link is where the bytes are
+    if name == "stdlib" or "://" in last:
+        return name
+    return f"{first}{chained}{_absolute(os.path.expanduser(last))}"
 
 
 def _model(name: str) -> str:

@@ -174,9 +174,8 @@ def gather_scored(job: Job, world: World, emit: Emit, *, labels: Sequence[str] |
 
     spec = data_spec(job, job.eval_data or job.data, tokenizer_for(job))
     found = prepare(spec, cache=cache_directory(job), processes=1, emit=emit if world.rank == 0 else ignore)
-    whole = replace(
-        job, data=spec.data, eval_data=(), eval_fraction=0.0 if job.eval_data else job.eval_fraction
-    )
+    fraction = 0.0 if job.eval_data else job.eval_fraction
+    whole = replace(job, data=spec.data, eval_data=(), eval_fraction=fraction, eval_every=None)
     if job.task_name == "pretrain":
         rows, held_out = _text_rows(whole, found, None)
     else:
