@@ -164,7 +164,10 @@ class Rows(Protocol):
 
 @runtime_checkable
 class Task(Protocol):
-    """What is learnt: how a batch becomes a loss, and how predictions are scored."""
+    """What is learnt: how a batch becomes a loss, and how predictions are scored.
+
+    An optional class attribute ``needs`` says which rows, model and tokenizer it is for (`manyhands.core.needs`).
+    """
 
     def loss(self, model: nn.Module, batch: Batch) -> Summed:
         """The training loss of one batch, as a sum and a count."""

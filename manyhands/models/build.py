@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from manyhands.core import registry, rng
 from manyhands.core.callform import Call, parse
 from manyhands.core.errors import ModelError, UsageError, nearest
+from manyhands.core.needs import needs_of
 from manyhands.models import custom, store
 from manyhands.models.describe import Description, describe, draws_random
 from manyhands.models.fit import Fit, check_fit, check_keys, check_loaded, check_padding, special_tokens
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Description", "build", "describe", "draws_random", "load_model", "load_weights", "save_model"]
 
-AUTO = {"pretrain": "AutoModelForCausalLM", "classify": "AutoModelForSequenceClassification"}
 _STREAM = 0x6D6F64656C  # "model": keeps initial weights apart from the seeds of forward passes
 
 
@@ -52,10 +52,10 @@ def build(
 
     Args:
         name: see above.
-        task: "pretrain" or "classify".
+        task: its registered name; what it needs says which class of Transformers builds the model.
         vocab_size: of the tokenizer.
         seq_len: tokens of the longest row.
-        n_labels: classes; for "classify".
+        n_labels: classes; for a task with labels.
         seed: of fresh weights; the same seed gives the same bits.
         tokenizer_dir: where the tokenizer is; its special tokens go into the configuration.
         overrides: changes, as in call form; these win.
@@ -64,16 +64,20 @@ def build(
         UsageError: an unknown name or change, or one that does not suit the task.
         ModelError: the model cannot be built or does not fit the tokenizer.
     """
-    if task not in AUTO:
-        raise UsageError(f"task = {task!r}", f"models are built for {' or '.join(AUTO)}", nearest(task, AUTO))
-    if task == "classify" and (n_labels is None or n_labels < 2):
+    needs = needs_of(registry.resolve("tasks", task))
+    if needs.labelled and (n_labels is None or n_labels < 2):
         raise UsageError(
             f"n_labels = {n_labels}", "a classifier tells at least two classes", "check the label column"
         )
     name, changes = split_call(name)
     changes = {**changes, **(overrides or {})}
     fit = Fit(
-        task=task, vocab_size=vocab_size, seq_len=seq_len, n_labels=n_labels, **special_tokens(tokenizer_dir)
+        task=task,
+        needs=needs,
+        vocab_size=vocab_size,
+        seq_len=seq_len,
+        n_labels=n_labels if needs.labelled else None,
+        **special_tokens(tokenizer_dir),
     )
     rng.seed_torch(seed, _STREAM)
     model = _build(name, changes, fit, seed)
@@ -136,10 +140,10 @@ def _build(name: str, changes: dict[str, Any], fit: Fit, seed: int) -> nn.Module
 
 
 def _from_preset(name: str, preset: Preset, changes: dict[str, Any], fit: Fit) -> nn.Module:
-    if fit.task not in preset.tasks:
+    if fit.needs.head == "AutoModelForCausalLM" and not preset.causal:
         raise UsageError(
             f"model = {name!r} for task {fit.task}",
-            f"its architecture ({preset.model_type}) is for {', '.join(preset.tasks)}",
+            f"its architecture ({preset.model_type}) sees the words that it would have to predict",
             "choose another (manyhands list models)",
         )
     shape = {"max_position_embeddings": fit.seq_len, **preset.config, "vocab_size": fit.vocab_size}
@@ -180,10 +184,9 @@ def _from_directory(path: Path, changes: dict[str, Any], fit: Fit) -> nn.Module:
     check_fit(config, fit, str(path))
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = fit.pad_id
-    if fit.task == "classify" and config.num_labels != fit.n_labels:
+    if fit.n_labels is not None and config.num_labels != fit.n_labels:
         config.num_labels = fit.n_labels
-    cls = getattr(transformers, AUTO[fit.task])
-    model, loading = store.from_pretrained(cls, path, config=config)
+    model, loading = store.from_pretrained(_head(fit), path, config=config)
     check_loaded(model, loading, path, fit)
     check_padding(model, fit, str(path))
     return model.float()
@@ -193,17 +196,17 @@ def _from_function(name: str, function: Any, changes: dict[str, Any], fit: Fit, 
     offered = {
         "vocab_size": fit.vocab_size,
         "seq_len": fit.seq_len,
-        "n_labels": fit.n_labels if fit.task == "classify" else None,
+        "n_labels": fit.n_labels,
         "bos_id": fit.bos_id,
         "eos_id": fit.eos_id,
         "pad_id": fit.pad_id,
         "seed": seed,
     }
-    tasks = getattr(function, "tasks", None)
-    if tasks is not None and fit.task not in tasks:
+    heads = getattr(function, "heads", None)
+    if heads is not None and fit.needs.head not in heads:
         raise UsageError(
             f"model = {name!r} for task {fit.task}",
-            f"it is for {', '.join(tasks)}",
+            f"it stands for {', '.join(heads)}, and the task needs {fit.needs.head}",
             "choose another (manyhands list models)",
         )
     return custom.make(name, function, offered, changes)
@@ -217,7 +220,7 @@ def _fresh(name: str, model_type: str, shape: dict[str, Any], changes: dict[str,
     import transformers
 
     special = {"bos_token_id": fit.bos_id, "eos_token_id": fit.eos_id, "pad_token_id": fit.pad_id}
-    labels = {"num_labels": fit.n_labels} if fit.task == "classify" else {}
+    labels = {"num_labels": fit.n_labels} if fit.n_labels is not None else {}
     with _as_model_error(f"{name} ({model_type})"):
         default = transformers.AutoConfig.for_model(model_type)
         names = getattr(default, "attribute_map", {})
@@ -227,9 +230,22 @@ def _fresh(name: str, model_type: str, shape: dict[str, Any], changes: dict[str,
         config = transformers.AutoConfig.for_model(model_type, **fields)
     check_fit(config, fit, name)
     with _as_model_error(f"{name} ({model_type})"), store.quiet():
-        model: nn.Module = getattr(transformers, AUTO[fit.task]).from_config(config)
+        model: nn.Module = _head(fit).from_config(config)
     check_padding(model, fit, name)
     return model.float()
+
+
+def _head(fit: Fit) -> Any:
+    """The class of Transformers that the task names."""
+    import transformers
+
+    if not hasattr(transformers, fit.needs.head):
+        raise UsageError(
+            f"head = {fit.needs.head!r} of task {fit.task}",
+            "it is one of Transformers' Auto classes, as AutoModelForCausalLM",
+            "correct the task's needs",
+        )
+    return getattr(transformers, fit.needs.head)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from manyhands.core.errors import ModelError, UsageError, nearest
+from manyhands.core.needs import Needs
 from manyhands.models import store
 
 PADDING_ROWS = 1024  # a vocabulary may be padded by this much for speed
@@ -16,9 +17,10 @@ PADDING_ROWS = 1024  # a vocabulary may be padded by this much for speed
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """What a model must fit."""
+    """What a model must fit: a task, by its name, and what that needs."""
 
     task: str
+    needs: Needs
     vocab_size: int
     seq_len: int
     n_labels: int | None
@@ -62,7 +64,7 @@ def check_fit(config: Any, fit: Fit, name: str) -> None:
 def check_loaded(model: Any, loading: Mapping[str, Any], path: Path, fit: Fit) -> None:
     """Only a classifier's head (and a pooler) may be fresh in a loaded model."""
     missing = sorted(loading.get("missing_keys", ()))
-    if fit.task == "classify":
+    if fit.needs.labelled:
         body = f"{model.base_model_prefix}."
         missing = [key for key in missing if key.startswith(body) and ".pooler." not in key]
     mismatched = sorted(str(m[0] if isinstance(m, tuple) else m) for m in loading.get("mismatched_keys", ()))
@@ -77,7 +79,7 @@ def check_loaded(model: Any, loading: Mapping[str, Any], path: Path, fit: Fit) -
 
 def check_padding(model: Any, fit: Fit, name: str) -> None:
     """A decoder classifies by its last token that is not padding, so it must know padding."""
-    if fit.task == "classify" and hasattr(model, "score") and model.config.pad_token_id is None:
+    if fit.needs.labelled and hasattr(model, "score") and model.config.pad_token_id is None:
         raise ModelError(
             f"{name} without a padding token",
             f"a {type(model).__name__} reads its answer at the last token before padding",

@@ -18,21 +18,19 @@ class Preset:
 
     Attributes:
         model_type: the architecture's name in Transformers.
-        tasks: what it can be built for.
         config: fields of the architecture's configuration.
+        causal: whether it can model language; an encoder sees the words to come.
     """
 
     model_type: str
-    tasks: tuple[str, ...]
     config: Mapping[str, Any] = field(default_factory=dict)
+    causal: bool = True
 
 
 def _gpt2(layers: int, heads: int, width: int) -> Preset:
     """GPT-2 (Radford et al. 2019): learned positions, tied embeddings, GELU, biases."""
     off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "summary_first_dropout": 0.0}
-    return Preset(
-        "gpt2", ("pretrain", "classify"), {"n_layer": layers, "n_head": heads, "n_embd": width, **off}
-    )
+    return Preset("gpt2", {"n_layer": layers, "n_head": heads, "n_embd": width, **off})
 
 
 def _llama(layers: int, heads: int, kv_heads: int, width: int, inner: int, **more: Any) -> Preset:
@@ -47,7 +45,7 @@ def _llama(layers: int, heads: int, kv_heads: int, width: int, inner: int, **mor
         "tie_word_embeddings": True,
         "rms_norm_eps": 1e-5,
     }
-    return Preset("llama", ("pretrain", "classify"), {**shape, **more})
+    return Preset("llama", {**shape, **more})
 
 
 def _bert(layers: int, heads: int, width: int) -> Preset:
@@ -60,7 +58,7 @@ def _bert(layers: int, heads: int, width: int) -> Preset:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }
-    return Preset("bert", ("classify",), shape)
+    return Preset("bert", shape, causal=False)
 
 
 GPT2_NANO = _gpt2(2, 2, 64)

@@ -23,7 +23,7 @@ class TutorialClassifier(nn.Module):
         many times.
     """
 
-    tasks = ("classify",)
+    heads = ("AutoModelForSequenceClassification",)  # what it stands for
 
     def __init__(
         self,

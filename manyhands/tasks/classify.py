@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from manyhands.core.config import option
 from manyhands.core.errors import DataError, UsageError
+from manyhands.core.needs import LABELLED, Needs
 from manyhands.core.types import Summed
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Classify:
     is not counted).
     """
 
+    needs: ClassVar[Needs] = LABELLED
     text: str = option("text", help="column of the texts")
     label: str = option("label", help="column of the labels")
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from manyhands.core.errors import DataError
+from manyhands.core.needs import TEXT, Needs
 from manyhands.core.types import Summed
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Pretrain:
         text: column of the text in data with columns; several, joined by a space: "title,body".
     """
 
+    needs: ClassVar[Needs] = TEXT
     text: str = "text"
 
     def loss(self, model: nn.Module, batch: Batch) -> Summed:

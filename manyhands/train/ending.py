@@ -27,7 +27,7 @@ def sample(loop: Loop, job: Job, material: Material, interrupts: Interrupts, emi
     if getattr(loop.replica.method, "share", None) is not None:  # no worker computes alone
         return
     generates = getattr(model, "can_generate", lambda: False)()  # Transformers' own, not any `generate`
-    if job.task_name != "pretrain" or job.prompt == "" or not generates:
+    if not job.needs.continues or job.prompt == "" or not generates:
         return
     prompt = job.prompt if job.prompt is not None else material.default_prompt
     with loop.replica.agreed():

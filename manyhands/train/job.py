@@ -13,6 +13,7 @@ from typing import Any, Literal
 from manyhands.cadence.every import EveryStep
 from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
+from manyhands.core.needs import Needs, needs_of
 from manyhands.core.types import Task
 from manyhands.exchange.allreduce import AllReduce
 from manyhands.exchange.ordered import Ordered
@@ -330,9 +331,9 @@ class Job:
                 "only methods between whose agreements workers go their own way take local steps",
                 "leave out --inner-steps, or use a strategy such as diloco",
             )
-        if self.order != "shuffled" and self.task_name == "pretrain":
+        if self.order != "shuffled" and not self.needs.labelled:
             raise UsageError(
-                f"order = {self.order!r} with task = 'pretrain'",
+                f"order = {self.order!r} with task = {self.task_name!r}",
                 "rows of running text have one length and no class",
                 "leave out --order, or use --task classify",
             )
@@ -383,6 +384,11 @@ class Job:
     def sinks(self) -> tuple[str, ...]:
         """The names in `report_to`; "none" is Hugging Face's word for no further sink."""
         return tuple(name for name in self.report_to if name != "none")
+
+    @property
+    def needs(self) -> Needs:
+        """What the task needs of rows and models."""
+        return needs_of(self.task)
 
     @property
     def task_name(self) -> str:

@@ -44,10 +44,10 @@ def check_ignored(job: Job) -> None:
             "nothing is held out to evaluate on",
             "leave out --eval-every, or give --eval-data or a larger --eval-fraction",
         )
-    if job.prompt and job.task_name != "pretrain":
+    if job.prompt and not job.needs.continues:
         raise UsageError(
             f"prompt = {job.prompt!r} with task = {job.task_name!r}",
-            "a classifier continues no text",
+            "this task's model continues no text",
             "leave out --prompt",
         )
     if job.document == "line" and job.format not in ("auto", "text"):

@@ -70,7 +70,7 @@ def data_spec(job: Job, data: Sequence[str], tokenizer: str) -> DataSpec:
     """The data options of a job as the data floor's value."""
     from manyhands.data.source import DataSpec
 
-    label = getattr(job.task, "label", None)
+    label = getattr(job.task, "label", "label") if job.needs.labelled else None
     return DataSpec(
         data=tuple(data),
         format=job.format,
@@ -96,7 +96,7 @@ def tokenizer_for(job: Job) -> str:
             "a pretrained model needs the tokens it was trained on",
             "give --tokenizer DIRECTORY",
         )
-    return "bpe:4096" if job.task_name == "pretrain" else "word:10000"
+    return job.needs.tokenizer
 
 
 def prepare_job(job: Job, *, processes: int, emit: Emit = ignore) -> tuple[Prepared, Prepared | None]:
@@ -121,17 +121,17 @@ def gather_material(job: Job, world: World, emit: Emit, *, labels: Sequence[str]
         labels: class names in order, where a model knows them already; default: those of the data.
     """
     train, held_out = prepare_job(job, processes=1, emit=emit if world.rank == 0 else ignore)
-    if job.task_name == "pretrain":
-        rows, evaluation = _text_rows(job, train, held_out)
-    else:
+    needs = job.needs
+    if needs.labelled:
         rows, evaluation = _labelled_rows(job, train, held_out, labels)
+    else:
+        rows, evaluation = _text_rows(job, train, held_out)
     if len(rows) == 0:
         raise DataError(
             f"{', '.join(job.data)} holds {train.tokens} tokens, which leaves no row to train on",
             f"a row has {job.seq_len} tokens",
             "give more text, a smaller --seq-len or a smaller --eval-fraction",
         )
-    pretrain = job.task_name == "pretrain"
     return Material(
         train=rows,
         evaluation=evaluation,
@@ -141,9 +141,9 @@ def gather_material(job: Job, world: World, emit: Emit, *, labels: Sequence[str]
         labels=labels if labels is not None else train.labels,
         identity=_identity(train, held_out),
         held_out_identity=held_out.identity if held_out else None,
-        default_model="gpt2-micro" if pretrain else "tutorial",
+        default_model=needs.model,
         default_prompt="def " if job.data == ("stdlib",) else "\n",
-        targets_per_row=job.seq_len if pretrain else 1,
+        targets_per_row=1 if needs.labelled else job.seq_len,
         documents=train.documents,
         tokens=train.tokens,
         text_bytes=train.text_bytes,
@@ -176,10 +176,10 @@ def gather_scored(job: Job, world: World, emit: Emit, *, labels: Sequence[str] |
     found = prepare(spec, cache=cache_directory(job), processes=1, emit=emit if world.rank == 0 else ignore)
     fraction = 0.0 if job.eval_data else job.eval_fraction
     whole = replace(job, data=spec.data, eval_data=(), eval_fraction=fraction, eval_every=None)
-    if job.task_name == "pretrain":
-        rows, held_out = _text_rows(whole, found, None)
-    else:
+    if job.needs.labelled:
         rows, held_out = _labelled_rows(whole, found, None, labels)
+    else:
+        rows, held_out = _text_rows(whole, found, None)
     if len(rows) == 0:
         raise DataError(
             f"{', '.join(spec.data)} holds {found.tokens} tokens, which is no row to score",

@@ -177,7 +177,7 @@ def _compile(job: Job, facts: Facts, steps: int) -> tuple[bool, str]:
         return job.compile == "on", "given"
     if job.reproducible:
         return False, "the bitwise promise needs kernels that do not depend on shapes"
-    if facts.draws_random and facts.device_type == "cpu" and job.task_name != "pretrain":
+    if facts.draws_random and facts.device_type == "cpu" and job.needs.labelled:
         return False, "small models gain nothing"
     if (
         facts.device_type == "cpu" and not facts.draws_random
