@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,14 @@ import pytest
 from plugins import install
 from runs import TINY, losses, manyhands, summary
 
+from manyhands.cli.coordinate import _check_launch
 from manyhands.core.errors import UsageError
 from manyhands.core.needs import LABELLED, TEXT, needs_of
+from manyhands.launch.launchers import chosen, joined, locally
 from manyhands.models.build import build
 from manyhands.tasks.classify import Classify
 from manyhands.tasks.pretrain import Pretrain
+from manyhands.train.job import Job
 
 HEAVY = '''
     """A language model whose loss weighs more."""
@@ -53,6 +58,22 @@ MARGIN = '''
                 return super().loss(model, batch)
             logits = model(batch["input_ids"], batch["attention_mask"])
             return Summed(multi_margin_loss(logits, labels, reduction="sum"), len(labels))
+'''
+THIN = '''
+    """Two processes that meet at a free port."""
+    import os, socket, subprocess, sys
+
+    def launch(entry, argument, job):
+        """Two workers, without a watch over them."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "manyhands.launch.child", entry, argument]
+        sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        workers = [
+            subprocess.Popen(command, env={**os.environ, **place, **sizes, "RANK": r, "LOCAL_RANK": r}) for r in "01"
+        ]
+        return max(worker.wait() for worker in workers)
 '''
 
 
@@ -124,3 +145,38 @@ def test_a_task_names_the_class_that_builds_its_model(monkeypatch: pytest.Monkey
     assert type(model).__name__ == "BertForMaskedLM"
     with pytest.raises(UsageError, match="head = 'AutoModelForMasks' of task misspelt"):
         build("bert-tiny", task="misspelt", vocab_size=50, seq_len=16)
+
+
+def test_a_third_partys_launcher_trains_as_the_local_one_does(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, "thin_launcher", THIN, {"launchers.thin": "launch"}, monkeypatch)
+    given = ["--data", corpus, *TINY, "--steps", 3, "--workers", 2, "--output"]
+    manyhands("train", "--launcher", "thin", *given, tmp_path / "thin")
+    manyhands("train", *given, tmp_path / "local", "--threads", 1)
+    assert losses(tmp_path / "thin") == losses(tmp_path / "local")
+    assert 'launcher = "thin"' in (tmp_path / "thin" / "config.toml").read_text()
+
+
+def test_a_launcher_is_chosen_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert chosen(Job()) is chosen(Job(launcher="local")) is locally
+    with pytest.raises(UsageError, match="'local' with manyhands coordinate"):
+        _check_launch(Job(launcher="local"))
+    with pytest.raises(UsageError, match=r"'lokal' is not among the launchers.*did you mean 'local'"):
+        chosen(Job(launcher="lokal"))
+    with pytest.raises(UsageError, match="'torchrun' where RANK is not set"):
+        chosen(Job(launcher="torchrun"))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert chosen(Job()) is chosen(Job(launcher="torchrun")) is chosen(Job(launcher="thin")) is joined
+    with pytest.raises(UsageError, match="'local' where RANK is set"):
+        chosen(Job(launcher="local"))
+
+
+def test_a_worker_without_its_words_says_which() -> None:
+    words = [sys.executable, "-m", "manyhands.launch.child", "json:loads"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "1 arguments of manyhands.launch.child. they are ENTRY" in done.stderr

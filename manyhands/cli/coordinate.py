@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     if not (output / JOURNAL).exists():
         job = placed(job, origins)
         output = Path(job.output)
-    _check_servers(job)
+    _check_launch(job)
     with claimed(output):
         return _coordinate(given, job, origins, default_listen=p.get_default("listen"))
 
@@ -130,9 +130,15 @@ def _coordinate(
         coordinator.stop()
 
 
-def _check_servers(job: Job) -> None:
-    """Parameter servers of a job with several launchers stand alone. Raises `UsageError`."""
+def _check_launch(job: Job) -> None:
+    """Launchers join by themselves, and what they have in common, parameter servers, stands alone. Raises `UsageError`."""
     placement: Any = job.strategy.placement
+    if job.launcher != "auto":
+        raise UsageError(
+            f"launcher = {job.launcher!r} with manyhands coordinate",
+            "each machine's manyhands join starts the workers there",
+            "leave out --launcher",
+        )
     if getattr(placement, "consistency", None) is not None and not placement.address:
         raise UsageError(
             f"strategy = {job.strategy!r} without address",

@@ -16,7 +16,7 @@ from manyhands.train.job import Job
 
 FIELDS = (
     *("data", "format", "encoding", "document", "quoting", "on_error", "eval_fraction", "device_batch"),
-    *("workers", "device", "threads", "transport", "precision", "cache"),
+    *("launcher", "workers", "device", "threads", "transport", "precision", "cache"),
 )
 
 

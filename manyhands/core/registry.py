@@ -281,9 +281,9 @@ REGISTRY: dict[str, dict[str, Entry]] = {
         ),
     },
     "launchers": {
-        "local": Entry("manyhands.launch.local:launch", "this machine: one process per core or GPU"),
+        "local": Entry("manyhands.launch.launchers:locally", "this machine: one process per core or GPU"),
         "torchrun": Entry(
-            "manyhands.launch.environment:join",
+            "manyhands.launch.launchers:joined",
             "join as one worker where RANK and WORLD_SIZE are set (torchrun, others)",
         ),
     },

@@ -1,4 +1,4 @@
-"""A worker process of the local launcher.
+"""A worker process of the local launcher; of others, who start this module, too (`launchers`).
 
 It pins itself before anything imports torch, dies with its launcher, and leaves a record of its end in
 ``logs/rank-k.error.json``, from which the launcher tells the first failure.
@@ -44,7 +44,12 @@ BOOT = f"import sys; sys.path[:] = sys.argv.pop(1).split({os.pathsep!r}); from m
 
 
 def main() -> None:
-    """Run the entry point that the command line names; ends the process."""
+    """Run the entry point that the command line names; ends the process.
+
+    Our launcher says the rest in the environment; others start ``python -m manyhands.launch.child ENTRY ARGUMENT``.
+    """
+    if "MANYHANDS_PARENT" not in os.environ:
+        sys.exit(_join(sys.argv[1:]))
     die_with_parent(int(os.environ.pop("MANYHANDS_PARENT")))
     work(sys.argv[1])
 
@@ -65,6 +70,23 @@ def work(entry: str, tell_code: Callable[[int], None] | None = None) -> None:
     if "MANYHANDS_CONSOLE" in os.environ:
         os.set_inheritable(int(os.environ["MANYHANDS_CONSOLE"]), False)
     _leave(_run(entry, error_file), tell_code)
+
+
+def _join(words: list[str]) -> int:
+    """Be a worker of another launcher."""
+    from manyhands.launch.environment import join
+
+    try:
+        if len(words) != 2:
+            raise UsageError(
+                f"{len(words)} arguments of manyhands.launch.child",
+                "they are ENTRY (module:function) and ARGUMENT",
+                "a launcher is handed both, and hands them on",
+            )
+        return join(words[0], words[1])
+    except UsageError as error:  # of these words, or of the variables; `join` itself tells of the rest
+        print(f"manyhands: {error}", file=sys.stderr)
+        return error.exit_code
 
 
 def _run(entry: str, error_file: Path) -> int:
@@ -142,3 +164,7 @@ def _leave(code: int, tell_code: Callable[[int], None] | None) -> None:
         if tell_code is not None:
             tell_code(code)
         os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -90,29 +90,10 @@ def placed(job: Job, origins: Mapping[str, str]) -> Job:
 
 
 def begin(entry: str, argument: str, job: Job) -> int:
-    """Run `entry` on the job's workers: in this process under another launcher, else in new ones here."""
-    env = read_env()
-    if env.launcher != "none":
-        if job.workers is not None and job.workers != env.world_size:
-            raise UsageError(
-                f"workers = {job.workers}, but {env.launcher} started {env.world_size}",
-                "the launcher decides how many workers there are",
-                "leave out --workers",
-            )
-        from manyhands.launch.environment import join
+    """Run `entry` on the job's workers, as the job's launcher does; returns the exit code."""
+    from manyhands.launch.launchers import chosen
 
-        return join(entry, argument)
-    from manyhands.launch.local import launch
-
-    return launch(
-        entry,
-        argument,
-        workers=workers_of(job),
-        output=Path(job.output),
-        threads=1 if job.reproducible else job.threads,
-        servers=servers_of(job),
-        elastic=elastic_of(job),
-    )
+    return chosen(job)(entry, argument, job)
 
 
 # What a worker imports until its first step, or as the first one: it has them ready. Of the models any one will do: what is
@@ -227,6 +208,7 @@ def resumed_layer(layers: Sequence[Layer]) -> list[Layer]:
         ) from None
     data.pop("workers", None)  # another number of workers is welcome
     data.pop("shares", None)
+    data.pop("launcher", None)  # and another launcher
     if data.get("device") == "mixed":  # each worker derives for its device what these say of the first one's
         for name in BY_DEVICE:
             data.pop(name, None)

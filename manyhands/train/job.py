@@ -103,6 +103,10 @@ class Job:
     max_grad_norm: float = option(1.0, help="clip the global gradient norm to this; 0: never")
     seed: int = option(0, help="of the order, the initial model and every random number")
     # on what
+    launcher: str = option(
+        "auto",
+        help="who starts the workers (manyhands list launchers); auto: this machine, or whoever has set RANK",
+    )
     workers: int | None = option(None, help="processes on this machine; none: one per core or GPU")
     device: Literal["auto", "cpu", "cuda", "mixed"] = option(
         "auto", help="where the model lives; mixed: workers take the GPUs first, further ones the CPU"
