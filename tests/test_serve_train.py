@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import contract
 import numpy as np
 import pytest
 import torch
@@ -409,6 +410,7 @@ def test_a_killed_server_is_started_again(tmp_path: Path) -> None:
     found = summary(output)
     assert found["steps"] == 30
     assert found["samples"] == sum(worker["samples"] for worker in found["workers"])
+    contract.check(found, {**contract.SUMMARY, "served": contract.SERVED})
     assert found["served"]["updates"] == 60
     assert not (output / "servers").exists()
     assert "continues with update" in (output / "logs" / "server-1.log").read_text()

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import contract
 import pytest
 import warm
 from runs import TINY, command, environment, events, losses, manyhands, summary
@@ -57,11 +58,9 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_output_contract(trained: Path) -> None:
     found = summary(trained)
-    needed = "steps samples target_tokens wall_s tokens_per_s mfu train_loss eval strategy world_sizes parameters_sha256 workers"
-    assert set(needed.split()) <= set(found)
-    assert {"loss", "perplexity", "bits_per_byte"} <= set(found["eval"])
-    keys = "rank host device samples tokens compute_s communicate_s idle_s sent_bytes received_bytes"
-    assert [set(keys.split()) <= set(w) for w in found["workers"]] == [True, True]
+    contract.check(found, contract.SUMMARY)
+    contract.check_lines(trained / "metrics.jsonl")
+    assert (found["resumed_from"], len(found["workers"])) == (0, 2)
     assert found["steps"] == STEPS
     assert found["samples"] == STEPS * 12 == sum(w["samples"] for w in found["workers"])
     assert found["target_tokens"] == STEPS * 12 * 32 == sum(w["tokens"] for w in found["workers"])
@@ -239,7 +238,14 @@ def test_a_signal_saves_and_the_run_goes_on_later(
     assert step >= 5
     assert summary(output)["steps"] == step
     warm.manyhands("train", "--resume", output, "--steps", step + 2, "--workers", 1)
-    assert summary(output)["steps"] == step + 2
+    found = summary(output)
+    contract.check(found, contract.SUMMARY)
+    assert (found["steps"], found["resumed_from"]) == (step + 2, step)
+    assert (found["samples"], found["workers"][0]["samples"]) == (
+        (step + 2) * 12,
+        2 * 12,
+    )  # of the run; of its end
+    contract.check_lines(output / "metrics.jsonl")
     assert sorted(losses(output))[-2:] == [step + 1, step + 2]
 
 
@@ -297,6 +303,8 @@ def test_classification_learns_and_does_not_depend_on_the_workers(tmp_path: Path
     for workers in (1, 3):
         warm.manyhands("train", *job, "--workers", workers, "--output", tmp_path / str(workers))
     found = summary(tmp_path / "1")
+    contract.check(found, {**contract.SUMMARY, "eval": contract.CLASSIFIER})
+    assert found["model"]["name"] == "tutorial"
     assert found["eval"]["accuracy"] > 0.95
     assert found["eval"]["macro_f1"] > 0.95
     assert found["data"]["skipped"] == 1

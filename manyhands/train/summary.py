@@ -1,4 +1,9 @@
-"""``OUTPUT/summary.json``: what a finished (or stopped) run did. Others read it: tests/test_contract.py freezes it."""
+"""``OUTPUT/summary.json``: what a finished (or stopped) run did. Others read it: tests/contract.py freezes it.
+
+`steps`, `samples`, `target_tokens` and `skipped_steps` are the whole run's, `wall_s`, `train_s` and the rates those of the last
+command, which went on after step `resumed_from`; each of `workers` tells what its process did. So, where nobody was lost and
+nothing resumed, the workers' samples add up to the run's.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +52,11 @@ def summarize(
     workers = loop.world.gather(mine) if collective else [mine]
     weights = session.whole_weights(replica, collective=collective)
     rate = tally.rate
+    name = job.model if job.model != "auto" else material.default_model
     return {
         "format": FORMAT,
         "reason": reason,
+        "resumed_from": tally.resumed_from,
         "steps": replica.steps,
         "samples": loop.feed.order.seen(replica.steps),
         "target_tokens": replica.tokens,
@@ -64,7 +71,7 @@ def summarize(
         "eval": tally.eval,
         "strategy": config.to_data(job.strategy, "strategies"),
         "world_sizes": list(world_sizes),
-        "model": {"name": job.model, "parameters": facts.parameters},
+        "model": {"name": name, "parameters": facts.parameters},
         "data": as_data(material),
         "precision": plan.precision,
         "compile": plan.compile,

@@ -33,8 +33,13 @@ class Schedule:
 
 @dataclass
 class Tally:
-    """What this worker has done so far, and how fast."""
+    """What this worker has done so far, and how fast.
 
+    Attributes:
+        resumed_from: the step of the checkpoint that the job's command began with; 0: none.
+    """
+
+    resumed_from: int = 0
     samples: int = 0
     tokens: int = 0
     compute_s: float = 0.0
@@ -85,6 +90,7 @@ class Tally:
         return {
             "step_s": self.step_s,
             "train_s": self.train_s,
+            "resumed_from": self.resumed_from,
             "losses": [list(each) for each in self.losses],
         }
 
@@ -93,6 +99,7 @@ class Tally:
         new = not self.began and not self.losses
         if new:
             self.step_s, self.train_s = float(facts["step_s"]), float(facts["train_s"])
+            self.resumed_from = int(facts["resumed_from"])
             self.losses.extend((float(loss), int(count)) for loss, count in facts["losses"])
         return new
 

@@ -264,6 +264,7 @@ class _Run:
             if resume is not None:
                 sizes = restore(loop, resume, self.job, parts.material, self.emit)
                 self.world_sizes = [*sizes, self.the_world.size]
+                loop.tally.resumed_from = loop.replica.steps
         return loop
 
     def _announce(self) -> None:
