@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import itertools
@@ -10,11 +11,13 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -410,8 +413,34 @@ def test_labelled_rows_are_cut_padded_and_numbered(tmp_path: Path) -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
     assert batch["input_ids"].shape == (3, 3)
     assert (batch["input_ids"][batch["attention_mask"] == 0] == 0).all(), "the padding token"
-    with pytest.raises(DataError, match="the classes are"):
+    assert batch["label"].dtype == torch.int64
+    other = LabelledRows(prepared, 3, np.array([2, 0, 1]), labels=["w", "y", "x"])
+    assert other.take(np.array([2, 0]))["label"].tolist() == [1, 2]
+    with pytest.raises(DataError, match=r"labels \['y'\] in the data. the classes are x"):
         LabelledRows(prepared, 3, np.arange(3), labels=["x"])
+
+
+def test_labels_of_many_rows_cost_four_bytes_each(tmp_path: Path) -> None:
+    """No Python string for each."""
+    (tmp_path / "a.csv").write_text("text,label\naa,x\nbb,y\n")
+    prepared = prepare(
+        DataSpec(data=(str(tmp_path / "a.csv"),), label="label", tokenizer="word:20"), cache=tmp_path / "c"
+    )
+    n = 200_000
+    tokens, lengths = np.zeros(n, dtype=np.uint16), np.ones(n, dtype=np.int64)
+    name = shards.write_labelled(prepared.directory, tokens, lengths, ["x", "y"] * (n // 2))
+    many, ids = dataclasses.replace(prepared, shards=((name, n),), rows=n), np.arange(n)
+    LabelledRows(many, 3, ids)  # whoever is first imports
+    tracemalloc.start()
+    try:
+        rows = LabelledRows(many, 3, ids)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert rows.classes.dtype == rows.lengths.dtype == np.int32
+    assert rows.classes[:4].tolist() == [0, 1, 0, 1]
+    assert held < 9 * n  # a class and a length
+    assert peak < 24 * n
 
 
 def test_pieces_are_bounded_and_cover_everything() -> None:

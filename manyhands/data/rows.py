@@ -119,7 +119,7 @@ class LabelledRows:
         labels: class names in order; default: the data's own.
 
     Attributes:
-        lengths, classes: tokens and class of each row, [len(self)] int64; known without reading the texts.
+        lengths, classes: tokens and class of each row, [len(self)] int32; known without reading the texts.
     """
 
     def __init__(
@@ -132,23 +132,14 @@ class LabelledRows:
         named: str = "the data",
     ) -> None:
         names = list(labels if labels is not None else prepared.labels or ())
-        number = {name: i for i, name in enumerate(names)}
         self._max_len, self._ids = max_len, ids
         self._prepared = prepared
         parts = [shards.open_labelled(prepared.directory / name) for name, _ in prepared.shards]
         self._starts = np.concatenate([[0], np.cumsum([len(p[2]) for p in parts])]).astype(np.int64)
         self._parts = [(offsets, flat) for offsets, flat, _ in parts]
-        unknown = sorted({name for _, _, each in parts for name in each} - set(number))
-        if unknown:
-            raise DataError(
-                f"labels {unknown[:3]} in {named}",
-                f"the classes are {', '.join(names[:20])}",
-                "correct the label column",
-            )
-        self._labels = np.array([number[name] for _, _, each in parts for name in each], dtype=np.int64)
-        lengths = np.concatenate([np.diff(o) for o, _ in self._parts] or [np.empty(0)]).astype(np.int64)[ids]
+        self.classes = _numbers([labels for _, _, labels in parts], names, named)[ids]
+        lengths = np.concatenate([np.diff(o) for o, _ in self._parts] or [np.empty(0, np.int32)])[ids]
         self.lengths = np.clip(lengths, 1, max_len)  # tokens of each row, as far as they are used
-        self.classes = self._labels[ids]
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -170,7 +161,7 @@ class LabelledRows:
         return {
             "input_ids": torch.from_numpy(inputs),
             "attention_mask": torch.from_numpy(mask),
-            "label": torch.from_numpy(self._labels[self._ids[ids]]),
+            "label": torch.from_numpy(self.classes[ids].astype(np.int64)),
         }
 
     @property
@@ -194,3 +185,23 @@ class LabelledRows:
             )
             self._pad_id = int(found) if found is not None else self._prepared.end_id
         return self._pad_id
+
+
+def _numbers(columns: Sequence[Any], names: Sequence[str], named: str) -> NDArray[np.int32]:
+    """The place in `names` of each label of some Arrow arrays, [Σ len]. Never a Python string a row: there may be millions."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    known = pa.array(names, pa.string())
+    found = [pc.index_in(column, value_set=known) for column in columns]  # null: not among them
+    unknown: set[str] = set()
+    for column, numbers in zip(columns, found, strict=True):
+        if numbers.null_count:
+            unknown.update(pc.unique(column.filter(numbers.is_null())).to_pylist())
+    if unknown:
+        raise DataError(
+            f"labels {sorted(unknown)[:3]} in {named}",
+            f"the classes are {', '.join(names[:20])}",
+            "correct the label column",
+        )
+    return np.concatenate([numbers.to_numpy() for numbers in found] or [np.empty(0, np.int32)])

@@ -117,14 +117,14 @@ def open_tokens(path: Path) -> NDArray[Any]:
     return tokens
 
 
-def open_labelled(path: Path) -> tuple[NDArray[np.int32], NDArray[Any], list[str]]:
-    """(offsets, flat tokens, labels) of a labelled shard, memory-mapped."""
+def open_labelled(path: Path) -> tuple[NDArray[np.int32], NDArray[Any], Any]:
+    """(offsets, flat tokens, labels: an Arrow array of strings) of a labelled shard, memory-mapped."""
     batch = _open(path)
     lists = batch.column(0)
     return (
         lists.offsets.to_numpy(zero_copy_only=True),
         lists.values.to_numpy(zero_copy_only=True),
-        batch.column(1).to_pylist(),
+        batch.column(1),
     )
 
 
