@@ -1,6 +1,7 @@
 """What others read, frozen: the keys and the types of ``summary.json`` and of the lines of ``metrics.jsonl``.
 
-Adding a key is a change of contract, too: it is written here. Where a figure is no number (NaN), or unknown (`mfu` without a peak), it is null.
+Adding a key is a change of contract, too: it is written here. Where a
+figure is no number (NaN), or unknown (`mfu` without a peak), it is null.
 """
 
 from __future__ import annotations
