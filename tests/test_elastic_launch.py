@@ -503,7 +503,8 @@ def test_workers_of_another_launch_join_die_are_replaced_and_leave(launched: Cal
     assert job.end()[0] == 143
     assert again.end()[0] == 143
     assert again.everybody_gone()
-    assert next(r for r in again.heard if r["what"] == "signal")["stopping"]
+    # it may have ended before its own launcher's signal came, since the others had left
+    assert all(r["stopping"] for r in again.heard if r["what"] == "signal")
 
 
 def end(rank: int, code: int, *, survived: bool = False, kind: str | None = None) -> End:

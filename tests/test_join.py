@@ -136,9 +136,7 @@ def test_all_die_and_one_command_goes_on(tmp_path: Path, start: Start) -> None:
     assert '"resumed"' in (output / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize(
-    "strategy", ["ddp", "parameter-server(consistency=async)", "gossip(lr=0.003, every=3)"]
-)
+@pytest.mark.parametrize("strategy", ["parameter-server(consistency=async)", "gossip(lr=0.003, every=3)"])
 def test_joining_a_local_job_by_its_output_and_leaving_it(
     tmp_path: Path, start: Start, strategy: str
 ) -> None:
