@@ -107,5 +107,7 @@ def test_a_slowed_worker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [each.seat for each in fault.injected] == ["w1"]
     blamed = [(event["slowest"], event["reason"]) for event in job.seen("balance")[1:]]
     assert [seat for seat, _ in blamed].count("w1") >= 4, blamed
-    assert blamed.count(("w1", "compute")) >= 2, blamed  # a stop may fall into a push, too: then it is the network's
+    assert blamed.count(("w1", "compute")) >= 2, (
+        blamed
+    )  # a stop may fall into a push, too: then it is the network's
     assert "the others wait for w1 (its computing)" in said
