@@ -148,7 +148,8 @@ def renewed(exchange: Any, delta: Tensors, mean: Tensors, state: Any) -> Any:
 def selected(exchange: Any, like: Tensors) -> list[bool]:
     """Of each contribution, whether `exchange` sends some of its entries and leaves out others."""
     if hasattr(exchange, "selected"):
-        return exchange.selected(like)  # type: ignore[no-any-return]
+        found: list[bool] = exchange.selected(like)
+        return found
     return [trait(exchange, "selects")] * len(like)
 
 

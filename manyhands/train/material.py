@@ -122,10 +122,7 @@ def gather_material(job: Job, world: World, emit: Emit, *, labels: Sequence[str]
     """
     train, held_out = prepare_job(job, processes=1, emit=emit if world.rank == 0 else ignore)
     needs = job.needs
-    if needs.labelled:
-        rows, evaluation = _labelled_rows(job, train, held_out, labels)
-    else:
-        rows, evaluation = _text_rows(job, train, held_out)
+    rows, evaluation = _rows(job, train, held_out, labels)
     if len(rows) == 0:
         raise DataError(
             f"{', '.join(job.data)} holds {train.tokens} tokens, which leaves no row to train on",
@@ -176,10 +173,7 @@ def gather_scored(job: Job, world: World, emit: Emit, *, labels: Sequence[str] |
     found = prepare(spec, cache=cache_directory(job), processes=1, emit=emit if world.rank == 0 else ignore)
     fraction = 0.0 if job.eval_data else job.eval_fraction
     whole = replace(job, data=spec.data, eval_data=(), eval_fraction=fraction, eval_every=None)
-    if job.needs.labelled:
-        rows, held_out = _labelled_rows(whole, found, None, labels)
-    else:
-        rows, held_out = _text_rows(whole, found, None)
+    rows, held_out = _rows(whole, found, None, labels)
     if len(rows) == 0:
         raise DataError(
             f"{', '.join(spec.data)} holds {found.tokens} tokens, which is no row to score",
@@ -194,6 +188,15 @@ def gather_scored(job: Job, world: World, emit: Emit, *, labels: Sequence[str] |
 
 def _identity(train: Prepared, held_out: Prepared | None) -> str:
     return hashlib.sha256(f"{train.identity}/{held_out.identity if held_out else ''}".encode()).hexdigest()
+
+
+def _rows(
+    job: Job, train: Prepared, held_out: Prepared | None, labels: Sequence[str] | None
+) -> tuple[Rows, Rows | None]:
+    """What is trained (or scored) on, and what is held out, of the kind that the task needs."""
+    if job.needs.labelled:
+        return _labelled_rows(job, train, held_out, labels)
+    return _text_rows(job, train, held_out)
 
 
 def _text_rows(job: Job, train: Prepared, held_out: Prepared | None) -> tuple[Rows, Rows | None]:
