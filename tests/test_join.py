@@ -27,13 +27,14 @@ Start = Callable[..., subprocess.Popen[str]]
 def start(tmp_path: Path) -> Iterator[Start]:
     started: list[subprocess.Popen[str]] = []
 
-    def begin(*arguments: object, **variables: str) -> subprocess.Popen[str]:
+    def begin(*arguments: object, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             command(*arguments),
             stdout=subprocess.DEVNULL,  # a pipe that nobody reads would stop the job
             stderr=subprocess.PIPE,
             text=True,
             env={**environment(), **variables},
+            cwd=cwd,
         )
         started.append(process)
         return process
@@ -140,11 +141,12 @@ def test_all_die_and_one_command_goes_on(tmp_path: Path, start: Start) -> None:
 def test_joining_a_local_job_by_its_output_and_leaving_it(
     tmp_path: Path, start: Start, strategy: str
 ) -> None:
-    output = tmp_path / "out"
+    output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
     given = ("--workers", 2, "--threads", 1, "--steps", 10**6, "--strategy", strategy)
-    local = start("train", *job(tmp_path, output, *given))
+    local = start("train", *job(Path(), Path("out"), *given), cwd=tmp_path)
     until_steps(output, 2)
-    joined = start("join", output, "--workers", 1, "--threads", 1)
+    joined = start("join", "../out", "--workers", 1, "--threads", 1, "--output", "guest", cwd=elsewhere)
     deadline = time.monotonic() + WAIT_S
     while '"joined"' not in (output / "metrics.jsonl").read_text():
         assert time.monotonic() < deadline
@@ -153,6 +155,7 @@ def test_joining_a_local_job_by_its_output_and_leaving_it(
     joined.send_signal(signal.SIGINT)
     _, errors = joined.communicate(timeout=WAIT_S)
     assert joined.returncode == 130, errors
+    assert (elsewhere / "guest" / "logs").is_dir()
     before = steps_made(output)
     until_steps(output, before + 3)
     local.send_signal(signal.SIGTERM)

@@ -76,7 +76,7 @@ def _coordinate(
     from manyhands.coordinate.server import Coordinator
     from manyhands.coordinate.words import Rules
     from manyhands.launch.claim import make_fresh
-    from manyhands.launch.control import CONTACT
+    from manyhands.launch.control import CONTACT, contact
     from manyhands.train.order import Order
 
     output = Path(job.output)
@@ -115,12 +115,8 @@ def _coordinate(
     coordinator.start()
     if "order" not in coordinator.facts:
         coordinator.publish("order", Order(job, dict(origins), time.time()).to_json())
-    contact = {
-        "address": coordinator.address,
-        "token_file": token_file,
-        "fingerprint": coordinator.fingerprint,
-    }
-    (output / CONTACT).write_text(json.dumps(contact) + "\n", encoding="utf-8")
+    there = contact(coordinator.address, token_file, coordinator.fingerprint)
+    (output / CONTACT).write_text(there, encoding="utf-8")
     fingerprint = f" --fingerprint {coordinator.fingerprint}" if coordinator.fingerprint else ""
     _log(f"join by: manyhands join {coordinator.address} --token-file {token_file}{fingerprint}")
     try:

@@ -26,9 +26,11 @@ def main(arguments: Sequence[str]) -> int:
         if value is not None and value < least:
             raise UsageError(f"--{name} {value}", f"it is at least {least}", "")
     contact = Path(given.job) / CONTACT
+    logs = None if given.output is None else Path(given.output).absolute()
     if contact.exists():  # on the same machine
         found = json.loads(contact.read_text(encoding="utf-8"))
         address, token_file, fingerprint = (found[n] for n in ("address", "token_file", "fingerprint"))
+        _go_to(found["directory"])
     else:
         address, token_file, fingerprint = given.job, given.token_file, given.fingerprint or ""
         host, separator, port = address.rpartition(":")
@@ -53,13 +55,25 @@ def main(arguments: Sequence[str]) -> int:
     job = order.job
     alone = dataclasses.replace(job, workers=given.workers, shares=None, min_workers=1)
     workers = workers_of(alone)
-    output = Path(given.output or job.output)
+    output = logs or Path(job.output)
     elastic = Elastic(restarts=given.restarts, hang_s=job.hang_s, warm=WARM)
     print(f"manyhands: {workers} workers join {address}; logs: {output}/logs", file=sys.stderr, flush=True)
     threads = 1 if job.reproducible else given.threads
     return launch(
         ENTRY, argument, workers=workers, output=output, threads=threads, elastic=elastic, remote=remote
     )
+
+
+def _go_to(directory: str) -> None:
+    """Where the job was started: its relative paths begin there."""
+    try:
+        os.chdir(directory)
+    except OSError as error:
+        raise UsageError(
+            f"{directory}: {error.strerror}",
+            "the job's relative paths begin there, where it was started",
+            "join by HOST:PORT from a directory in which the job's paths hold",
+        ) from None
 
 
 def _parser() -> options.Parser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import time
 from collections.abc import Mapping
@@ -23,6 +24,12 @@ CONTACT = (
 )
 REACH_S = 20.0
 GONE_S = 2.0  # without the coordinator, until that is told
+
+
+def contact(address: str, token_file: str | Path, fingerprint: str = "") -> str:
+    """What `CONTACT` says; ``directory`` is where the job's relative paths begin."""
+    found = {"address": address, "token_file": os.path.abspath(token_file), "fingerprint": fingerprint}
+    return json.dumps({**found, "directory": os.getcwd()}) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +128,7 @@ class Embedded:
             "MANYHANDS_COORDINATOR": self._coordinator.address,
             "MANYHANDS_TOKEN_FILE": str(path),
         }
-        contact = {"address": self._coordinator.address, "token_file": str(path), "fingerprint": ""}
-        self._contact.write_text(json.dumps(contact) + "\n", encoding="utf-8")
+        self._contact.write_text(contact(self._coordinator.address, path), encoding="utf-8")
 
     @property
     def began(self) -> bool:
