@@ -225,37 +225,6 @@ def test_the_speaker_of_a_slice_answers_for_its_loss() -> None:
         assert ((changed >= 20 * local) & (changed < 20 * (local + 1))).all()
 
 
-# -------------------------------------------------------------------------------------------- by tensor
-
-
-def test_tensors_go_by_size_and_dimension_and_small_ones_together() -> None:
-    shapes = [(40, 30), (5,), (2000,), (3, 3), ()]
-    deltas = [[torch.randn(s, generator=torch.Generator().manual_seed(r)) for s in shapes] for r in range(2)]
-    deltas = [[*d[:4], d[4].double()] for d in deltas]
-    for text, small in (
-        ("by-tensor(bf16, numel=1000)", [1, 3, 4]),
-        ("by-tensor(bf16, dims=2, numel=0)", [1, 2, 4]),
-    ):
-        exchange, asked = _value(text), []
-        assert exchange.by_tensor
-        states = [exchange.init(d) for d in deltas]
-        agreed = _round(exchange, deltas, states, tap=lambda r, q, to=asked: to.append(q) if r == 0 else None)
-        sums = [q for q in asked if isinstance(q, Sum)]
-        assert len(sums) == 2  # one a type
-        for i, mean in enumerate(agreed[0].mean):
-            exact = deltas[0][i] + deltas[1][i]
-            assert mean.shape == exact.shape
-            assert torch.equal(mean, exact) == (i in small)
-            torch.testing.assert_close(mean, exact, rtol=0.05, atol=0.05)
-
-
-def test_blocks_that_end_with_tensors_leave_zeros_alone() -> None:
-    exchange = _value("error-feedback(by-tensor(int2, numel=0))")
-    deltas = [[torch.zeros(7), torch.ones(30), torch.zeros(3, 4)] for _ in range(2)]
-    agreed = _round(exchange, deltas, [exchange.init(d) for d in deltas])
-    assert [bool(mean.any()) for mean in agreed[0].mean] == [False, True, False]
-
-
 # --------------------------------------------------------------------------------------- warm-up, chains
 
 

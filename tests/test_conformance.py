@@ -376,6 +376,17 @@ def test_pairs_move_no_average_of_all(name: str, world: int) -> None:
         torch.testing.assert_close(total, sum(d[0] for d in deltas), rtol=1e-12, atol=1e-12)
 
 
+def test_of_a_pair_who_has_seen_nothing_leaves_the_other_its_way() -> None:
+    exchange = _value("gossip(pull=0)")
+    deltas = [
+        [v, v, torch.tensor(seen, dtype=torch.float64)]
+        for v, seen in zip(_values(2, (20,), torch.float64), (5.0, 0.0), strict=True)
+    ]
+    agreed = _talk(exchange, deltas, [exchange.init(d) for d in deltas])
+    for each in agreed:
+        torch.testing.assert_close(each.mean[0], deltas[0][0], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["exchanges", "cadences", "optimizers", "schedules", "tasks"])
 def test_every_value_has_a_repr_and_data_that_read_back(kind: str) -> None:
     for text in [*registry.REGISTRY[kind], *(COMBINED if kind == "exchanges" else [])]:

@@ -359,8 +359,9 @@ def full_rows_run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
         test_methods.Rows, test_methods.N = before  # type: ignore[misc]
 
 
-def _gossip_reference(size: int, steps: int, every: int) -> dict[str, Any]:
-    workers = Simulated(size, 0.1, [1.0] * size)
+def _gossip_reference(steps: int, every: int, shares: list[float]) -> dict[str, Any]:
+    size = len(shares)
+    workers = Simulated(size, 0.1, shares)
     anchors = [copy.deepcopy(m) for m in workers.models]
     held = [{n: p for n, p in a.named_parameters() if p.requires_grad} for a in anchors]
     outers = [torch.optim.SGD(list(h.values()), lr=0.7, momentum=0.5) for h in held]
@@ -372,10 +373,11 @@ def _gossip_reference(size: int, steps: int, every: int) -> dict[str, Any]:
             for rank in range(size):
                 other = partner(rank, size, rounds)
                 grads = {}
+                mine, theirs = workers.counts[rank], workers.counts[other]
                 for name in held[rank]:
                     a, b = held[rank][name].detach(), held[other][name].detach()
                     da, db = a - workers.named(rank)[name].detach(), b - workers.named(other)[name].detach()
-                    grads[name] = (da + db) / 2 + (a - (a + b) / 2)
+                    grads[name] = (mine * da + theirs * db) / (mine + theirs or 1) + (a - (a + b) / 2)
                 new.append(grads)
             for rank in range(size):
                 for name, p in held[rank].items():
@@ -385,6 +387,7 @@ def _gossip_reference(size: int, steps: int, every: int) -> dict[str, Any]:
                     for name, p in held[rank].items():
                         workers.named(rank)[name].copy_(p)
             rounds += 1
+            workers.counts = [0] * size
     state = {k: v.clone() for k, v in anchors[0].state_dict().items()}
     for name in held[0]:
         state[name] = sum((h[name].detach() for h in held), torch.zeros(())) / size
@@ -392,11 +395,13 @@ def _gossip_reference(size: int, steps: int, every: int) -> dict[str, Any]:
     return {"losses": [], "state": {k: v.tolist() for k, v in state.items()}}
 
 
-@pytest.mark.parametrize(("size", "transport"), [(2, "group"), (3, "shared")])
-def test_gossip_is_what_the_paper_says(fleets: Any, size: int, transport: str) -> None:
+@pytest.mark.parametrize(("shares", "transport"), [([1.0, 1.0], "group"), ([3.0, 2.0, 1.0], "shared")])
+def test_gossip_is_what_the_paper_says(fleets: Any, shares: list[float], transport: str) -> None:
+    """With the targets that each of a pair has seen as weights."""
     strategy = presets.gossip(every=2, optimizer=SGD(0.1, momentum=0.9))
-    reference = _gossip_reference(size, 6, 2)
-    for answer in fleets(size, transport).run(method_run, {"strategy": strategy, "steps": 6}):
+    reference = _gossip_reference(6, 2, shares)
+    case = {"strategy": strategy, "steps": 6, "weights": shares}
+    for answer in fleets(len(shares), transport).run(method_run, case):
         assert_close({**answer, "losses": []}, reference)
 
 

@@ -136,7 +136,8 @@ REGISTRY: dict[str, dict[str, Entry]] = {
             "manyhands.exchange.hierarchical:Hierarchical", "within each host, then across hosts by slices"
         ),
         "by-tensor": Entry(
-            "manyhands.exchange.bytensor:ByTensor", "one exchange for large tensors, another for small ones"
+            "manyhands.exchange.bytensor:ByTensor",
+            "one exchange for large tensors, another for small or named ones",
         ),
         "warmup": Entry("manyhands.exchange.warmup:Warmup", "all-reduce at first, then another"),
         "chain": Entry("manyhands.exchange.chain:Chain", "two codecs, the second for what the first left"),

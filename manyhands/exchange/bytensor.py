@@ -1,20 +1,35 @@
-"""By tensor: one exchange for large tensors, another for small ones.
+"""By tensor: one exchange for large tensors, another for small ones, or for those of some role.
 
 Biases, gains and other small tensors cost little and matter much: they are sent whole while matrices are compressed
-(the practice of deep gradient compression, arXiv:1712.01887, and PowerSGD, arXiv:1905.13727).
+(the practice of deep gradient compression, arXiv:1712.01887, and PowerSGD, arXiv:1905.13727). Embeddings and heads, whose
+gradients are of another kind than those of the matrices between them, can be named.
 """
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
+from manyhands.core.names import is_named
 from manyhands.core.types import Agreed, Exchange
-from manyhands.exchange.combine import flush, packed, passed, refuse, renewed, selected, trait, unpacked
+from manyhands.exchange.combine import (
+    flush,
+    named,
+    packed,
+    passed,
+    refuse,
+    renewed,
+    selected,
+    trait,
+    unpacked,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from manyhands.core.types import Talk, Tensors
@@ -22,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ByTensor:
-    """`large` for tensors of at least `numel` values and `dims` dimensions, `small` for all others.
+    """`large` for tensors of at least `numel` values and `dims` dimensions that are not named `apart`, `small` for all others.
 
     Small tensors travel together, as one flat tensor per type, unless `small` wants them in their own shapes. Large ones
     are exchanged one by one: a sparsifier chooses within each.
@@ -31,6 +46,7 @@ class ByTensor:
         large, small: any exchanges.
         numel: fewer values: small.
         dims: fewer dimensions: small. 2: matrices are large, vectors small.
+        apart: patterns of the parts of a parameter's name: such a parameter is small, whatever its size.
     """
 
     by_tensor: ClassVar[bool] = True
@@ -48,6 +64,11 @@ class ByTensor:
     small: Exchange = choice("exchanges", "all-reduce", help="for small tensors")
     numel: int = option(4096, help="fewer values are small")
     dims: int = option(0, help="fewer dimensions are small")
+    apart: tuple[str, ...] = option(
+        (),
+        help="parameters with a module of such a name (patterns) are small, too: ['wte', '*embed*', 'lm_head']",
+    )
+    _names: ClassVar[tuple[str, ...] | None] = None  # of the tensors; see `named`
 
     def __post_init__(self) -> None:
         refuse("by-tensor", "large", self.large)
@@ -56,18 +77,26 @@ class ByTensor:
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} = {getattr(self, name)}", "it is not negative", "give 0 or more")
 
+    def named(self, names: Sequence[str]) -> ByTensor:
+        """This, for the tensors of parameters `names`."""
+        told = copy(self)
+        object.__setattr__(told, "_names", tuple(names))
+        return told
+
     def init(self, like: Tensors) -> Any:
         small, large = self._parts(like)
+        of_small, of_large = self._told(small, large)
         return {
-            "large": self.large.init([like[i] for i in large]),
-            "small": self.small.init(self._packed([like[i] for i in small])),
+            "large": of_large.init([like[i] for i in large]),
+            "small": of_small.init(self._packed([like[i] for i in small])),
         }
 
     def talk(self, delta: Tensors, state: Any) -> Talk:
         small, large = self._parts(delta)
         shorts = [delta[i] for i in small]
-        first = yield from self.small.talk(self._packed(shorts), state["small"])
-        second = yield from self.large.talk([delta[i] for i in large], state["large"])
+        of_small, of_large = self._told(small, large)
+        first = yield from of_small.talk(self._packed(shorts), state["small"])
+        second = yield from of_large.talk([delta[i] for i in large], state["large"])
         places = [*small, *large]
         mean = dict(zip(places, [*self._unpacked(first.mean, shorts), *second.mean], strict=True))
         sent = dict(zip(places, [*self._unpacked(first.sent, shorts), *second.sent], strict=True))
@@ -82,8 +111,9 @@ class ByTensor:
         small, large = self._parts(like)
         shorts = [like[i] for i in small]
         together = self._packed(shorts)
-        short, after_short = flush(self.small, state["small"], together)
-        long, after_long = flush(self.large, state["large"], [like[i] for i in large])
+        of_small, of_large = self._told(small, large)
+        short, after_short = flush(of_small, state["small"], together)
+        long, after_long = flush(of_large, state["large"], [like[i] for i in large])
         owed: list[Tensor | None] = [None] * len(like)
         if any(t is not None for t in short):
             filled = [p.new_zeros(p.shape) if t is None else t for t, p in zip(short, together, strict=True)]
@@ -98,22 +128,48 @@ class ByTensor:
         small, large = self._parts(delta)
         shorts, short_means = ([of[i] for i in small] for of in (delta, mean))
         longs, long_means = ([of[i] for i in large] for of in (delta, mean))
+        of_small, of_large = self._told(small, large)
         return {
-            "large": renewed(self.large, longs, long_means, state["large"]),
-            "small": renewed(self.small, self._packed(shorts), self._packed(short_means), state["small"]),
+            "large": renewed(of_large, longs, long_means, state["large"]),
+            "small": renewed(of_small, self._packed(shorts), self._packed(short_means), state["small"]),
         }
 
     def selected(self, like: Tensors) -> list[bool]:
         """Of each tensor, whether some of its entries are sent and others not."""
-        of_small = trait(self.small, "selects")
-        large = self._parts(like)[1]
-        found = dict(zip(large, selected(self.large, [like[i] for i in large]), strict=True))
-        return [found.get(i, of_small) for i in range(len(like))]
+        small, large = self._parts(like)
+        _, of_large = self._told(small, large)
+        found = dict(zip(large, selected(of_large, [like[i] for i in large]), strict=True))
+        return [found.get(i, trait(self.small, "selects")) for i in range(len(like))]
 
     def _parts(self, tensors: Tensors) -> tuple[list[int], list[int]]:
         """Positions of the small and of the large tensors."""
-        large = [i for i, t in enumerate(tensors) if t.numel() >= self.numel and t.dim() >= self.dims]
+        apart = self._apart(len(tensors))
+        large = [
+            i
+            for i, t in enumerate(tensors)
+            if t.numel() >= self.numel and t.dim() >= self.dims and not apart[i]
+        ]
         return sorted(set(range(len(tensors))) - set(large)), large
+
+    def _told(self, small: Sequence[int], large: Sequence[int]) -> tuple[Any, Any]:
+        """The exchanges of the small and of the large tensors, which learn their names where those are known."""
+        if self._names is None:
+            return self.small, self.large
+        return named(self.small, [self._names[i] for i in small]), named(
+            self.large, [self._names[i] for i in large]
+        )
+
+    def _apart(self, count: int) -> list[bool]:
+        """Of each tensor, whether its name sets it apart."""
+        if not self.apart:
+            return [False] * count
+        if self._names is None or len(self._names) != count:
+            raise UsageError(
+                f"by-tensor(apart={list(self.apart)}) for {count} tensors without names",
+                "it chooses by the names of the parameters, which this strategy does not tell it",
+                "choose by numel and dims, or use ddp or a strategy of local steps",
+            )
+        return [is_named(name, self.apart) for name in self._names]
 
     def _packed(self, tensors: Tensors) -> Tensors:
         """Small tensors as they travel."""

@@ -153,6 +153,28 @@ def selected(exchange: Any, like: Tensors) -> list[bool]:
     return [trait(exchange, "selects")] * len(like)
 
 
+def named(exchange: Any, names: Sequence[str]) -> Any:
+    """`exchange` for contributions that are the tensors of parameters `names`, in this order, in their own shapes.
+
+    Whoever chooses by name (a method ``named``) learns the names, however deep inside; all else stays as it is.
+    """
+    if hasattr(exchange, "named"):
+        return exchange.named(names)
+    if not dataclasses.is_dataclass(exchange) or isinstance(exchange, type):
+        return exchange
+    inner = {f.name: getattr(exchange, f.name) for f in dataclasses.fields(exchange)}
+    inner = {name: value for name, value in inner.items() if hasattr(value, "talk")}
+    told = {name: named(value, names) for name, value in inner.items()}
+    return changed(exchange, told) if any(told[n] is not inner[n] for n in told) else exchange
+
+
+def changed(exchange: Any, fields: Mapping[str, Any]) -> Any:
+    """`exchange` with other `fields`, which keeps the names that it was told."""
+    found = dataclasses.replace(exchange, **fields)
+    names = getattr(exchange, "_names", None)
+    return found if names is None else found.named(names)
+
+
 # ------------------------------------------------------------------------------------------------ talks
 
 

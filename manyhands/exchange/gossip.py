@@ -9,6 +9,9 @@ which is an SGD step of rate β and momentum α on what this exchange agrees on,
 term draws the two together: the replicas differ, and their spread is held by it. Pairs are drawn from the round alone,
 so everybody knows them. With ``pull=1``, outer momentum 0 and rate 1 it is plain gossip averaging: both take the mean
 of their models.
+
+The paper's workers see equally many targets in a round. Here they may not, and (Δᵢ + Δⱼ)/2 is (wᵢΔᵢ + wⱼΔⱼ)/(wᵢ + wⱼ) with w the
+targets that each has seen, as in all methods of local steps: a partner without any rows leaves the other's way as it is.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ if TYPE_CHECKING:
 class Gossip:
     """Average with one other worker, another in each round.
 
-    `delta` is [*pseudo-gradients, *anchors] (equally many of each), unweighted. What comes back is this pair's, so replicas
+    `delta` is [*pseudo-gradients, *anchors] (equally many of each), unweighted; then, where the two do not count alike, what
+    this worker's pseudo-gradients count (float64 []). What comes back is this pair's, so replicas
     do not agree bitwise (``by_model``, ``conserves = False``).
 
     Args:
@@ -56,9 +60,15 @@ class Gossip:
 
         half = len(delta) // 2
         key = int(state["round"])
+        share = 0.5
+        if len(delta) % 2:
+            theirs = yield Swap(delta[-1].reshape(1), key)
+            both = float(delta[-1]) + float(theirs)
+            share = float(delta[-1]) / both if both else 0.5
         mean = []
-        for own, anchor in zip(delta[:half], delta[half:], strict=True):
+        for own, anchor in zip(delta[:half], delta[half : 2 * half], strict=True):
             mine = torch.stack([own, anchor])  # [2, n]
             theirs = yield Swap(mine, key)
-            mean.append((own + theirs[0]) / 2 + self.pull * (anchor - theirs[1]) / 2)
+            way = share * own + (1 - share) * theirs[0]
+            mean.append(way + self.pull * (anchor - theirs[1]) / 2)
         return Agreed(mean, list(delta[:half]), {"round": state["round"] + 1})

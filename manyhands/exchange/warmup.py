@@ -17,7 +17,7 @@ from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.core.types import Agreed, Exchange
 from manyhands.exchange.allreduce import beside, together
-from manyhands.exchange.combine import flush, passed, refuse, renewed, trait
+from manyhands.exchange.combine import changed, flush, passed, refuse, renewed, trait
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,10 +108,10 @@ class Warmup:
 
 def denser(exchange: Any, share: float) -> Any:
     """`exchange` with each density d inside it replaced by start · (d / start)^share; one above the start stays."""
-    changed = {name: denser(inner, share) for name, inner in _inner(exchange)}
+    fields = {name: denser(inner, share) for name, inner in _inner(exchange)}
     if _has_density(exchange):
-        changed["density"] = START_DENSITY * (exchange.density / START_DENSITY) ** share
-    return dataclasses.replace(exchange, **changed) if changed else exchange
+        fields["density"] = START_DENSITY * (exchange.density / START_DENSITY) ** share
+    return changed(exchange, fields) if fields else exchange
 
 
 def _densities(exchange: Any) -> bool:

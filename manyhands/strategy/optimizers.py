@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
+from manyhands.core.names import is_named
 from manyhands.strategy.schedules import Constant, Schedule
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ class Muon:
 
     def is_adamw(self, name: str) -> bool:
         """Whether a matrix of this name is left to AdamW."""
-        return any(fnmatchcase(part, pattern) for part in name.split(".") for pattern in self.adamw)
+        return is_named(name, self.adamw)
 
 
 # -- how

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from manyhands.core.request import Gather
+from manyhands.exchange.combine import named
 from manyhands.train.gradients import FlatGradients
 from manyhands.train.header import Header, Wishes
 from manyhands.train.mending import shared_of
@@ -46,7 +47,7 @@ class DelayedSteps:
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
         exchange = replica.strategy.exchange
-        self._exchange, self._correct = exchange, bool(getattr(replica.strategy.cadence, "correct", False))
+        self._correct = bool(getattr(replica.strategy.cadence, "correct", False))
         self._by_tensor = bool(getattr(exchange, "by_tensor", False))
         self.gradients = FlatGradients(
             replica.named,
@@ -56,7 +57,9 @@ class DelayedSteps:
         )
         # what travels stays untouched while the next gradients are computed
         self._travelling = [replica.wire.buffer(b.numel(), b.dtype) for b in self.gradients.buckets]
-        self.states: list[Any] = [exchange.init(self._contribution(i)) for i in range(len(self._travelling))]
+        buckets = range(len(self._travelling))
+        self._exchanges = [named(exchange, self.gradients.names_of(i)) for i in buckets]
+        self.states: list[Any] = [self._exchanges[i].init(self._contribution(i)) for i in buckets]
         self.optimizer = replica.strategy.outer.build(replica.named, replica.device.type)
         self._flight: _Flight | None = None
         self._own: tuple[list[Tensor], float] | None = (
@@ -196,7 +199,7 @@ class DelayedSteps:
         header = wire.begin(Gather(row, even=True))
         talks = Interleave(wire)
         for i, state in enumerate(self.states):
-            talks.start(self._exchange.talk(self._contribution(i), state))
+            talks.start(self._exchanges[i].talk(self._contribution(i), state))
         self._flight = _Flight(talks, header, nominal)
 
     def _arrive(self) -> _Arrived | None:

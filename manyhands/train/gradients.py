@@ -97,7 +97,11 @@ class FlatGradients:
 
     def tensors(self, position: int) -> list[Tensor]:
         """The gradients of a bucket as views in their parameters' shapes, in the order of the bucket."""
-        return [self._views[i] for i in reversed(range(len(self.params))) if self._bucket_of[i] == position]
+        return [self._views[i] for i in self._members(position)]
+
+    def names_of(self, position: int) -> list[str]:
+        """The parameters of `tensors`."""
+        return [self.names[i] for i in self._members(position)]
 
     def telling(self, position: int) -> list[Tensor]:
         """Those of a bucket that tell at little cost whether a backward pass was finite: of vectors, such as biases.
@@ -158,6 +162,9 @@ class FlatGradients:
         self.detach()
 
     # -- how
+
+    def _members(self, position: int) -> list[int]:
+        return [i for i in reversed(range(len(self.params))) if self._bucket_of[i] == position]
 
     def _lay_out(self, wire: Wire, bucket_mb: float) -> None:
         groups: dict[torch.dtype, list[int]] = {}

@@ -24,6 +24,7 @@ import torch
 
 from manyhands.core.errors import ManyhandsError
 from manyhands.core.request import Gather, Sum
+from manyhands.exchange.combine import named
 from manyhands.train.fragments import Flight, Fragment, Told, split
 from manyhands.train.header import Header, Unsound, Wishes
 from manyhands.train.inner import InnerSteps
@@ -61,7 +62,9 @@ class LocalSteps:
         self._fragments = [Fragment.make(group, replica.wire) for group in groups]
         anchors = [pair for f in self._fragments for pair in zip(f.names, f.anchors, strict=True)]
         self.outer = strategy.outer.build(anchors, replica.device.type)
-        self.states: list[Any] = [self._exchange.init(self._contribution(f)) for f in self._fragments]
+        self._exchanges = [named(self._exchange, f.names) for f in self._fragments]
+        told = zip(self._exchanges, self._fragments, strict=True)
+        self.states: list[Any] = [e.init(self._contribution(f)) for e, f in told]
         self._sums = [0.0, 0.0]  # loss and targets since the workers last spoke
         self._exact, self._since = 0, 0  # job's targets up to the last agreement, nominal ones since
         self._late: list[Flight] = []  # pairs do not wait for everybody's sums: read one round later
@@ -270,7 +273,8 @@ class LocalSteps:
 
     def _contribution(self, fragment: Fragment) -> list[Tensor]:
         if self._pairwise:
-            return [*fragment.flats, *fragment.anchor_flats()]
+            seen = torch.tensor(fragment.targets, dtype=torch.float64)
+            return [*fragment.flats, *fragment.anchor_flats(), seen]
         return list(fragment.views) if getattr(self._exchange, "by_tensor", False) else list(fragment.flats)
 
     @property
@@ -294,7 +298,7 @@ class LocalSteps:
         header = self._replica.wire.begin(Gather(row, even=True))
         talks = Interleave(self._replica.wire)
         if self._speaks:
-            talks.start(self._exchange.talk(self._contribution(fragment), self.states[i]))
+            talks.start(self._exchanges[i].talk(self._contribution(fragment), self.states[i]))
         fragment.flight = Flight(
             fragment,
             talks,

@@ -24,6 +24,7 @@ import torch
 
 from manyhands.core.errors import PeerLost
 from manyhands.core.request import Gather
+from manyhands.exchange.combine import named
 from manyhands.exchange.ordered import Tree
 from manyhands.train.gradients import FlatGradients
 from manyhands.train.header import Header, Unsound, Wishes
@@ -61,7 +62,7 @@ class Synchronous:
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
         exchange = replica.strategy.exchange
-        self._exchange, self._cadence = exchange, replica.strategy.cadence
+        self._cadence = replica.strategy.cadence
         self._by_place = bool(getattr(exchange, "by_place", False))
         self._by_tensor = bool(getattr(exchange, "by_tensor", False))
         bucket_mb = math.inf if self._by_place else getattr(exchange, "bucket_mb", math.inf)
@@ -69,9 +70,9 @@ class Synchronous:
         self.gradients = FlatGradients(
             replica.named, replica.wire, bucket_mb=bucket_mb, on_bucket=self._begin
         )
-        self.states: list[Any] = [
-            exchange.init(self._contribution(i)) for i in range(len(self.gradients.buckets))
-        ]
+        buckets = range(len(self.gradients.buckets))
+        self._exchanges = [named(exchange, self.gradients.names_of(i)) for i in buckets]
+        self.states: list[Any] = [self._exchanges[i].init(self._contribution(i)) for i in buckets]
         self.optimizer = self._build_optimizer()
         self._lazy = bool(getattr(replica.wire, "lazy", False))
         self.unseen = (
@@ -350,7 +351,8 @@ class Synchronous:
         self._consumed = True
         if not (self._lazy or self._by_place):  # else it is all there before anything travels
             self._look_at(position)
-        self._talks.start(self._exchange.talk(self._contribution(position), self.states[position]))
+        exchange = self._exchanges[position]
+        self._talks.start(exchange.talk(self._contribution(position), self.states[position]))
 
     def _take(self, position: int, agreed: Agreed) -> bool:
         """Put the sums into the buckets; whether they were not there already."""
@@ -373,7 +375,8 @@ class Synchronous:
             -1, 3
         )
         values = torch.stack(list(nodes.values())) if nodes else like.new_empty(0, numel)
-        return self._exchange.talk([keys, values], self.states[0])
+        talk: Talk = self._exchanges[0].talk([keys, values], self.states[0])
+        return talk
 
 
 @dataclass
