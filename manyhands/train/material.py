@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from manyhands.wire.world import World
 
 HOLD_OUT = 0x40  # stream of random numbers that picks held-out labelled rows
+# of a job: what a global batch follows from
+BATCH = ("seed", "order", "global_batch", "seq_len", "reproducible")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +147,50 @@ def gather_material(job: Job, world: World, emit: Emit, *, labels: Sequence[str]
         tokens=train.tokens,
         text_bytes=train.text_bytes,
         skipped=sum(train.skipped.values()),
+    )
+
+
+def check_alike(job: Job, material: Material, world: World) -> None:
+    """All workers take their parts of the same global batches. Collective.
+
+    Each prepares its own copy of the data, and under others' launchers reads its own options: what differs there loses and
+    doubles samples without a word.
+
+    Raises:
+        DataError: one has other data. UsageError: one was given another batch.
+    """
+    held = world.gather(material.identity)
+    for member, identity in zip(world.members, held, strict=True):
+        if identity != held[0]:
+            who, whose = (f"worker {m.rank} on {m.host}" for m in (member, world.members[0]))
+            raise _other_data(job, who, f"{whose} has")
+    check_same(world, {**{name: getattr(job, name) for name in BATCH}, "rows": len(material.train)})
+
+
+def check_same(world: World, values: Mapping[str, Any]) -> None:
+    """Everybody has these values. Collective. Raises `UsageError`."""
+    everybody = world.gather(dict(values))
+    for member, theirs in zip(world.members, everybody, strict=True):
+        for name, value in theirs.items():
+            if value != everybody[0][name]:
+                raise UsageError(
+                    f"{name} = {value!r} for worker {member.rank} on {member.host}, {everybody[0][name]!r} for worker 0",
+                    "all workers take parts of the same global batches",
+                    "give all of them the same options",
+                )
+
+
+def check_joins(job: Job, material: Material, running: str) -> None:
+    """A newcomer has the data that the job trains on, of which `running` is the identity. Raises `DataError`."""
+    if material.identity != running:
+        raise _other_data(job, "this worker", "the job trains on")
+
+
+def _other_data(job: Job, who: str, whose: str) -> DataError:
+    return DataError(
+        f"{', '.join((*job.data, *job.eval_data))}: {who} has other data there than {whose}",
+        "all workers take rows of the same data",
+        "copy them to every machine, and leave them as they are while the job runs",
     )
 
 

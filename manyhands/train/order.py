@@ -20,22 +20,26 @@ class Order:
     Attributes:
         job: with derived values in place of its "auto", once it runs.
         chosen: of a running job: the kind of device for which some values were derived, and what had been given.
+        data: of a running job: the identity of its rows (`Material.identity`).
     """
 
     job: Job
     origins: Mapping[str, str]
     started: float = 0.0
     chosen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    data: str = ""
 
     @staticmethod
-    def running(effective: Job, given: Job, kind: str, origins: Mapping[str, str], started: float) -> Order:
+    def running(
+        effective: Job, given: Job, kind: str, origins: Mapping[str, str], started: float, data: str = ""
+    ) -> Order:
         """Of a job as a worker on that kind of device runs it."""
         chosen = {"kind": kind, **{name: getattr(given, name) for name in BY_DEVICE}}
-        return Order(effective, dict(origins), started, chosen)
+        return Order(effective, dict(origins), started, chosen, data)
 
     def to_json(self) -> str:
         said = {"origins": dict(self.origins), "started": self.started, "chosen": dict(self.chosen)}
-        return json.dumps({"job": config.to_data(self.job), **said})
+        return json.dumps({"job": config.to_data(self.job), **said, "data": self.data})
 
     def job_on(self, kind: str) -> Job:
         """The job for a worker on that kind of device ("cpu", "cuda"), which derives for itself what others derived for theirs."""
@@ -46,4 +50,5 @@ class Order:
     @staticmethod
     def from_json(text: str) -> Order:
         data = json.loads(text)
-        return Order(config.from_data(Job, data["job"]), data["origins"], data["started"], data["chosen"])
+        job = config.from_data(Job, data["job"])
+        return Order(job, data["origins"], data["started"], data["chosen"], data["data"])

@@ -50,19 +50,22 @@ class Parts:
         self._guest = planned_for is not None  # until the job's workers take me in
 
     def prepare(self, world: World, emit: Emit) -> None:
-        """The rows. Collective."""
-        from manyhands.train.material import gather_material
+        """The rows, which are everybody's. Collective."""
+        from manyhands.train.material import check_alike, gather_material
 
         self.material = gather_material(self.job, world, emit)
+        check_alike(self.job, self.material, world)
 
     def build(self, world: World) -> None:
         """Model, facts and plan. Collective."""
         from manyhands.train.forward import compiled
+        from manyhands.train.material import check_same
         from manyhands.train.plan import derive
 
         self.model = self.fresh_model()
         self.facts = self._facts(world)
         self.plan = derive(self.job, self.facts)
+        check_same(world, {"steps": self.plan.steps, "micro_batch": self.plan.micro_batch})
         self.forward: Any = compiled(self.model) if self.plan.compile else None
 
     def fresh_model(self) -> torch.nn.Module:

@@ -207,7 +207,8 @@ class _Run:
 
         write_text(self.output / "config.toml", config.to_toml(anchored(self.effective)))
         if self.crew is not None:
-            order = Order.running(self.effective, self._given, self.device.type, self.origins, self.started)
+            kind, data = self.device.type, self.parts.material.identity
+            order = Order.running(self.effective, self._given, kind, self.origins, self.started, data)
             self.crew.membership.publish("job", order.to_json())
 
     def _catch_up(self) -> Loop:
@@ -219,7 +220,7 @@ class _Run:
         order = Order.from_json(self.crew.membership.facts()["job"])
         self.job, self.origins, self.started = order.job_on(self.device.type), order.origins, order.started
         self.world, self.world_sizes = alone(self.device), []
-        loop = self._build_all(lambda: None, planned_for=self.job.workers or 1)
+        loop = self._build_all(lambda: None, planned_for=self.job.workers or 1, data=order.data)
         self.parts.warm_up(loop.replica, loop.feed)
         begun = time.perf_counter()
         while True:
@@ -237,8 +238,11 @@ class _Run:
                 world.wire.close()
                 self.crew.failed(lost)
 
-    def _build_all(self, resume_path: Callable[[], Path | None], planned_for: int | None = None) -> Loop:
-        """Data, model, plan, loop; nothing is kept of an earlier attempt."""
+    def _build_all(
+        self, resume_path: Callable[[], Path | None], planned_for: int | None = None, data: str = ""
+    ) -> Loop:
+        """Data (a newcomer's are those that the job trains on), model, plan, loop; nothing is kept of an earlier attempt."""
+        from manyhands.train.material import check_joins
         from manyhands.train.resume import restore
 
         if self.loop is not None:
@@ -253,6 +257,8 @@ class _Run:
             self._tell_phase("prepare", 0)
             resume = resume_path()
             parts.prepare(self.the_world, self.emit)
+            if planned_for is not None:
+                check_joins(self.job, parts.material, data)
         with self.interrupts.phase("build", interruptible=True):
             self._tell_phase("build", 0)
             parts.build(self.the_world)

@@ -1,0 +1,80 @@
+"""All workers take parts of the same global batches: whoever has other data, or was given another batch, does not begin."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import warm
+from fleet import Fleet
+from jobs import Job as Running
+
+from manyhands.core.errors import ManyhandsError
+from manyhands.core.events import ignore
+from manyhands.train.job import Job
+from manyhands.train.parts import Parts
+
+
+def prepared(world: Any, data: list[str], cache: str, given: list[dict[str, Any]]) -> str:
+    """What a worker says that has its own copy of the data and its own options."""
+    job = Job(data=(data[world.rank],), tokenizer="byte", seq_len=32, cache=cache, **given[world.rank])
+    try:
+        Parts(job, torch.device("cpu"), None, lambda phase, steps: None).prepare(world, ignore)
+    except ManyhandsError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("texts", "given", "says"),
+    [
+        (("light work\n", "light work\n"), ({}, {}), "$"),
+        (
+            ("light work\n", "light word\n"),  # as many rows, of as many tokens
+            ({}, {}),
+            r"DataError: .*\.txt: worker 1 on \S+ has other data there than worker 0 on \S+ has\. .*copy them to every machine",
+        ),
+        (
+            ("light work\n", "light work\n"),
+            ({"seed": 1}, {"seed": 2}),
+            "UsageError: seed = 2 for worker 1 on .*, 1 for worker 0.*give all of them the same options",
+        ),
+        (
+            ("light work\n", "light work\n"),
+            ({}, {"eval_fraction": 0.5}),
+            "UsageError: rows = .* for worker 1 on ",
+        ),
+    ],
+    ids=["alike", "data", "seed", "rows"],
+)
+def test_workers_that_would_make_other_batches_do_not_begin(
+    fleets: Callable[[int, str], Fleet], tmp_path: Path, texts: Any, given: Any, says: str
+) -> None:
+    data = [tmp_path / f"{rank}.txt" for rank in range(2)]
+    for path, text in zip(data, texts, strict=True):
+        path.write_text("many hands make " * 200 + text)
+    found = fleets(2, "shared").run(prepared, [str(p) for p in data], str(tmp_path / "cache"), list(given))
+    assert all(re.match(says, said) for said in found), found
+
+
+def test_a_replacement_that_meets_other_data_is_not_taken_in(corpus: Path, tmp_path: Path) -> None:
+    """Somebody edits the corpus while the job runs: it goes on with those that have read it as it was."""
+    text, output = tmp_path / "a.txt", tmp_path / "run"
+    text.write_text(corpus.read_text())
+    with Running(output, text, "--steps", 100000, workers=2) as job:
+        job.reach(3)
+        text.write_text(corpus.read_text().replace("hand", "band"))
+        job.send("w1", signal.SIGKILL)
+        job.wait_for(lambda: "it would meet the same" in job.printed(), "the refusal")
+        job.reach(job.step + 5)
+        job.process.send_signal(signal.SIGTERM)
+        said = job.end(128 + signal.SIGTERM)
+    (line,) = [each for each in said.splitlines() if "it would meet the same" in each]
+    assert "w1-1" in line
+    assert "a.txt: this worker has other data there than the job trains on" in line
+    assert "every sample once" in warm.manyhands("ledger", output)
