@@ -15,7 +15,7 @@ from jobs import STEPS, Job
 from runs import TINY, events, summary
 
 from manyhands.core.errors import ManyhandsError
-from manyhands.launch.chaos import flip
+from manyhands.launch.chaos import Chaos, Fault, flip
 from manyhands.train.division import remaining, spans_of
 from manyhands.train.standing import Position, conclude
 from manyhands.train.tally import LOSS_STEPS
@@ -64,6 +64,23 @@ def test_a_replacement_gets_the_state_from_a_peer(corpus: Path, tmp_path: Path) 
     mean = sum(loss * rows for loss, rows in last) / sum(rows for _, rows in last)
     # the newcomer speaks for all at the end: of steps before its time, too
     assert summary(tmp_path)["train_loss"] == pytest.approx(mean, rel=1e-6)
+    assert "every sample once" in warm.manyhands("ledger", tmp_path)
+
+
+def test_a_replacement_divides_steps_as_the_others_do(corpus: Path, tmp_path: Path) -> None:
+    """Shares that were given hold until the workers are others. From then on they are equal, and do not follow the clock."""
+    given = ("--shares", "3,1", "--balance", "auto", "--steps", 100000)
+    with Job(tmp_path, corpus, *given, workers=2) as job:
+        job.reach(3)
+        job.send("w1", signal.SIGKILL)
+        job.wait_for(lambda: bool(job.seen("joined")), "a replacement")
+        slow = Chaos(tmp_path, [Fault("slow", 0.0, 0.0, for_s=600.0)], lambda: True)  # w0 alone
+        slow.start()
+        job.reach(job.step + 40)
+        slow.stop()
+        job.process.send_signal(signal.SIGTERM)
+        job.end(128 + signal.SIGTERM)
+    assert not job.seen("redivided")
     assert "every sample once" in warm.manyhands("ledger", tmp_path)
 
 

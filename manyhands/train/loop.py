@@ -16,7 +16,7 @@ from manyhands.core.errors import PeerLost, Stopped
 from manyhands.core.events import Emit, Evaluated, Event, Stepped
 from manyhands.core.membership import Seat
 from manyhands.train import session
-from manyhands.train.balancing import rebalance
+from manyhands.train.balancing import rebalance, regroup, shares_of, take_shares
 from manyhands.train.division import Division
 from manyhands.train.evaluate import evaluate
 from manyhands.train.loads import Loads
@@ -254,7 +254,7 @@ class Loop:
         self.books.tell_of_last(standing, self.replica.method, self.seats, epoch=self._epoch, rows=rows)
 
     def enter(self, world: World, standing: Standing, epoch: Epoch) -> None:
-        """Go on in another set of workers."""
+        """Go on in another set of workers. Collective."""
         before, self._entered = self.world.rank, True
         self.world, self.seats, self._epoch = world, epoch.seats, epoch.number
         self._chores, self._chores_of = list(standing.chores), standing.steps
@@ -262,15 +262,13 @@ class Loop:
         self.saved_step = standing.saved
         self._torn, self._save_due = False, False
         self.feed.rank = world.rank
-        if self.balancer is not None:
-            self.feed.weights = self.balancer.reset([seat.id for seat in epoch.seats])
-        elif len(self.feed.weights) != world.size:
-            self.feed.weights = (1,) * world.size
         self.division.go_on(standing)
         made = self.promote(world)
         self.saver = self.saver or made
         if world.rank == 0 and before != 0:
             self._save_again = True  # what the last first worker was writing may be lost with it
+        ids = [seat.id for seat in epoch.seats]
+        self.balancer = regroup(self.balancer, self.feed, world, ids, leader=standing.leader)
 
     def stop(self, signum: int) -> None:
         """The whole job ends here in an orderly way."""
@@ -285,8 +283,7 @@ class Loop:
         """What a newcomer must know beside the replica's state."""
         return {
             "saved_step": self.saved_step,
-            "balancer": self.balancer.state() if self.balancer is not None else None,
-            "weights": list(self.feed.weights),
+            **shares_of(self.balancer, self.feed),
             "attempt": list(self.books.attempt),
             **self.tally.facts(),
         }
@@ -294,10 +291,7 @@ class Loop:
     def take_facts(self, facts: Mapping[str, Any]) -> None:
         """What `facts` said on another worker."""
         self.saved_step = int(facts["saved_step"])
-        if self.balancer is not None and facts["balancer"] is not None:
-            self.balancer.load(facts["balancer"])
-            self.balancer.weights = tuple(facts["weights"])
-        self.feed.weights = tuple(facts["weights"])
+        self.balancer = take_shares(self.balancer, self.feed, facts)
         if self.tally.take_facts(facts):
             self._begun = time.perf_counter() - self.tally.train_s
         self.books.take_part(facts["attempt"])
