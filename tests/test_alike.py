@@ -1,10 +1,11 @@
-"""All workers take parts of the same global batches: whoever has other data, or was given another batch, does not begin."""
+"""All workers take parts of the same batches: whoever has other data does not begin, and each held-out row is scored once."""
 
 from __future__ import annotations
 
 import re
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from jobs import Job as Running
 
 from manyhands.core.errors import ManyhandsError
 from manyhands.core.events import ignore
+from manyhands.train.evaluate import evaluate
 from manyhands.train.job import Job
 from manyhands.train.parts import Parts
 
@@ -78,3 +80,43 @@ def test_a_replacement_that_meets_other_data_is_not_taken_in(corpus: Path, tmp_p
     assert "w1-1" in line
     assert "a.txt: this worker has other data there than the job trains on" in line
     assert "every sample once" in warm.manyhands("ledger", output)
+
+
+class Numbers:
+    """Rows that are their own numbers, and a task that adds them up."""
+
+    bytes_per_target = 1.0
+
+    def __len__(self) -> int:
+        return 50
+
+    def take(self, ids: Any) -> dict[str, torch.Tensor]:
+        return {"x": torch.as_tensor(ids)}
+
+    def score(self, model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"sum": batch["x"].double().sum(), "rows": torch.tensor(float(len(batch["x"])))}
+
+    def metrics(self, totals: dict[str, torch.Tensor], *, bytes_per_target: float) -> dict[str, float]:
+        return {name: float(total) for name, total in totals.items()}
+
+
+def scored(world: Any, most: list[int]) -> dict[str, float]:
+    numbers: Any = Numbers()
+    return evaluate(
+        torch.nn.Identity(),
+        numbers,
+        numbers,
+        world,
+        batch_rows=most[world.rank],
+        device=torch.device("cpu"),
+        autocast=nullcontext,
+    )
+
+
+@pytest.mark.parametrize("most", [[16, 5], [3, 64], [7, 7]])
+def test_each_held_out_row_counts_once_whatever_each_worker_takes_at_once(
+    fleets: Callable[[int, str], Fleet], most: list[int]
+) -> None:
+    """As a GPU and a CPU do, or one that has less memory."""
+    found = fleets(2, "shared").run(scored, most)
+    assert found == [{"rows": 50.0, "sum": sum(range(50))}] * 2

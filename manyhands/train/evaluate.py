@@ -34,10 +34,11 @@ def evaluate(
 ) -> dict[str, float]:
     """The task's metrics over all of `rows`; collective, the same on every worker.
 
-    Batches of `batch_rows` rows are dealt to the workers in contiguous ranges; each worker's float64 sums are gathered
-    and added in rank order.
+    Batches of as many rows as every worker can take are dealt to the workers in contiguous ranges; each worker's float64 sums
+    are gathered and added in rank order.
 
     Args:
+        batch_rows: the most that this worker computes at once; others may have other memory, or another device.
         share: (which share, of how many, whether I tell of it), where several workers compute one together; default:
             each worker has its own.
     """
@@ -45,14 +46,15 @@ def evaluate(
     was_training = module.training if module is not None else False
     if module is not None:
         module.eval()
-    batches = -(-len(rows) // batch_rows)
+    unit = min(world.gather(batch_rows))
     which, shares, tells = share or (world.rank, world.size, True)
-    mine = divide(batches, [1.0] * shares)[which]
+    dealt = divide(-(-len(rows) // unit), [1.0] * shares)[which]
+    mine = range(dealt.start * unit, min(dealt.stop * unit, len(rows)), unit if share else batch_rows)
     totals: dict[str, torch.Tensor] = {}
     shown = time.monotonic()
     with torch.no_grad(), autocast():
-        for done, b in enumerate(mine):
-            ids = np.arange(b * batch_rows, min((b + 1) * batch_rows, len(rows)), dtype=np.int64)
+        for done, begin in enumerate(mine):
+            ids = np.arange(begin, min(begin + mine.step, mine.stop), dtype=np.int64)
             batch = {name: tensor.to(device) for name, tensor in rows.take(ids).items()}
             for name, value in task.score(model, batch).items():  # type: ignore[arg-type]
                 value = value.to("cpu", torch.float64)
