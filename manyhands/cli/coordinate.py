@@ -75,6 +75,7 @@ def _coordinate(
     from manyhands.coordinate.journal import unfinished
     from manyhands.coordinate.server import Coordinator
     from manyhands.coordinate.words import Rules
+    from manyhands.core.rpc import reachable
     from manyhands.launch.claim import make_fresh
     from manyhands.launch.control import CONTACT, contact
     from manyhands.train.order import Order
@@ -115,10 +116,11 @@ def _coordinate(
     coordinator.start()
     if "order" not in coordinator.facts:
         coordinator.publish("order", Order(job, dict(origins), time.time()).to_json())
-    there = contact(coordinator.address, token_file, coordinator.fingerprint)
+    address = reachable(coordinator.address)
+    there = contact(address, token_file, coordinator.fingerprint, listen=coordinator.address)
     (output / CONTACT).write_text(there, encoding="utf-8")
     fingerprint = f" --fingerprint {coordinator.fingerprint}" if coordinator.fingerprint else ""
-    _log(f"join by: manyhands join {coordinator.address} --token-file {token_file}{fingerprint}")
+    _log(f"join by: manyhands join {address} --token-file {token_file}{fingerprint}")
     try:
         return _see_through(coordinator, asked)
     finally:
@@ -146,7 +148,7 @@ def _check_launch(job: Job) -> None:
 def _address_of(contact: Path) -> str | None:
     """Where the coordinator before listened, if it could not clear that away."""
     try:
-        return str(json.loads(contact.read_text(encoding="utf-8"))["address"])
+        return str(json.loads(contact.read_text(encoding="utf-8"))["listen"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

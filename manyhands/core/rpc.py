@@ -6,7 +6,9 @@ gRPC brings flow control, TLS and keep-alive over HTTP/2. Its messages are raw b
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,7 @@ COMMON = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
 )
+EVERYWHERE = ("0.0.0.0", "[::]", "")  # hosts to listen on that nobody is reached at
 
 
 def grpc_module() -> Any:
@@ -106,3 +109,23 @@ def listen(
             "give another port, or 0 for any free one",
         )
     return port
+
+
+def reachable(address: str) -> str:
+    """``HOST:PORT`` at which others reach a server that listens at `address`, which may stand for all interfaces.
+
+    That of the interface that leads outside; where none does, the host's name.
+
+    >>> reachable("127.0.0.1:29500")
+    '127.0.0.1:29500'
+    """
+    host, _, port = address.rpartition(":")
+    if host not in EVERYWHERE:
+        return address
+    outside = [(socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")]  # of no host
+    for family, to in outside[:1] if host == "0.0.0.0" else outside:
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((to, 9))  # sends nothing
+            mine = str(probe.getsockname()[0])
+            return f"[{mine}]:{port}" if ":" in mine else f"{mine}:{port}"
+    return f"{socket.gethostname()}:{port}"

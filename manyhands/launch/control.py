@@ -26,10 +26,10 @@ REACH_S = 20.0
 GONE_S = 2.0  # without the coordinator, until that is told
 
 
-def contact(address: str, token_file: str | Path, fingerprint: str = "") -> str:
-    """What `CONTACT` says; ``directory`` is where the job's relative paths begin."""
-    found = {"address": address, "token_file": os.path.abspath(token_file), "fingerprint": fingerprint}
-    return json.dumps({**found, "directory": os.getcwd()}) + "\n"
+def contact(address: str, token_file: str | Path, fingerprint: str = "", *, listen: str = "") -> str:
+    """What `CONTACT` says: where it is reached, and listens; ``directory`` is where the job's relative paths begin."""
+    found = {"address": address, "listen": listen or address, "fingerprint": fingerprint}
+    return json.dumps({**found, "token_file": os.path.abspath(token_file), "directory": os.getcwd()}) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True)
