@@ -97,7 +97,8 @@ def test_a_coordinator_and_workers_that_join_it_and_its_restart(tmp_path: Path, 
     assert there["fingerprint"].startswith("sha256:")
     assert (output / "coordinator.token").stat().st_mode & 0o077 == 0
     to = (there["address"], "--token-file", there["token_file"], "--fingerprint", there["fingerprint"])
-    joined = start("join", *to, "--workers", 1, "--threads", 1)
+    srun = {"SLURM_PROCID": "1", "SLURM_NTASKS": "3", "SLURM_STEP_ID": "0"}  # on three machines, on each once
+    joined = start("join", *to, "--workers", 1, "--threads", 1, **srun)
     until_steps(output, 3)
     first.kill()
     first.wait()

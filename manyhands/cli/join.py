@@ -16,7 +16,7 @@ from manyhands.core.errors import UsageError
 
 def main(arguments: Sequence[str]) -> int:
     from manyhands.launch.control import CONTACT, Elastic, Joined, Remote
-    from manyhands.launch.job import ENTRY, WARM, workers_of
+    from manyhands.launch.job import ENTRY, WARM, workers_here
     from manyhands.launch.local import launch
     from manyhands.train.order import Order
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     order = Order.from_json(argument)
     job = order.job
     alone = dataclasses.replace(job, workers=given.workers, shares=None, min_workers=1)
-    workers = workers_of(alone)
+    workers = workers_here(alone)  # srun and its like say how often this command is run
     output = logs or Path(job.output)
     elastic = Elastic(restarts=given.restarts, hang_s=job.hang_s, warm=WARM)
     print(f"manyhands: {workers} workers join {address}; logs: {output}/logs", file=sys.stderr, flush=True)

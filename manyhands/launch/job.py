@@ -32,6 +32,11 @@ def workers_of(job: Job) -> int:
     env = read_env()
     if env.launcher != "none":
         return env.world_size
+    return workers_here(job)
+
+
+def workers_here(job: Job) -> int:
+    """How many workers this machine gets, whoever has started this process."""
     if job.workers is not None:
         return job.workers
     if job.shares is not None:
