@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -147,6 +148,27 @@ def test_a_full_disk_refuses_what_is_written(victim: Victim, monkeypatch: pytest
     under = victim.suffer(Fault("full", 0.0, 0.5, for_s=0.5))
     assert victim.until(lambda line: line.startswith("error")).startswith("error 27")  # EFBIG
     victim.until(lambda line: line.startswith("wrote"))
+    under.stop()
+
+
+def test_of_two_faults_of_one_kind_the_last_to_end_takes_back_both(
+    victim: Victim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chaos, "DEADLY", ())
+    limits = resource.prlimit(victim.process.pid, resource.RLIMIT_FSIZE)
+    under = victim.suffer(Fault("full", 0.0, 0.5, for_s=0.3), Fault("full", 0.1, 0.5, for_s=0.4))
+    wait_for(lambda: not under._undo)
+    assert resource.prlimit(victim.process.pid, resource.RLIMIT_FSIZE) == limits
+    under.stop()
+
+
+def test_a_stopped_worker_that_is_slowed_stands_still(victim: Victim) -> None:
+    under = victim.suffer(Fault("stop", 0.0, 0.5, for_s=1.0), Fault("slow", 0.0, 0.5, for_s=600.0))
+    wait_for(lambda: victim.state() == "T")
+    for _ in range(50):
+        time.sleep(0.01)
+        assert victim.state() == "T"
+    wait_for(lambda: victim.state() != "T")
     under.stop()
 
 

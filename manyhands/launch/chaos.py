@@ -126,7 +126,9 @@ class Chaos:
 
     def __post_init__(self) -> None:
         self._over = threading.Event()
-        self._undo: list[tuple[float, Callable[[], None]]] = []
+        self._undo: dict[
+            tuple[str, int], tuple[float, Callable[[], None]]
+        ] = {}  # (kind, pid) -> (until, how)
         self._slowed: dict[int, tuple[float, bool]] = {}  # pid -> (until, stopped now)
         self._thread = threading.Thread(target=self._run, name="chaos", daemon=True)
 
@@ -137,7 +139,7 @@ class Chaos:
         """Stop, and take back what lasts."""
         self._over.set()
         self._thread.join()
-        for _, undo in self._undo:
+        for _, undo in self._undo.values():
             undo()
         for pid in list(self._slowed):
             _signal(pid, signal.SIGCONT)
@@ -151,15 +153,16 @@ class Chaos:
             now = time.monotonic()
             while left and left[0].at_s <= now - start:
                 self._inject(left.pop(0))
-            for until, undo in [each for each in self._undo if each[0] <= now]:
-                undo()
-                self._undo.remove((until, undo))
+            for key in [each for each, (until, _) in self._undo.items() if until <= now]:
+                self._undo.pop(key)[1]()
             self._duty(now)
             self._over.wait(0.02)
 
     def _duty(self, now: float) -> None:
         """Workers that are slowed: stopped for a part of each period."""
         for pid, (until, stopped) in list(self._slowed.items()):
+            if ("stop", pid) in self._undo:  # it stands still altogether
+                continue
             wanted = now < until and now % PERIOD_S >= DUTY * PERIOD_S
             if wanted != stopped:
                 _signal(pid, signal.SIGSTOP if wanted else signal.SIGCONT)
@@ -189,6 +192,11 @@ class Chaos:
             outcome = f"not possible here: {error}"
         self.injected.append(Injected(fault, at, seat, pid, outcome))
 
+    def _lasting(self, pid: int, fault: Fault, undo: Callable[[], None]) -> None:
+        """Take it back later. Of two at once the last to end does, to what was before the first."""
+        until, first = self._undo.get((fault.kind, pid), (0.0, undo))
+        self._undo[fault.kind, pid] = max(until, time.monotonic() + fault.for_s), first
+
     # -- kinds
 
     def _kill(self, seat: str, pid: int, fault: Fault) -> str:
@@ -197,11 +205,12 @@ class Chaos:
 
     def _stop(self, seat: str, pid: int, fault: Fault) -> str:
         os.kill(pid, signal.SIGSTOP)
-        self._undo.append((time.monotonic() + fault.for_s, lambda: _signal(pid, signal.SIGCONT)))
+        self._lasting(pid, fault, lambda: _signal(pid, signal.SIGCONT))
         return "done"
 
     def _slow(self, seat: str, pid: int, fault: Fault) -> str:
-        self._slowed[pid] = (time.monotonic() + fault.for_s, False)
+        until, stopped = self._slowed.get(pid, (0.0, False))
+        self._slowed[pid] = max(until, time.monotonic() + fault.for_s), stopped
         return "done"
 
     def _cut(self, seat: str, pid: int, fault: Fault) -> str:
@@ -216,7 +225,7 @@ class Chaos:
             with contextlib.suppress(OSError):
                 resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
 
-        self._undo.append((time.monotonic() + fault.for_s, free))
+        self._lasting(pid, fault, free)
         return "done"
 
     def _flip(self, seat: str, pid: int, fault: Fault) -> str:
