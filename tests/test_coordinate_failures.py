@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -336,3 +337,21 @@ def test_a_full_disk_does_not_end_the_job() -> None:
     os.close(journal._file)
     assert len(log) == 1
     assert "No space left" in log[0]
+
+
+def test_a_disk_that_takes_a_part_of_a_line_leaves_whole_ones(tmp_path: Path) -> None:
+    path, log = tmp_path / "coordinator.jsonl", list[str]()
+    journal = Journal(path, log.append)
+    journal.append({"kind": "began"})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, before[1]))
+    try:
+        journal.append({"kind": "fact", "key": "a", "text": "b"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    journal.append({"kind": "fact", "key": "c", "text": "d"})
+    journal.close()
+    assert len(log) == 1
+    journal = Journal(path, log.append)
+    assert [record.get("key") for record in journal.records] == [None, "c"]
+    journal.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -48,8 +49,12 @@ class Journal:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write and sync. A full disk is logged once: the workers, too, know their epoch."""
+        line = json.dumps(record).encode() + b"\n"
         try:
-            os.write(self._file, json.dumps(record).encode() + b"\n")
+            written = os.write(self._file, line)
+            if written < len(line):  # the next one would stand in the same line
+                os.ftruncate(self._file, os.fstat(self._file).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file)
         except OSError as error:
             if not self._told:
