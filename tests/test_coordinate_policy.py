@@ -7,7 +7,8 @@ from coordinators import Play, ids
 
 from manyhands.coordinate import judge
 from manyhands.coordinate.messages import Refused
-from manyhands.coordinate.state import BACK_S
+from manyhands.coordinate.state import BACK_S, State
+from manyhands.coordinate.words import Rules
 from manyhands.core.membership import SUMS
 
 
@@ -249,6 +250,25 @@ def test_sleep_of_the_whole_machine_is_no_silence() -> None:
     play.state.shift(3600.0)
     play.wait(3601.0)
     assert play.happenings("evict") == []
+
+
+def test_a_pause_is_no_step_that_took_so_long_and_no_time_to_come_back() -> None:
+    play = Play("w0", "w1", stuck_s=20.0)
+    play.wait(1.0)
+    play.step(2)
+    play.state.shift(3600.0)  # Ctrl-Z, and on the next day fg
+    play.now += 3600.0
+    for step in range(3, 7):
+        play.wait(4.0)
+        play.beat("w1")
+        play.step(step, "w0")
+    play.wait(4.0)
+    assert [happening.seat_id for happening in play.happenings("evict")] == ["w1"]
+    state = State(Rules(hang_s=10.0))
+    state.adopt(play.epoch, 0.0)  # of before a restart: nobody's connection has ended
+    state.shift(5.0)
+    state.tick(8.0)
+    assert not state.gone
 
 
 def test_a_thread_that_stands_still_while_the_others_pass_is_stuck() -> None:

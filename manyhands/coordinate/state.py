@@ -236,9 +236,10 @@ class State:
     def shift(self, seconds: float) -> None:
         """Nobody was heard for so long because this process (or machine) slept."""
         for member in self.members.values():
-            member.heard_s += seconds
-            member.moved_s += seconds
-            member.cut_s += seconds
+            member.shift(seconds)
+        self._unexplained = {id: since + seconds for id, since in self._unexplained.items()}
+        for name in ("_departed", "_top_s", "_short_s"):
+            setattr(self, name, None if (at := getattr(self, name)) is None else at + seconds)
 
     def tick(self, now: float) -> None:
         """What time brings about; to be called some times a second."""
@@ -310,8 +311,7 @@ class State:
     def _want(self) -> None:
         if self.epoch is None:
             return
-        leaving = any(member.leaving is not None and self._inside(id) for id, member in self.members.items())
-        wanted = leaving or bool(self._newcomers())
+        wanted = bool(self._newcomers()) or any(self._inside(i) for i, m in self.members.items() if m.leaving)
         if wanted != self._wanted:
             self._wanted = wanted
             for id in self._living():

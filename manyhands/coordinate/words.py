@@ -73,6 +73,12 @@ class Member:
     calls: int = 0
     stack: str = ""
 
+    def shift(self, seconds: float) -> None:
+        """So much time has gone by in which nobody could be heard."""
+        self.heard_s += seconds
+        self.moved_s += seconds
+        self.cut_s += seconds if self.cut_s else 0.0
+
 
 BEGINNING = {"start": "starting", "prepare": "preparing its data", "build": "building the model"}
 
