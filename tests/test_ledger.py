@@ -244,6 +244,22 @@ def test_a_resume_that_skips_steps_is_found(tmp_path: Path) -> None:
     assert (problem.kind, problem.first, problem.last, problem.samples) == ("missing", 4, 5, 18)
 
 
+def test_what_another_outputs_run_has_used_is_told_there(tmp_path: Path) -> None:
+    """A run that was continued into an output of its own."""
+    write(tmp_path / "one", "w0", range(1, 4), ["w0"])
+    write(tmp_path / "two", "w0", range(4, 8), ["w0"], attempt=1, at=3)
+    report = told(tmp_path / "two")
+    assert report.ok
+    assert (report.steps, report.elsewhere, report.used) == (7, 3, 50)
+    assert report.passes == pytest.approx(1.0)
+    code, said = run(tmp_path / "two")
+    assert code == 0
+    assert "steps 1–3 are told in the output of the run that this one continues" in said
+    assert "every sample once: 50 samples in 4 steps, 1 passes" in said
+    write(tmp_path / "three", "w0", range(4, 8), ["w0"], attempt=2, at=3)  # there was one before it here
+    assert [problem.kind for problem in told(tmp_path / "three").problems] == ["missing"]
+
+
 def test_attempts_with_other_batches_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "w0", range(1, 4), ["w0"])
     other = Batches(n=51, global_batch=16, seed=3, micro_batch=2)

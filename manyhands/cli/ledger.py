@@ -66,7 +66,7 @@ def verdict(report: Report) -> str:
     basis = "" if report.counted else " (by places: this order's sample numbers are not recomputed)"
     open_ = f"; {report.unfinished:,} of the last steps not yet" if report.unfinished else ""
     return (
-        f"every sample once: {report.used:,} samples in {report.steps:,} steps, "
+        f"every sample once: {report.used:,} samples in {report.steps - report.elsewhere:,} steps, "
         f"{report.passes:.4g} passes over the data{dropped}{open_}{basis}"
     )
 
@@ -90,6 +90,10 @@ def text(report: Report) -> str:
     if report.skipped:
         lines.append(f"{report.skipped:,} samples of {_updates(report)} changed nothing, by rule:")
         lines += [f"    {n:,}: {why}" for why, n in sorted(report.skips.items())]
+    if report.elsewhere:
+        lines.append(
+            f"steps 1–{report.elsewhere:,} are told in the output of the run that this one continues"
+        )
     lines += [f"note: {note}" for note in report.notes]
     lines += [_problem_text(report, problem) for problem in report.problems[:SHOWN]]
     if report.problem_count > SHOWN:

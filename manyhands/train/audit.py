@@ -78,6 +78,7 @@ class Report:
 
     Attributes:
         steps: the last step that counts.
+        elsewhere: the steps before the first that is told: those of another output, whose run this one continues.
         used: samples used, with repetitions. `lost`, `doubled`: samples that were not used, used again.
         dropped: samples left out by rule, with the reason recorded.
         skipped: samples, each computed once, of the `skipped_updates` that were left out because something was not finite;
@@ -91,6 +92,7 @@ class Report:
     batches: Batches
     order: Order | None = None
     steps: int = 0
+    elsewhere: int = 0
     used: int = 0
     lost: int = 0
     doubled: int = 0
@@ -186,7 +188,10 @@ class _State:
         import numpy as np
 
         self.times = np.zeros(self.kept, dtype=np.uint8)
-        report, expected = self.report, 1
+        report = self.report
+        # no attempt was before the first one in its output: what it goes on from another output's ledger tells
+        report.elsewhere = min((at for number, at in report.attempts if number == 1), default=0)
+        expected = report.elsewhere + 1
         valid = [each for each in self.found if each.valid]
         whole = [i.last for i in valid if not self._open(i)]
         end_of_whole = max(whole, default=0)
@@ -202,7 +207,7 @@ class _State:
                 self._steps(interval, first, last, open_=interval.first > end_of_whole)
         report.steps = expected - 1
         self._turn(None)
-        report.passes = self.order.epoch(report.steps)
+        report.passes = self.order.epoch(report.steps) - self.order.epoch(report.elsewhere)
         report.skipped_updates = len(self.skipped_updates)
         self._membership(valid)
 
