@@ -286,6 +286,7 @@ class Parts:
             parameters=about.parameters,
             flops_per_token=about.flops_per_token,
             peak_flops=math.fsum(flops for flops, _ in everybody),
+            elastic=self._over is not None,
         )
 
     def _memory_rows(self, world: World, precision: str) -> int | None:

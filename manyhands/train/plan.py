@@ -37,6 +37,7 @@ class Facts:
     flops_per_token: float
     peak_flops: float
     cached_compile: bool = False
+    elastic: bool = False  # workers may come
     memory_rows: int | None = None  # that fit into a pass; None: not measured
 
 
@@ -131,7 +132,7 @@ def derive(job: Job, facts: Facts) -> Plan:
 def _balance(job: Job, facts: Facts) -> tuple[bool, str]:
     """Whether shares follow the measured speeds, and why."""
     placement = job.strategy.placement
-    if facts.world_size == 1:
+    if facts.world_size == 1 and not facts.elastic:
         return False, "one worker"
     if job.shares is not None:
         return False, "shares are given"
