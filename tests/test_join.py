@@ -9,13 +9,18 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from runs import TINY, command, environment, events
 
 from manyhands.cli.main import main
+from manyhands.launch import control, local
 from manyhands.launch.chaos import workers_of
 from manyhands.launch.control import CONTACT
+from manyhands.train.job import Job
+from manyhands.train.order import Order
 
 WAIT_S = 240.0
 CORPUS = "".join(f"The quick brown fox number {i} jumps over the lazy dog.\n" for i in range(400))
@@ -227,6 +232,7 @@ def test_a_guest_of_another_host_is_refused_where_memory_is_shared(tmp_path: Pat
         (["coordinate", "--min-workers", "3", "--workers", "2", "--output", "{}"], "min_workers = 3"),
         (["coordinate", "--hang-s", "0", "--output", "{}"], "hang_s = 0"),
         (["coordinate", "--strategy", "parameter-server", "--output", "{}"], "serve-parameters"),
+        (["coordinate", "--elastic", "off", "--output", "{}"], "elastic = 'off'"),
         (["train", "--elastic", "off", "--restarts", "5"], "elastic = 'off'"),
         (["train", "--restarts", "-1"], "restarts = -1"),
     ],
@@ -236,6 +242,19 @@ def test_what_cannot_be_meant(
 ) -> None:
     assert main([word.format(tmp_path) for word in arguments]) == 2
     assert says in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "restarts"), [([], 7), (["--restarts", "1"], 1)])
+def test_who_joins_replaces_as_often_as_the_job_says(
+    given: list[str], restarts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = Order(Job(restarts=7, output=str(tmp_path)), {}).to_json()
+    there = SimpleNamespace(fact=lambda *names: order, close=lambda: None)
+    monkeypatch.setattr(control, "Joined", lambda remote: there)
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(local, "launch", lambda *args, **options: asked.append(options) or 0)
+    assert main(["join", "127.0.0.1:1", "--token-file", "any", "--workers", "2", *given]) == 0
+    assert [each["elastic"].restarts for each in asked] == [restarts]
 
 
 def test_a_coordinator_that_nobody_joins_ends_at_once(tmp_path: Path, start: Start) -> None:

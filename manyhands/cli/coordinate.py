@@ -137,6 +137,12 @@ def _check_launch(job: Job) -> None:
             "each machine's manyhands join starts the workers there",
             "leave out --launcher",
         )
+    if job.elastic == "off":
+        raise UsageError(
+            "elastic = 'off' with manyhands coordinate",
+            "a coordinator is there for workers that come, leave and are lost",
+            "leave out --elastic, or use manyhands train",
+        )
     if getattr(placement, "consistency", None) is not None and not placement.address:
         raise UsageError(
             f"strategy = {job.strategy!r} without address",

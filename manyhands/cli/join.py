@@ -56,7 +56,8 @@ def main(arguments: Sequence[str]) -> int:
     alone = dataclasses.replace(job, workers=given.workers, shares=None, min_workers=1)
     workers = workers_here(alone)  # srun and its like say how often this command is run
     output = logs or Path(job.output)
-    elastic = Elastic(restarts=given.restarts, hang_s=job.hang_s, warm=WARM)
+    restarts = given.restarts if given.restarts is not None else job.restarts
+    elastic = Elastic(restarts=restarts, hang_s=job.hang_s, warm=WARM)
     print(f"manyhands: {workers} workers join {address}; logs: {output}/logs", file=sys.stderr, flush=True)
     threads = 1 if job.reproducible else given.threads
     return launch(
@@ -97,7 +98,7 @@ def _parser() -> options.Parser:
         "--threads", type=int, metavar="N", help="of each worker; default: the cores divided among them"
     )
     p.add_argument(
-        "--restarts", type=int, default=3, metavar="N", help="replacements for each lost worker (default 3)"
+        "--restarts", type=int, metavar="N", help="replacements for each lost worker; default: the job's"
     )
     p.add_argument("--output", metavar="DIR", help="of the logs here; default: the job's")
     return p
