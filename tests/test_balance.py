@@ -19,7 +19,7 @@ from torch import nn
 
 from manyhands import presets
 from manyhands.balance.balancer import Balancer
-from manyhands.balance.estimate import Track, fit
+from manyhands.balance.estimate import REST, Track, fit
 from manyhands.balance.shares import Cost, makespan, solve
 from manyhands.core.errors import UsageError
 from manyhands.data.partition import divide, divide_costs
@@ -254,6 +254,16 @@ def test_one_too_slow_to_start_gets_nothing_and_comes_back_when_it_has_recovered
     assert sum(each[1] == 0 for each in idle) >= len(idle) - 5  # tried now and then, with one row
     assert max(each[1] for each in idle) == 1
     assert makespan(truth(999), shares[999]) < 1.05 * makespan(truth(999), (16, 16, 16))
+
+
+def test_whom_a_smaller_batch_leaves_without_rows_does_not_rest() -> None:
+    """The last batch of each pass over the data: else whoever rests one day is tried again a thousand steps later."""
+    balancer = Balancer([f"w{rank}" for rank in range(4)], n_units=8)
+    for _ in range(12):
+        for rows in ((2, 2, 2, 2), (2, 2, 2, 2), (1, 1, 1, 0)):
+            balancer.observe([(0.1 * n, float(n)) for n in rows])
+    assert balancer.weights == (2, 2, 2, 2)
+    assert {track["rest"] for track in balancer.state()["tracks"].values()} == {REST}
 
 
 def test_a_newcomer_that_loads_the_state_comes_to_the_same_shares() -> None:

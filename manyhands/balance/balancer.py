@@ -73,8 +73,12 @@ class Balancer:
             the shares of the next step.
         """
         tracks = [self._tracks[each] for each in self._ids]
-        pairs = list(zip(tracks, work, strict=True))
-        changed = [track.observe(rows, seconds) for track, (seconds, rows) in pairs]
+        triples = zip(tracks, self.weights, work, strict=True)
+        # a smaller batch, at the end of a pass over the data, leaves some without rows: whoever has a share does not rest
+        changed = [
+            (rows > 0 or not share) and track.observe(rows, seconds)
+            for track, share, (seconds, rows) in triples
+        ]
         self._remember([seconds if rows > 0 else 0.0 for seconds, rows in work], any(changed))
         busy = [track for track, share in zip(tracks, self.weights, strict=True) if share]
         if len(self._steps) < self._needed or not all(track.samples for track in busy):
