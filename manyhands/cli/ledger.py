@@ -173,7 +173,9 @@ def step_story(found: Sequence[File], report: Report, step: int) -> dict[str, An
     here = next((i for i in intervals(found) if i.first <= step <= i.last), None)
     if here is None:
         raise UsageError(
-            f"--step {step}", "no worker has told of it", f"the ledger has the steps 1 … {report.steps:,}"
+            f"--step {step}",
+            "no worker has told of it",
+            f"the ledger has the steps {report.elsewhere + 1:,} … {report.steps:,}",
         )
     order, size = plain_order(report.batches), report.batches.micro_batch
     ids = report.order.ids(step - 1) if report.order is not None else None
