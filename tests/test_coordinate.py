@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -296,4 +297,31 @@ def test_a_launcher_that_joins_tells_of_its_workers_and_hears_of_theirs() -> Non
         assert "ImportError" in coordinator.ended[1] if coordinator.ended else False
         launcher.close()
         until(lambda: not coordinator._launchers, "its leaving")
-        assert coordinator._state.coming == set()
+        until(lambda: coordinator._state.coming == set(), "their loss")
+
+
+def test_a_launcher_whose_link_is_cut_comes_back_and_its_workers_are_awaited_meanwhile() -> None:
+    welcomes: list[Any] = []
+
+    def hear(message: Any) -> None:
+        if message["op"] == "welcome":  # as `manyhands.launch.control.Joined` does
+            launcher.say("expect", id="n0")
+            welcomes.append(message)
+
+    with serving() as coordinator:
+        launcher = Line(
+            coordinator.address,
+            TOKEN,
+            greeting=lambda: {"op": "hello"},
+            hear=hear,
+            fatal=lambda error: welcomes.append(error),
+        )
+        launcher.start()
+        until(lambda: coordinator._state.coming == {"n0"})
+        launcher._call.cancel()
+        until(lambda: len(welcomes) == 2, "its return")
+        time.sleep(BACK_S + 0.3)
+        assert not coordinator._state.gone
+        member = Member.connect(coordinator.address, TOKEN, seat("n0"))
+        member.close()
+        launcher.close()

@@ -19,7 +19,7 @@ from typing import Any
 from manyhands.coordinate import messages
 from manyhands.coordinate.journal import Journal, restore
 from manyhands.coordinate.messages import Garbage, Refused
-from manyhands.coordinate.state import State
+from manyhands.coordinate.state import BACK_S, State
 from manyhands.coordinate.words import Happening, Note, Rules
 from manyhands.core import rpc, tls
 from manyhands.core.errors import ManyhandsError
@@ -79,6 +79,7 @@ class Coordinator:
             self._state = restore(self._journal.records, rules, now)
         self._lines: dict[str, _Line] = {}
         self._launchers: list[_Line] = []
+        self._orphans: dict[str, float] = {}  # expected by a launcher that may come back, and since when
         self._ended = threading.Event()
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="coordinate")
         settings = (("grpc.so_reuseport", 0), *rpc.options(messages.MESSAGE_BYTES))
@@ -250,8 +251,7 @@ class Coordinator:
                         state.cut(line.id, now)
                 elif line in self._launchers:
                     self._launchers.remove(line)
-                    for id in line.expected & state.coming:
-                        state.lose(id, how="death", detail="its launcher is gone", now=now)
+                    self._orphans |= dict.fromkeys(line.expected & state.coming, now)
                 line.out.put(None)
 
     def _hear(self, line: _Line, message: Mapping[str, Any]) -> None:
@@ -296,6 +296,7 @@ class Coordinator:
         with self._deciding() as (state, now):
             if op == "expect":
                 line.expected.add(id)
+                self._orphans.pop(id, None)
                 state.expect([id])
             elif op == "lost" and id in line.expected:
                 how = messages.text(message, "how")
@@ -346,8 +347,17 @@ class Coordinator:
             with self._deciding() as (state, now):
                 if now - last > SLEPT_S:
                     state.shift(now - last)
+                    self._orphans = {id: since + now - last for id, since in self._orphans.items()}
                 last = now
+                self._give_up_orphans(state, now)
                 state.tick(now)
+
+    def _give_up_orphans(self, state: State, now: float) -> None:
+        """Workers that were being started by a launcher whose connection has ended, and has not come back in time."""
+        for id in [id for id, since in self._orphans.items() if now - since > BACK_S]:
+            del self._orphans[id]
+            if id in state.coming:
+                state.lose(id, how="death", detail="its launcher is gone", now=now)
 
     def _close(self) -> None:
         if self._journal is not None:
