@@ -270,6 +270,10 @@ def test_the_command_refuses_what_cannot_be_meant(tmp_path: Path) -> None:
     assert "somebody must be left to go on" in found.stderr
     found = manyhands("chaos", "--kils", 3, code=2)
     assert "--kils" in found.stderr
+    found = manyhands(
+        "chaos", "--workers", 2, "--output", tmp_path, "--baseline", tmp_path / "absent", code=2
+    )
+    assert "it is the output of a run" in found.stderr
 
 
 def test_the_picture_of_nothing_is_empty() -> None:

@@ -66,6 +66,10 @@ def main(arguments: Sequence[str]) -> int:
                 f"{output / name} holds a run", "each report is of fresh runs", "give another --output"
             )
     plain = Path(given.baseline) if given.baseline else output / "undisturbed"
+    if (
+        given.baseline and not (plain / "metrics.jsonl").exists()
+    ):  # not after the hour that the other run takes
+        raise UsageError(f"--baseline {plain}", "it is the output of a run", "leave it out, and one is made")
     if given.baseline is None:
         options.say("the undisturbed run:")
         code, _ = _train([*base, "--output", str(plain)], plain, ())
