@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +64,7 @@ class Hands:
         *,
         max_grad_norm: float | None = None,
         targets_per_row: int = 1,
-        total: float | None = None,
+        total: float | Mapping[str, float] | None = None,
         precision: str = "fp32",
     ) -> Replica:
         """Keep `model` in agreement with the other workers' copies.
@@ -76,7 +76,8 @@ class Hands:
             strategy: a value, or its call form: ``"ddp(lr=3e-4)"``.
             max_grad_norm: clip the global gradient norm.
             targets_per_row: targets of a full row, for example its length in tokens (only scaling inside).
-            total: length of the schedule in steps or tokens; None: a constant rate.
+            total: length of the schedule in steps or tokens, as it counts; where an inner and an outer optimizer count
+                differently, both: {"steps": 1000, "tokens": 4e6}; None: a constant rate.
             precision: "fp32", "bf16" or "fp16" autocast of forward passes, or "fp64".
 
         Raises:

@@ -133,3 +133,11 @@ def test_checkpoints_of_methods_that_never_rest(corpus: Path, tmp_path: Path, st
     _train(corpus, output, strategy, "--workers", 2, "--steps", 10, "--resume", output)
     assert max(losses(output)) == 10
     AutoModelForCausalLM.from_pretrained(output / "checkpoint-10")
+
+
+def test_a_schedule_of_own_steps_may_count_tokens(corpus: Path, tmp_path: Path) -> None:
+    """The rate of each worker's own steps falls over the run's tokens, though the averages are taken by steps."""
+    falls = "local-sgd(lr=1e-3, every=2, schedule=linear(warmup=0, unit=tokens))"
+    _train(corpus, tmp_path, falls, "--workers", 1, "--steps", 5)
+    rates = [event["lr"] for event in events(tmp_path, "stepped")]
+    assert rates == pytest.approx([1e-3 * (1 - step / 5) for step in range(5)])

@@ -137,7 +137,6 @@ class Parts:
             self.model, self.forward = self.fresh_model(), None
         if self._guest:
             continues, self._guest = {"guest": True}, False
-        in_tokens = getattr(strategy.outer.schedule, "unit", "steps") == "tokens"
         steps, per_row = self.plan.steps, self.material.targets_per_row
         replica = Replica(
             self.model,
@@ -145,7 +144,7 @@ class Parts:
             world.wire,
             max_grad_norm=self.job.max_grad_norm,
             targets_per_row=per_row,
-            total=steps * self.job.global_batch * per_row if in_tokens else steps,
+            total={"steps": steps, "tokens": steps * self.job.global_batch * per_row},
             autocast=session.autocast_for(self.plan.precision, self.device.type),
             forward=self.forward,
             over=self._over,

@@ -53,7 +53,8 @@ class Replica:
         wire: joins them.
         max_grad_norm: clip the global gradient norm; 0 or None: never.
         targets_per_row: valid targets of a full row; makes the final scaling factor 1 for full batches.
-        total: length of the schedule, in its unit (steps or target tokens); None: a constant rate.
+        total: length of a schedule: a number in its unit (steps or target tokens), or one for each unit, where the optimizers of
+            own and of agreed steps may count in different ones; None: a constant rate.
         autocast: context for forward passes.
         over: set when somebody was lost (see `manyhands.core.membership`).
         tell_phase: takes what is being done, and after how many steps, for whoever decides when others may come in.
@@ -79,7 +80,7 @@ class Replica:
         *,
         max_grad_norm: float | None = None,
         targets_per_row: int = 1,
-        total: float | None = None,
+        total: float | Mapping[str, float] | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         forward: nn.Module | Callable[..., Any] | None = None,
         over: threading.Event | None = None,
@@ -173,13 +174,19 @@ class Replica:
         """Inside it the model holds the agreed parameters."""
         return self.method.agreed(collective=collective)
 
+    def length(self, schedule: Any) -> float | None:
+        """Of the run, in the unit of `schedule`; None: unknown."""
+        if not isinstance(self.total, Mapping):
+            return self.total
+        return self.total.get(getattr(schedule, "unit", "steps"))
+
     def rate(self, spec: OptimizerSpec, *, behind: int = 0) -> tuple[float, float]:
         """(factor, rate) of an optimizer's schedule at the current count of tokens or steps, less `behind` steps."""
         schedule = spec.schedule
         if schedule is None:
             return 1.0, spec.lr
         done = self.tokens if getattr(schedule, "unit", "steps") == "tokens" else self.steps - behind
-        factor = schedule.factor(float(done), float(self.total) if self.total else math.inf)
+        factor = schedule.factor(float(done), float(self.length(schedule) or math.inf))
         return factor, spec.lr * factor
 
     def optimized(self, since: float) -> None:

@@ -334,8 +334,8 @@ class Served:
             rules["discard"] = placement.discard
         if math.isfinite(replica.max_norm):
             rules["max_norm"] = replica.max_norm
-        if replica.total:
-            rules["total"] = float(replica.total)
+        if total := replica.length(replica.strategy.outer.schedule):
+            rules["total"] = float(total)
         if self._codec.codec is not None:
             rules["codec"] = config.to_data(self._codec.codec, "exchanges")
         return rules
