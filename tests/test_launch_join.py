@@ -69,3 +69,36 @@ def test_garbage_in_the_environment(number: str) -> None:
     done = run("report", RANK=number)
     assert done.returncode != 0
     assert "RANK=" in done.stderr
+
+
+AGAIN = """
+import os, sys, time
+import manyhands
+hands = manyhands.join(device="cpu", transport=sys.argv[1])
+attempts = hands.world.gather(os.environ["TORCHELASTIC_RESTART_COUNT"])
+if attempts[0] == "0":
+    if hands.rank == 1:
+        os._exit(1)
+    time.sleep(60)
+print("met again:", attempts, flush=True)
+"""
+
+
+@pytest.mark.parametrize("transport", ["shared", "group"])
+def test_workers_that_torchrun_starts_anew_meet_each_other_and_nobody_of_before(
+    tmp_path: Path, transport: str
+) -> None:
+    """The agent's store still has what the workers before them have said."""
+    script = tmp_path / "again.py"
+    script.write_text(AGAIN)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "--max-restarts", "1", script, transport],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("met again: ['1', '1']") == 2

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import secrets
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +24,10 @@ from manyhands.wire.solo import Solo
 
 if TYPE_CHECKING:
     from manyhands.core.types import Wire
+
+
+MEET_S = 300.0  # for all workers to come to a store
+LOOK_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -161,12 +167,46 @@ def _store(
             port,
             size,
             is_master=rank == 0 and not agent_store,
-            timeout=timedelta(seconds=min(timeout_s, 300.0)),
+            timeout=timedelta(seconds=min(timeout_s, MEET_S)),
             wait_for_workers=False,
         )
     except (RuntimeError, dist.DistError) as error:
         raise PeerLost(0, f"meeting at {address}:{port}", str(error).split("\n")[0]) from error
-    return PrefixStore("manyhands", store)
+    ours = PrefixStore("manyhands", store)
+    return _met_anew(ours, rank, size, timeout_s) if agent_store else ours
+
+
+def _met_anew(store: Any, rank: int, size: int, timeout_s: float) -> Any:
+    """This meeting's own part of an agent's store, which keeps what workers have said that it has started anew since then.
+
+    How often it has done so differs between the agents of several hosts. So each worker says a word of its own, and waits
+    until whoever is rank 0 now has answered that very word.
+    """
+    if rank:
+        word = secrets.token_hex(8)
+        store.set(f"here/{rank}", word)
+        try:
+            meeting = store.get(f"met/{word}").decode()
+        except (RuntimeError, dist.DistError) as error:
+            raise PeerLost(0, "meeting", str(error).split("\n")[0]) from error
+        store.set(f"{meeting}/{rank}", "")
+        return PrefixStore(meeting, store)
+    meeting, missing, answered = secrets.token_hex(8), set(range(1, size)), set()
+    deadline = time.monotonic() + min(timeout_s, MEET_S)
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{meeting}/{other}"]):
+                missing.discard(other)
+            elif (
+                store.check([f"here/{other}"])
+                and (word := store.get(f"here/{other}").decode()) not in answered
+            ):
+                answered.add(word)  # it may be of one that is gone
+                store.set(f"met/{word}", meeting)
+        if missing and time.monotonic() > deadline:
+            raise PeerLost(min(missing), "meeting", f"it has not come within {min(timeout_s, MEET_S):.0f} s")
+        time.sleep(LOOK_S if missing else 0.0)
+    return PrefixStore(meeting, store)
 
 
 def _meet(store: Any, me: Member, size: int) -> tuple[Member, ...]:
