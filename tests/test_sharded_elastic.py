@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import warm
 from jobs import Job
 from runs import TINY, events, losses
 from test_exactness import assert_close, plain_run, summed
 from test_sharded import BASE, begin
 
+from manyhands.exchange.combine import is_own, leaves
+from manyhands.exchange.ef21 import EF21
 from manyhands.exchange.feedback import ErrorFeedback
 from manyhands.exchange.int8 import Int8
+from manyhands.exchange.topk import TopK
 from manyhands.placement.sharded import Sharded
 from manyhands.strategy.optimizers import SGD, Adafactor, AdamW
-from manyhands.train import session
+from manyhands.train import exchange_state, session
 from manyhands.train.sharded_rebuild import covered, hand_over, redivide
 from manyhands.train.standing import Standing
 
@@ -259,3 +263,51 @@ def test_boxes_cover_a_tensor_or_do_not() -> None:
     assert not covered(
         (4,), [((0,), (2,)), ((1,), (2,))]
     )  # as many elements as there are, but not all of them
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_sum_of_estimates_is_of_those_who_hold_the_same_pieces(fleets: Any, stage: int) -> None:
+    """EF21 keeps Σ hᵢ of the groups: where the set of workers changes it is summed anew, and here is what it was."""
+    exchange = EF21(TopK(density=0.3, chunk=0))
+    case = {**BASE, "placement": Sharded(stage=stage, shard=2), "exchange": exchange}
+    for before, after in fleets(4, "group").run(resummed_run, case):
+        assert any(before)
+        assert after == pytest.approx(before, rel=1e-12, abs=1e-15)
+
+
+def resummed_run(world: Any, case: dict[str, Any]) -> tuple[list[float], list[float]]:
+    replica, feed = begin(world, case)
+    for step in range(2):
+        replica.step(feed.part(step), summed)
+    told = []
+    for again in (False, True):
+        if again:
+            exchange_state.resum(replica.states, replica.exchange_wire)
+        sums = [leaf for state in replica.states for path, leaf in leaves(state) if "agreed" in path]
+        told.append(torch.cat([leaf.reshape(-1) for leaf in sums]).tolist())
+    replica.close()
+    return told[0], told[1]
+
+
+def test_whoever_leaves_with_a_whole_replica_hands_over_what_it_held_back(fleets: Any) -> None:
+    case = {**BASE, "placement": Sharded(stage=1), "exchange": ErrorFeedback(Int8(block=16))}
+    answers = fleets(4, "group").run(leaving_run, case, [1, 3])
+    before, after = ([answer[i] for answer in answers] for i in (0, 1))
+    assert before[1]
+    assert sum(after) == pytest.approx(sum(before), rel=1e-9)
+    assert (after[1], after[3]) == (0.0, 0.0)
+
+
+def leaving_run(world: Any, case: dict[str, Any], leave: list[int]) -> tuple[float, float]:
+    replica, feed = begin(world, case)
+    for step in range(2):
+        replica.step(feed.part(step), summed)
+    before = held_back(replica)
+    hand_over(replica, [rank in leave for rank in range(world.size)])
+    after = held_back(replica)
+    replica.close()
+    return before, after
+
+
+def held_back(replica: Any) -> float:
+    return sum(float(t.sum()) for state in replica.states for path, t in leaves(state) if is_own(path))

@@ -275,8 +275,7 @@ class Crew:
         if made_of != SURVIVORS or redivided is not None:
             loop.take_facts(world.gather(loop.facts())[standing.leader])  # shares, too, are the leader's
             self.fresh = False
-        if getattr(loop.replica.method, "share", None) is None:
-            exchange_state.resum(loop.replica.states, world.wire)
+        exchange_state.resum(loop.replica.states, loop.replica.exchange_wire)
         self._hand_out(loop, standing)
         again, wall_s = max(0, goal - loop.replica.steps), time.perf_counter() - begun
         self._tell(loop, standing, made_of, wall_s, rebuilt=rebuilt, redone_steps=again)

@@ -132,6 +132,7 @@ class Method(Protocol):
         alone: (optional) workers do not wait for each other, and each tells the ledger for itself.
         applied: (optional) after `rewind`, of which steps each rank's work is in the parameters whatever becomes of it.
         unused: (optional) places of this worker's last step that no update has used, by rule.
+        across: (optional) the wire along which the exchange speaks, where that is not between all workers.
         cuts: (optional) whether a pass may be run in pieces by one worker alone; it may unless this says no.
         states: of the exchange, one for each of its conversations.
     """

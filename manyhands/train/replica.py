@@ -162,6 +162,12 @@ class Replica:
         return self.method.states
 
     @property
+    def exchange_wire(self) -> Wire:
+        """Joins those who hold what I hold: along it the exchange speaks. All workers, but where a model is divided."""
+        wire: Wire = getattr(self.method, "across", self.wire)
+        return wire
+
+    @property
     def at_rest(self) -> bool:
         """The model holds the agreed parameters and nothing is in flight."""
         return self.method.at_rest

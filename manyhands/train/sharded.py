@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from manyhands.core.types import Wire
     from manyhands.placement.sharded import Sharded
     from manyhands.train.checkpoint import Snapshot
     from manyhands.train.method import Loss
@@ -163,6 +164,11 @@ class ShardedModel:
             work=told.work,
             spent=told.spent,
         )
+
+    @property
+    def across(self) -> Wire:
+        """Joins those who hold my pieces in other groups."""
+        return self.layout.mesh.across
 
     @property
     def share(self) -> tuple[int, int, bool] | None:

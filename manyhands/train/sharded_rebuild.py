@@ -20,6 +20,7 @@ import torch
 
 from manyhands.core.request import Gather
 from manyhands.exchange.combine import is_own, leaves
+from manyhands.train import carried
 from manyhands.train.sharded_pieces import GATHER_BYTES, Piece, tell
 from manyhands.train.sharded_state import COMMON
 
@@ -266,6 +267,8 @@ def hand_over(replica: Replica, leaving: Sequence[bool]) -> None:
         for (key, piece), tensor in zip(given, found, strict=True)
         if tensor is not None
     ]
+    if replica.exchange_wire is wire:  # whole buckets are held back, and not among what is `held`
+        carried.hand_over(replica, leaving)
 
 
 def take_optimizer(pool: Pool, owned: Sequence[Owned]) -> dict[str, Tensor]:
