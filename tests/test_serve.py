@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from functools import partial
 from typing import Any
 
 import pushers
 import pytest
 import torch
-from pushers import SHAPES, WAIT_S, Worker, close_to, gradient, initial, plain, together
+from pushers import SHAPES, TOKEN, WAIT_S, Worker, close_to, gradient, initial, plain, together
 
 from manyhands.core import config
 from manyhands.core.errors import UsageError
 from manyhands.placement.served import Served, bound_of
 from manyhands.serve import protocol
+from manyhands.serve.client import Servers
 from manyhands.serve.layout import Layout, divide
+from manyhands.serve.link import Endpoint, Link
 from manyhands.strategy.delayed_nesterov import DelayedNesterov
 from manyhands.strategy.optimizers import SGD, AdamW
 
@@ -287,6 +290,20 @@ def test_a_silent_worker_loses_its_lease(serve: Any) -> None:
     assert a.push(0, gradient(0, 0))["count"] == 4
     assert any("worker-1 is no longer waited for: silent" in line for line in server.lines)
     b.servers.close()
+
+
+def test_a_server_that_is_gone_keeps_no_other_from_hearing_of_a_worker(serve: Any) -> None:
+    servers = [serve(lease_s=0.6), serve(lease_s=0.6)]
+    links = [Link(lambda s=s: Endpoint(s.address, s.fingerprint), TOKEN, patience_s=60.0) for s in servers]
+    a = Servers(links, member="worker-0", job="job", lease_s=0.6)
+    a.lay_out(initial())
+    rules = {"optimizer": config.to_data(SGD(0.1), "optimizers"), "consistency": "sync"}
+    a.begin(rules, initial(), {}, serial=0, steps=0, tokens=0)
+    a.join(0)
+    servers[0].stop(0)
+    time.sleep(2.0)  # it computes, and one server is being started anew
+    assert set(servers[1].shard.members) == {"worker-0"}
+    a.hang_up()
 
 
 def test_a_wish_to_stop_reaches_all_at_the_same_step(serve: Any) -> None:

@@ -54,7 +54,10 @@ class Servers:
         self._links, self.member, self.job = list(links), member, job
         self._pool = ThreadPoolExecutor(len(links), thread_name_prefix="server")
         self._ended = threading.Event()
-        self._heart = threading.Thread(target=self._beat, args=(lease_s / 3,), name="heart", daemon=True)
+        self._hearts = [  # one for each: a server that is gone for a while keeps no other from hearing of me
+            threading.Thread(target=self._beat, args=(link, lease_s / 3), name="heart", daemon=True)
+            for link in links
+        ]
         self.serial: int | None = None  # of the job's beginning that I push to
         self.layouts: list[Layout] = []
         self._entries: list[list[protocol.Entry]] = []
@@ -116,8 +119,9 @@ class Servers:
         """Take part from now on; the step to take part in next (`exact`: this one)."""
         ask = {**self._who("join"), "step": step, "exact": exact}
         answers = self._all(lambda i: self._links[i].call(ask))
-        if not self._heart.is_alive() and not self._ended.is_set():
-            self._heart.start()
+        for heart in self._hearts:
+            if not heart.is_alive() and not self._ended.is_set():
+                heart.start()
         return max(int(a.header["step"]) for a in answers)
 
     def push(
@@ -213,8 +217,9 @@ class Servers:
         self._ended.set()
         for link in self._links:
             link.close()
-        if self._heart.is_alive():
-            self._heart.join()
+        for heart in self._hearts:
+            if heart.is_alive():
+                heart.join()
         self._pool.shutdown()
 
     def _who(self, op: str) -> dict[str, Any]:
@@ -274,11 +279,10 @@ class Servers:
             return [one(0)]
         return list(self._pool.map(one, range(len(self._links))))
 
-    def _beat(self, every_s: float) -> None:
+    def _beat(self, link: Link, every_s: float) -> None:
         while not self._ended.wait(every_s):
-            for link in self._links:
-                with contextlib.suppress(ManyhandsError):
-                    link.call(self._who("beat"))
+            with contextlib.suppress(ManyhandsError):
+                link.call(self._who("beat"))
 
 
 def _lost(server: int, step: int) -> ManyhandsError:
