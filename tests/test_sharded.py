@@ -326,6 +326,7 @@ def test_zero3_runs_evaluates_samples_and_resumes_as_zero1_on_other_workers(tmp_
     [
         ("zero3(shard=2, exchange=powersgd)", "zero1"),
         ("zero3(exchange=int8)", "shard=2"),
+        ("zero3(exchange=all-reduce(precision=bf16))", "leave out the exchange"),
         ("zero3(shard=2, exchange=fetchsgd)", "it keeps momentum.0 of a whole bucket"),
         ("zero2(shard=1, exchange=warmup(fetchsgd, rounds=0))", "use zero1"),
         ("zero2(optimizer=muon)", "zero1(optimizer='muon')"),
