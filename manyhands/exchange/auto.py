@@ -66,6 +66,7 @@ class Auto:
     conserves = passed("conserves")
     contracts = passed("contracts")
     rounds_sums = passed("rounds_sums")
+    fills = passed("fills")
     selects = passed("selects")
     follows = passed("follows")
     accelerates = passed("accelerates")

@@ -55,6 +55,7 @@ class ByTensor:
     conserves = passed("conserves", "large", "small")
     contracts = passed("contracts", "large", "small")
     rounds_sums = passed("rounds_sums", "large", "small")
+    fills = passed("fills", "large", "small")
     selects = passed("selects", "large", "small")
     follows = passed("follows", "large", "small")
     accelerates = passed("accelerates", "large", "small")

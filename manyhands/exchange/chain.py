@@ -37,6 +37,7 @@ class Chain:
     init = rounds
     talk = gathered
     contracts = passed("contracts", "first", "then")
+    fills = passed("fills", "first", "then")
 
     first: Exchange = choice("exchanges", "topk", help="sends what it can")
     _: KW_ONLY

@@ -13,6 +13,7 @@ an exchange by attribute (how contributions are cut, see `manyhands.core.types.E
                             tensor to tensor ``selected(like)`` says it of each
     follows                 what it keeps are estimates of contributions (default: False);
                             ``renewed(delta, mean, state)`` then takes those of a round that went another way, without loss
+    fills                   it has no zero: one beside other values is sent as something else, and that held back (default: False)
     accelerates             what it agrees on is a velocity, larger than the mean of contributions (default: False)
 """
 
@@ -42,6 +43,7 @@ DEFAULTS = {
     "contracts": True,
     "rounds_sums": False,
     "selects": False,
+    "fills": False,
     "follows": False,
     "accelerates": False,
 }

@@ -41,6 +41,7 @@ class EF21:
     conserves: ClassVar[bool] = False
     by_tensor = passed("by_tensor")
     bucket_mb = passed("bucket_mb")
+    fills = passed("fills")
 
     inner: Exchange = choice("exchanges", "topk", help="how the change is sent")
 

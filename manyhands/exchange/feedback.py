@@ -48,6 +48,7 @@ class ErrorFeedback:
     holds: ClassVar[bool] = True
     by_tensor = passed("by_tensor")
     bucket_mb = passed("bucket_mb")
+    fills = passed("fills")
 
     inner: Exchange = choice("exchanges", "int8", help="what is sent")
     _: KW_ONLY

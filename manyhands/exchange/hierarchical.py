@@ -48,6 +48,7 @@ class Hierarchical:
     conserves = passed("conserves", "within", "across")
     contracts = passed("contracts", "within", "across")
     rounds_sums = passed("rounds_sums", "within", "across")
+    fills = passed("fills", "within", "across")
     selects = passed("selects", "within", "across")
 
     across: Exchange = choice("exchanges", "all-reduce", help="between hosts, each worker a slice")

@@ -9,7 +9,7 @@ bits a value. Levels, rounding, the treatment of NaN and the error bounds are de
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from manyhands.exchange import quantize
 from manyhands.exchange.codec import gathered, rounds
@@ -31,6 +31,7 @@ class Int2:
         rounding: ``nearest`` (half the largest error) or ``stochastic`` (no bias).
     """
 
+    fills: ClassVar[bool] = True
     init = rounds
     talk = gathered
 

@@ -50,6 +50,7 @@ class Momentum:
     accelerates: ClassVar[bool] = True
     by_tensor = passed("by_tensor")
     bucket_mb = passed("bucket_mb")
+    fills = passed("fills")
 
     inner: Exchange = choice("exchanges", "topk", help="what is sent")
     _: KW_ONLY

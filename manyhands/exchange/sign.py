@@ -13,7 +13,7 @@ value beyond float32, is NaN as a whole.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from manyhands.exchange import pack, quantize, quantize_gpu
 from manyhands.exchange.codec import gathered, rounds
@@ -33,6 +33,7 @@ class Sign:
         block: values that share a scale; 0: the whole tensor (the papers' choice, 6% fewer bytes).
     """
 
+    fills: ClassVar[bool] = True
     init = rounds
     talk = gathered
 

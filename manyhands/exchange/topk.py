@@ -71,6 +71,11 @@ class TopK:
         """Whether Σ of `sent` over workers is `mean`."""
         return self.average == "all"
 
+    @property
+    def fills(self) -> bool:
+        """Whether a zero that is selected may come out as something else: two bits have none."""
+        return self.values == "int2"
+
     def init(self, like: Tensors) -> Any:
         return ()
 

@@ -46,6 +46,7 @@ class TwoPhase:
 
     init = rounds
     contracts = passed("contracts")
+    fills = passed("fills")
     selects = passed("selects")
 
     inner: Exchange = choice("exchanges", "int8", help="how chunks are encoded")

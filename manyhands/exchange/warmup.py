@@ -46,6 +46,7 @@ class Warmup:
     conserves = passed("conserves")
     contracts = passed("contracts")
     rounds_sums = passed("rounds_sums")
+    fills = passed("fills")
     selects = passed("selects")
     follows = passed("follows")
     accelerates = passed("accelerates")

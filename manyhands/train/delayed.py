@@ -26,6 +26,7 @@ from manyhands.train.header import Header, Wishes
 from manyhands.train.mending import shared_of
 from manyhands.train.method import Part, StepResult, accumulate
 from manyhands.train.norm import clip_factor, is_finite, norm_of
+from manyhands.train.owed import used_or_owed
 from manyhands.wire.drive import Interleave
 from manyhands.wire.solo import Solo
 
@@ -85,9 +86,10 @@ class DelayedSteps:
         self.gradients.finish()
         used = list(self.gradients.used)
         own = [b.clone() for b in self.gradients.buckets]
-        told_used = [float(u) for u in used]
-        row = Header.row(loss_sum, count, wishes, replica.work, told_used, finite=is_finite(norm_of(own)))
+        finite = is_finite(norm_of(own))
         arrived = self._arrive()
+        flags = used_or_owed(self.gradients, self._exchange, self.states, self._contribution)
+        row = Header.row(loss_sum, count, wishes, replica.work, [*map(float, flags)], finite=finite)
         for buffer, mine in zip(self._travelling, own, strict=True):
             buffer.copy_(mine)
         self._depart(row, nominal)
@@ -186,13 +188,7 @@ class DelayedSteps:
     def _contribution(self, i: int) -> list[Tensor]:
         if not self._by_tensor:
             return [self._travelling[i]]
-        bucket, base = self._travelling[i], self.gradients.buckets[i]
-        return [
-            bucket[
-                (at := (view.data_ptr() - base.data_ptr()) // view.element_size()) : at + view.numel()
-            ].view(view.shape)
-            for view in self.gradients.tensors(i)
-        ]
+        return [view for _, view in self.gradients.cut(i, self._travelling[i])]
 
     def _depart(self, row: Tensor, nominal: float) -> None:
         wire = self._replica.wire

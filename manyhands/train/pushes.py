@@ -10,12 +10,15 @@ import torch
 from manyhands.core import rng
 from manyhands.exchange.allreduce import AllReduce
 from manyhands.exchange.codec import wide
+from manyhands.exchange.combine import trait
 from manyhands.exchange.feedback import ErrorFeedback
 from manyhands.train.header import Unsound
 from manyhands.train.norm import norm_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from manyhands.serve.layout import Layout
 
 
 class PushCodec:
@@ -55,6 +58,17 @@ class PushCodec:
             if self._decay is not None:
                 self._left[server, i] = value - decoded.to(value.dtype)
         return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def owed(self, layout: Layout, state: Mapping[str, Any]) -> list[str]:
+        """Parameters of which earlier pushes have left something out: it travels though no pass used them."""
+        found: list[str] = []
+        residuals = () if trait(self.codec, "fills") else state.get("residual", ())
+        for (_, begin, end), left in zip(layout.groups, residuals, strict=False):
+            for entry, at in zip(layout.entries, layout.offsets, strict=True):
+                first = (at - begin) // entry.width
+                if begin <= at < end and bool(left[first : first + entry.numel].any()):
+                    found.append(entry.name)
+        return found
 
     def keep(self, states: Sequence[dict[str, Any]], applied: Sequence[bool]) -> None:
         """What a push left out is held back from now on, where a server has used the push.

@@ -343,6 +343,9 @@ class Served:
     def _push(self, header: Mapping[str, Any]) -> dict[str, Any]:
         """Push what the gradients hold; fresh parameters are in the buffers afterwards."""
         used = dict(zip(self.gradients.names, self.gradients.used, strict=True))
+        if not all(used.values()):
+            for layout, state in zip(self._servers.layouts, self.states, strict=True):
+                used |= dict.fromkeys(self._codec.owed(layout, state), True)
         self.gradients.attach([True] * len(used))
         with torch.no_grad():
             for _, grads in self._views:

@@ -27,6 +27,7 @@ from manyhands.train import memory, sharded_rebuild, sharded_state
 from manyhands.train.header import Header, Unsound, Wishes
 from manyhands.train.method import Part, StepResult, rows_of
 from manyhands.train.norm import clip_factor, is_finite
+from manyhands.train.owed import owed
 from manyhands.train.reading import summed_of
 from manyhands.train.sharded_gradients import ShardGradients
 from manyhands.train.sharded_layout import Layout
@@ -121,8 +122,9 @@ class ShardedModel:
                     "give a smaller --device-batch (or --micro-batch), --gradient-checkpointing or a shorter --seq-len",
                 ) from error
             raise
-        used = [float(name in self.layout.used) for name in self._params]
-        row = Header.row(loss_sum, count, wishes, replica.work, [*used, self._square()])
+        used = self._used()
+        flags = [float(name in used) for name in self._params]
+        row = Header.row(loss_sum, count, wishes, replica.work, [*flags, self._square()])
         self._ready = _Ready(part, nominal, count, states)
         return self._apply(torch.stack(replica.wire.begin(Gather(row, even=True)).wait()))
 
@@ -363,6 +365,16 @@ class ShardedModel:
             if mean is not bucket:
                 bucket.copy_(mean)
         return [each.state for each in agreed]
+
+    def _used(self) -> set[str]:
+        """Names of the parameters that a pass of mine used, or of which my pieces hold something back."""
+        found = set(self.layout.used)
+        for bucket, state in enumerate(self.states if len(found) < len(self._params) else ()):
+            (left,) = owed(self._exchange, state, [self.gradients.buckets[bucket]])
+            for i, part in self.gradients.cut(bucket, left) if left is not None else ():
+                if bool(part.any()):
+                    found.add(self.layout.owned[i].name)
+        return found
 
     def _square(self) -> float:
         """The squared norm of the gradients that I speak for."""

@@ -31,6 +31,7 @@ from manyhands.train.header import Header, Unsound, Wishes
 from manyhands.train.mending import shared_of
 from manyhands.train.method import Part, StepResult, Sums, accumulate
 from manyhands.train.norm import clip_factor, is_finite, norm_of, norm_there
+from manyhands.train.owed import used_or_owed
 from manyhands.train.reading import Reading, Stopwatch
 from manyhands.wire.drive import Interleave, run
 
@@ -260,9 +261,9 @@ class Synchronous:
                 self._norms.append(norm_there(list(self._tree.nodes.values())))
             for position in range(0 if self._by_place else len(self.gradients.buckets)):
                 self._look_at(position)
-        used = [float(u) for u in self.gradients.used]
+        used = used_or_owed(self.gradients, self._exchange, self.states, self._contribution)
         finite = self._own_is_finite()
-        row = Header.row(loss_sum, count, wishes, self._replica.work, used, finite=finite)
+        row = Header.row(loss_sum, count, wishes, self._replica.work, [*map(float, used)], finite=finite)
         told = Header.of(torch.stack(self._replica.wire.begin(Gather(row, even=True)).wait()))
         if not self._by_place:
             self._consumed = True
