@@ -25,7 +25,7 @@ from manyhands.strategy.base import Strategy
 from manyhands.strategy.optimizers import SGD, AdamW
 from manyhands.train.feed import Feed
 from manyhands.train.fragments import split
-from manyhands.train.replica import Replica
+from manyhands.train.replica import Part, Replica
 from manyhands.wire.solo import Solo
 from manyhands.wire.world import Member, World
 
@@ -579,6 +579,57 @@ def test_a_nan_of_one_worker_is_left_out_by_all(fleets: Any, text: str) -> None:
         assert any("w1 (rank 1, host1)" in note.words(SEATS) for note in notes)
         assert not any("w0" in note.words(SEATS) for note in notes)
     assert any(skipped for _, _, skipped, _, _ in answers)
+
+
+def one_nan_run(world: Any) -> tuple[list[float], int]:
+    """What the workers tell each other of rounds in whose first one step of one worker came to nothing."""
+    replica = Replica(make(), presets.hogwild(lr=0.01, every=2), world.wire, targets_per_row=SEQ)
+    feed, told = feed_of(world, {}), []
+
+    def poisoned(m: Any, batch: Any) -> Any:
+        loss, count = summed(m, batch)
+        return loss * (math.nan if world.rank == 1 and replica.steps == 0 else 1.0), count
+
+    for step in range(4):
+        result = replica.step(feed.part(step), poisoned)
+        told += [result.loss] if result.agreed else []
+    return told, replica.tokens
+
+
+def test_a_step_of_hogwild_that_was_left_out_is_in_no_mean(fleets: Any) -> None:
+    answers = fleets(2, "shared").run(one_nan_run)
+    assert answers[0] == answers[1]
+    told, tokens = answers[0]
+    assert all(math.isfinite(loss) for loss in told)
+    assert tokens < targets(4)
+
+
+def gaps_run(world: Any) -> list[tuple[float, float]]:
+    """(norm that was told, how far parameters went) of each agreed step at rate 1."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Linear(1, 3)).double()
+    replica = Replica(model, config.from_text("strategies", SIGNS), world.wire)
+    found = []
+    for step in range(3):
+        before = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(2 * step + world.rank)).double()
+        part = Part(step, [(world.rank, {"x": x})], world.size, 4 * world.size, 0)
+        result = replica.step(part, lambda m, b: (m(b["x"]).square().sum(), len(b["x"])))
+        after = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        found += [(result.grad_norm, float((before - after).norm()))] if result.agreed else []
+    replica.meet()
+    replica.close()
+    return found
+
+
+SIGNS = "eager(correct=false, optimizer=sgd, lr=1.0, exchange=error-feedback(sign(block=0)))"
+
+
+def test_what_a_codec_makes_of_the_room_between_parameters_is_in_no_norm(fleets: Any) -> None:
+    for found in fleets(2, "shared").run(gaps_run):
+        assert len(found) == 2
+        for told, gone in found:
+            assert told == pytest.approx(gone, rel=1e-12)
 
 
 def test_counts_are_exact_between_uneven_shares(fleets: Any) -> None:

@@ -217,6 +217,7 @@ class DelayedSteps:
                 if mean is not mine:
                     mine.copy_(mean)
             means.append(self._travelling[i])
+        self.gradients.zero_gaps(means)  # a codec may have made something of nothing
         replica.tokens -= int(flight.nominal)
         factor, rate = replica.rate(replica.strategy.outer, behind=1)  # of the step that is now agreed upon
         replica.tokens += told.count

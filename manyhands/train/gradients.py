@@ -55,7 +55,7 @@ class FlatGradients:
         self._views: list[Tensor] = [torch.empty(0)] * len(self.params)
         self._bucket_of: list[int] = [0] * len(self.params)
         self.buckets: list[Tensor] = []
-        self._gaps: list[Tensor] = []
+        self._gaps: list[tuple[int, int, int]] = []  # bucket, first element in it, end
         self._lay_out(wire, bucket_mb)
         self.used = [False] * len(self.params)  # in this step
         self._fresh = [False] * len(self.params)  # in this micro-batch
@@ -125,10 +125,10 @@ class FlatGradients:
         """The gradients in the buffers as views in their parameters' shapes, in the order of `params`."""
         return list(self._views)
 
-    def zero_gaps(self) -> None:
-        """Zero the alignment gaps between parameters, which a lossy exchange may have filled."""
-        for gap in self._gaps:
-            gap.zero_()
+    def zero_gaps(self, buckets: Sequence[Tensor] | None = None) -> None:
+        """Zero the alignment gaps between parameters, which a lossy exchange may have filled; of `buckets`: laid out alike."""
+        for position, begin, end in self._gaps:
+            (buckets or self.buckets)[position][begin:end].zero_()
 
     def zero_unused(self, flags: Sequence[bool]) -> None:
         """Parameters that got no gradient contribute zero."""
@@ -197,7 +197,7 @@ class FlatGradients:
                 self._views[i] = flat[offset : offset + param.numel()].view(param.shape)
                 end = offset + -(-param.numel() // align) * align
                 if offset + param.numel() < end:
-                    self._gaps.append(flat[offset + param.numel() : end])
+                    self._gaps.append((len(self.buckets), offset + param.numel() - begin, end - begin))
             self.buckets.append(flat[begin:total])
 
     def _hook(self, i: int) -> Callable[[Tensor], None]:

@@ -76,6 +76,8 @@ class Hogwild:
         loss_sum, count = done.loss_sum, done.count
         self.gradients.finish()
         norm, lr, skipped = self._update(part, done.places, loss_sum, count, nominal)
+        if skipped:  # nothing has come of it
+            loss_sum = count = 0.0
         replica.steps += 1
         self._applied[replica.wire.rank] = replica.steps
         self._since += nominal
