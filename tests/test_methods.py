@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,31 @@ def method_run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
         "state": state,
         "tokens": replica.tokens,
     }
+
+
+def turned_run(world: Any, strategy: Strategy, turned: bool) -> list[float]:
+    """A model with a matrix that is laid out by columns, or with the same one by rows."""
+    model = make()
+    if turned:
+        model.hidden.weight = torch.nn.Parameter(model.hidden.weight.detach().t().contiguous().t())
+    replica = Replica(model, strategy, world.wire, targets_per_row=SEQ)
+    feed = feed_of(world, {})
+    for step in range(4):
+        replica.step(feed.part(step), summed)
+    replica.meet()
+    replica.check_agreement()
+    found: list[float] = model.hidden.weight.detach().flatten().tolist()
+    replica.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    "make_it", [presets.ddp, presets.zero1, presets.eager, partial(presets.diloco, every=2)]
+)
+def test_a_matrix_is_updated_however_it_lies_in_memory(fleets: Any, make_it: Any) -> None:
+    strategy = make_it(lr=0.01, optimizer="adamw")
+    for ours in fleets(2, "shared").run(turned_run, strategy, True):
+        assert ours == pytest.approx(fleets(2, "shared").run(turned_run, strategy, False)[0], rel=1e-9)
 
 
 def targets(steps: int, global_batch: int = GLOBAL) -> int:

@@ -110,6 +110,9 @@ class Replica:
         self.notes: deque[Note] = deque(maxlen=1000)
         self._skipped_in_a_row = 0
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        for _, param in self.named:  # their gradients are, and fused optimizers go through both alike
+            if not param.is_contiguous():
+                param.data = param.detach().contiguous()
         self.device = self.named[0][1].device if self.named else torch.device("cpu")
         if compare:
             agree_at_start(model, wire)
