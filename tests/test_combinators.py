@@ -94,6 +94,19 @@ def test_ef21_keeps_the_sum_and_converges_on_a_constant_gradient() -> None:
     torch.testing.assert_close(agreed[0].mean[0], _total(deltas), rtol=1e-6, atol=1e-6)
 
 
+def test_ef21_of_half_precision_keeps_the_sum_of_its_estimates() -> None:
+    """What it keeps is in float32: sums that are rounded on their way would add up to a difference, round after round."""
+    exchange = _value("ef21(topk(density=0.2, chunk=0))")
+    states = [exchange.init([torch.zeros(60, dtype=torch.bfloat16)]) for _ in range(3)]
+    for turn in range(100):
+        deltas = [[d.bfloat16() for d in delta] for delta in _grads(3, seed=turn)]
+        agreed = _round(exchange, deltas, states)
+        states = [each.state for each in agreed]
+        assert agreed[0].mean[0].dtype is torch.bfloat16
+    own = sum(s["residual"][0] for s in states)
+    torch.testing.assert_close(states[0]["agreed"][0], own, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("mask", [False, True])
 def test_momentum_correction_is_its_equations(nesterov: bool, mask: bool) -> None:

@@ -53,7 +53,8 @@ class EF21:
 
     def talk(self, delta: Tensors, state: Any) -> Talk:
         own, everyones = state["residual"], state["agreed"]
-        change = [(d - h).to(d.dtype) for d, h in zip(delta, own, strict=True)]
+        # in the estimates' type: a sum rounded to half precision would be in H for ever, and in no h
+        change = [d - h for d, h in zip(delta, own, strict=True)]
         agreed = yield from protected(self.inner.talk(change, state["inner"]))
         own = [h + c for h, c in zip(own, agreed.sent, strict=True)]
         everyones = [h + c for h, c in zip(everyones, agreed.mean, strict=True)]
