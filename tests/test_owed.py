@@ -82,8 +82,12 @@ def test_what_was_held_back_of_an_unused_parameter_is_not_lost(fleets: Any, text
         assert never == 0.0
 
 
-def test_a_parameter_that_nobody_has_used_stays_though_the_codec_has_no_zero(fleets: Any) -> None:
-    text = "ddp(optimizer=sgd, lr=1.0, exchange=error-feedback(sign(block=0)))"
+@pytest.mark.parametrize("name", ["ddp(", "eager(", "forecast(every=2, delay=1, "])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_parameter_that_nobody_has_used_stays_though_the_codec_has_no_zero(
+    fleets: Any, name: str, optimizer: str
+) -> None:
+    text = f"{name}optimizer={optimizer}, lr=0.1, exchange=error-feedback(sign(block=0)))"
     assert [never for *_, never in fleets(2, "group").run(turns_run, text)] == [0.0, 0.0]
 
 

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from manyhands.exchange.combine import trait
 from manyhands.strategy.optimizers import AdamW
 from manyhands.train.local import LocalSteps
 from manyhands.train.norm import is_finite, norm_of
@@ -200,7 +201,10 @@ class ForecastSteps(LocalSteps):
         else:
             lengths = list(squares)
         counts = [times(square, short, terms, steps) for square, short in zip(squares, lengths, strict=True)]
-        used = [a or short > 0.0 for a, short in zip(used, lengths, strict=True)]  # or held back from before
+        if not trait(self._exchange, "fills"):  # else it says nothing
+            used = [
+                a or short > 0.0 for a, short in zip(used, lengths, strict=True)
+            ]  # or held back from before
         spec = self._replica.strategy.outer
         factors = [self._replica.rate(spec, behind=behind + steps - j)[0] for j in range(steps)]
         if isinstance(spec, AdamW):
