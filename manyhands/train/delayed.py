@@ -88,7 +88,7 @@ class DelayedSteps:
         own = [b.clone() for b in self.gradients.buckets]
         finite = is_finite(norm_of(own))
         arrived = self._arrive()
-        flags = used_or_owed(self.gradients, self._exchange, self.states, self._contribution)
+        flags = used_or_owed(self.gradients, self._exchanges, self.states, self._contribution)
         row = Header.row(loss_sum, count, wishes, replica.work, [*map(float, flags)], finite=finite)
         for buffer, mine in zip(self._travelling, own, strict=True):
             buffer.copy_(mine)

@@ -106,11 +106,10 @@ class FlatGradients:
     def cut(self, position: int, flat: Tensor) -> Iterator[tuple[int, Tensor]]:
         """A tensor laid out as a bucket is, as (parameter, view in its shape), in the order of the bucket."""
         base = self.buckets[position].data_ptr()
-        for i in reversed(range(len(self.params))):
-            if self._bucket_of[i] == position:
-                view = self._views[i]
-                begin = (view.data_ptr() - base) // view.element_size() if view.numel() else 0
-                yield i, flat[begin : begin + view.numel()].view(view.shape)
+        for i in self._members(position):
+            view = self._views[i]
+            begin = (view.data_ptr() - base) // view.element_size() if view.numel() else 0
+            yield i, flat[begin : begin + view.numel()].view(view.shape)
 
     def telling(self, position: int) -> list[Tensor]:
         """Those of a bucket that tell at little cost whether a backward pass was finite: of vectors, such as biases.

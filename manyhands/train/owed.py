@@ -21,17 +21,19 @@ if TYPE_CHECKING:
 
 def used_or_owed(
     gradients: FlatGradients,
-    exchange: Any,
+    exchanges: Sequence[Any],
     states: Sequence[Any],
     contribution: Callable[[int], list[Tensor]],
 ) -> list[bool]:
     """Of each parameter, whether a pass of this step used it, or something of it is held back.
 
     Args:
-        contribution: to each of the exchange's conversations, by position: a bucket, or its parameters one by one.
+        exchanges, states: of each conversation.
+        contribution: to each of them, by position: a bucket, or its parameters one by one.
     """
     used = list(gradients.used)
     for position, state in enumerate(() if all(used) else states):
+        exchange = exchanges[position]
         found = owed(exchange, state, contribution(position))
         parts: Iterable[tuple[int, Tensor | None]] = ()
         if trait(exchange, "by_tensor"):

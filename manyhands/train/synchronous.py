@@ -261,7 +261,7 @@ class Synchronous:
                 self._norms.append(norm_there(list(self._tree.nodes.values())))
             for position in range(0 if self._by_place else len(self.gradients.buckets)):
                 self._look_at(position)
-        used = used_or_owed(self.gradients, self._exchange, self.states, self._contribution)
+        used = used_or_owed(self.gradients, self._exchanges, self.states, self._contribution)
         finite = self._own_is_finite()
         row = Header.row(loss_sum, count, wishes, self._replica.work, [*map(float, used)], finite=finite)
         told = Header.of(torch.stack(self._replica.wire.begin(Gather(row, even=True)).wait()))
