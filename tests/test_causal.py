@@ -11,6 +11,7 @@ from torch import nn
 
 from manyhands.models import causal
 from manyhands.models.build import build
+from manyhands.tasks.classify import Classify
 from manyhands.train import forward
 
 ROWS, LENGTH, WORDS = 2, 48, 300
@@ -136,3 +137,15 @@ def test_what_attends_otherwise_is_left_alone() -> None:
     eager: Any = _model("gpt2-nano")
     eager.config._attn_implementation = "eager"
     assert not causal.needs_no_mask(eager)
+
+
+@pytest.mark.parametrize("name", ["bert-tiny", "tutorial"])
+def test_a_compiled_classifier_is_told_of_its_padding(name: str, masks: list[bool]) -> None:
+    """A task asks the signature for what a model takes: the compiled one has its model's."""
+    model = build(name, task="classify", vocab_size=WORDS, seq_len=LENGTH, n_labels=3).eval()
+    mask = torch.ones_like(_ids())
+    mask[1, 20:] = 0
+    batch = {"input_ids": _ids(), "attention_mask": mask, "label": torch.tensor([0, 2])}
+    ours, usual = (Classify().loss(f, batch).loss_sum for f in (forward.compiled(model), model))
+    torch.testing.assert_close(ours, usual, rtol=1e-5, atol=1e-6)
+    assert all(masks)

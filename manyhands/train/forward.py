@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import TYPE_CHECKING, Any
 
 from manyhands.core.errors import UsageError
@@ -86,6 +87,8 @@ def compiled(model: torch.nn.Module) -> Any:
     maskless = causal.needs_no_mask(model)
     first: list[Any] = []
 
+    # whoever calls it asks its signature for what it takes: a mask, for example
+    @functools.wraps(model.forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
         shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
         if not first:
