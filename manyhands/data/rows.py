@@ -111,10 +111,10 @@ class TokenRows:
 
 
 class LabelledRows:
-    """Texts with a label each.
+    """Texts with a label each, between the special tokens that their tokenizer puts around a text.
 
     Args:
-        max_len: longer texts are cut.
+        max_len: longer texts are cut, so that these have room, too.
         ids: which rows of the data, in this order.
         labels: class names in order; default: the data's own.
 
@@ -139,6 +139,8 @@ class LabelledRows:
         self._parts = [(offsets, flat) for offsets, flat, _ in parts]
         self.classes = _numbers([labels for _, _, labels in parts], names, named)[ids]
         lengths = np.concatenate([np.diff(o) for o, _ in self._parts] or [np.empty(0, np.int32)])[ids]
+        self._around = tuple(np.array(each, dtype=np.int64) for each in tokenize.around(prepared.tokenizer))
+        lengths += sum(map(len, self._around))
         self.lengths = np.clip(lengths, 1, max_len)  # tokens of each row, as far as they are used
 
     def __len__(self) -> int:
@@ -150,14 +152,16 @@ class LabelledRows:
         width = min(self._max_len, -(-longest // 8) * 8)
         inputs = np.full((len(ids), width), self._pad(), dtype=np.int64)
         mask = np.zeros((len(ids), width), dtype=np.int64)
+        before, behind = self._around
+        room = max(0, self._max_len - len(before) - len(behind))  # for the text
         for row, i in enumerate(ids):
             place = int(self._ids[int(i)])
             part = int(np.searchsorted(self._starts, place, side="right")) - 1
             offsets, flat = self._parts[part]
             begin, end = offsets[place - self._starts[part]], offsets[place - self._starts[part] + 1]
-            n = min(width, int(end - begin))
-            inputs[row, :n] = flat[begin : begin + n]
-            mask[row, :n] = 1
+            whole = np.concatenate([before, flat[begin : min(end, begin + room)], behind])[:width]
+            inputs[row, : len(whole)] = whole
+            mask[row, : len(whole)] = 1
         return {
             "input_ids": torch.from_numpy(inputs),
             "attention_mask": torch.from_numpy(mask),

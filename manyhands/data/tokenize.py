@@ -259,6 +259,17 @@ class Encoder:
         return None
 
 
+def around(directory: Path) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and behind each text, as BERT's [CLS] and [SEP]; ours put none."""
+    tokenizer, _ = _load(directory)
+    for word in ("a", *tokenizer.get_vocab()):
+        one = tokenizer.encode(word)
+        text = [i for i, special in enumerate(one.special_tokens_mask) if not special]
+        if text:
+            return one.ids[: text[0]], one.ids[text[-1] + 1 :]
+    return [], []
+
+
 def _parts(text: str, size: int) -> list[str]:
     """The text, in parts of at most `size` characters."""
     if len(text) <= size:
