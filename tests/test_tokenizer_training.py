@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,3 +72,15 @@ def test_training_leaves_the_main_thread_to_signals_and_its_errors_arrive(tmp_pa
             tokenize.train(spec, texts(broken=True), tmp_path / "none")
     assert threading.main_thread() not in threads
     assert not (tmp_path / "none").exists()
+
+
+def test_characters_of_any_number_of_texts_are_found_in_little_memory(tmp_path: Path) -> None:
+    texts = ("".join(map(chr, range(97 + i % 20, 117 + i % 20))) for i in range(20_000))
+    tracemalloc.start()
+    try:
+        tokenize.train("char", texts, tmp_path / "char")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 << 20
+    assert tokenize.Encoder(tmp_path / "char").vocab_size == 39 + 2

@@ -99,9 +99,13 @@ def train(spec: str, texts: Iterable[str], directory: Path) -> None:
         )
         _aside(lambda: made.train_from_iterator(texts, trainer))
     elif kind == "char":
-        characters = sorted(set().union(*map(set, texts)))
+        characters: set[str] = set()
+        for text in texts:
+            characters.update(text)  # of all texts at once: a set for each would fill the memory
         made = Tokenizer(
-            models.WordLevel({c: i for i, c in enumerate([*characters, UNKNOWN, END])}, unk_token=UNKNOWN)
+            models.WordLevel(
+                {c: i for i, c in enumerate([*sorted(characters), UNKNOWN, END])}, unk_token=UNKNOWN
+            )
         )
         made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
         made.decoder = decoders.Fuse()
