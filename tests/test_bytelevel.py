@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from manyhands.data import bytelevel, formats, stream, tokenize
 from manyhands.data.source import DataSpec, SourceFile, Span
@@ -143,3 +143,36 @@ def test_a_long_text_is_encoded_in_parts(
     assert counts.tolist()[:3] == [len(ids) for ids in expected]
     assert flat[: counts[:3].sum()].tolist() == list(itertools.chain(*expected))
     assert library.decode(flat[counts[:3].sum() :].tolist()) == texts[3]
+
+
+def _own(made: Tokenizer, directory: Path) -> tokenize.Encoder:
+    made.add_special_tokens(["<end>"])
+    directory.mkdir()
+    made.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    return tokenize.Encoder(directory)
+
+
+@pytest.mark.parametrize("kind", ["words", "lower", "named", "prefix", "some bytes", "between"])
+def test_a_tokenizer_that_looks_like_ours_gives_its_own_tokens(kind: str, tmp_path: Path) -> None:
+    """Of characters or bytes, but not quite: looked up in a table its texts would become other tokens."""
+    if kind in ("prefix", "some bytes"):
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: 100 if kind == "some bytes" else None]
+        made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind == "prefix", use_regex=False)
+        made.decoder = decoders.ByteLevel()
+    else:
+        unknown = "[UNK]" if kind == "named" else tokenize.UNKNOWN
+        vocabulary = ["many", "hands", *"abdehmnsy ", unknown]
+        made = Tokenizer(models.WordLevel({c: i for i, c in enumerate(vocabulary)}, unk_token=unknown))
+        made.pre_tokenizer = pre_tokenizers.Split(
+            " " if kind == "words" else "", "merged_with_next" if kind == "between" else "isolated"
+        )
+        made.decoder = decoders.Fuse()
+        if kind == "lower":
+            made.normalizer = normalizers.Lowercase()
+    texts = ["many hands", "Many HANDS", "é"]
+    flat, counts = _own(made, tmp_path / "own")(texts)
+    expected = [one.ids for one in made.encode_batch(texts, add_special_tokens=False)]
+    assert counts.tolist() == list(map(len, expected))
+    assert flat.tolist() == [token for ids in expected for token in ids]

@@ -33,6 +33,8 @@ END, UNKNOWN, PAD = "<|endoftext|>", "<|unk|>", "<|pad|>"
 MAX_CHARS = 1 << 20  # of one text encoded at a time
 TRAIN_CHARS = 1 << 14  # of one text trained on; the library holds a thousand and more of them
 _CUT = re.compile(r"\S(?=\s)")
+# of a pre-tokenizer that cuts a text into its characters
+CHARACTERS = {"type": "Split", "pattern": {"String": ""}, "behavior": "Isolated", "invert": False}
 KINDS = ("byte", "char", "bpe:N", "word:N", "a directory")
 
 
@@ -233,27 +235,28 @@ class Encoder:
         return lengths
 
     def _lookup(self) -> Callable[[str], NDArray[Any]] | None:
+        """Encodes by table, where each byte or each character is a token of its own whatever stands beside it."""
         state = json.loads(self._tokenizer.to_str())
-        pre = state.get("pre_tokenizer") or {}
+        model, pre = state["model"], state.get("pre_tokenizer") or {}
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
-        if (
-            state["model"]["type"] == "BPE"
-            and not state["model"]["merges"]
-            and pre.get("type") == "ByteLevel"
-        ):
+        if state.get("normalizer") is not None:
+            return None
+        if model["type"] == "BPE" and pre.get("type") == "ByteLevel":
             from tokenizers import pre_tokenizers
 
             order = _in_byte_order(sorted(pre_tokenizers.ByteLevel.alphabet()))
+            joined = ("merges", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+            if (
+                pre.get("add_prefix_space", True)
+                or any(map(model.get, joined))
+                or set(order) - set(vocabulary)
+            ):
+                return None
             table = np.array([vocabulary[c] for c in order], dtype=self.dtype)
             return lambda text: table[np.frombuffer(text.encode(), dtype=np.uint8)]
-        if (
-            state["model"]["type"] == "WordLevel"
-            and pre.get("type") == "Split"
-            and (state.get("decoder") or {}).get("type") == "Fuse"
-        ):
-            unknown = vocabulary[UNKNOWN]
+        if model["type"] == "WordLevel" and pre == CHARACTERS and self.unknown_id is not None:
             points = {ord(c): i for c, i in vocabulary.items() if len(c) == 1}
-            lookup = np.full(max(points, default=0) + 2, unknown, dtype=self.dtype)
+            lookup = np.full(max(points, default=0) + 2, self.unknown_id, dtype=self.dtype)
             for point, number in points.items():
                 lookup[point] = number
             last = len(lookup) - 1
