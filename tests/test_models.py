@@ -18,7 +18,7 @@ from manyhands.core.callform import Call, parse
 from manyhands.core.errors import ModelError, UsageError
 from manyhands.core.registry import REGISTRY, resolve
 from manyhands.data import tokenize
-from manyhands.models import fit
+from manyhands.models import fit, store
 from manyhands.models.build import (
     build,
     describe,
@@ -288,6 +288,19 @@ def test_a_directory_is_checked_against_the_tokenizer(tmp_path: Path) -> None:
 def test_half_precision_weights_are_trained_in_float32(tmp_path: Path) -> None:
     save_model(make("gpt2-nano").bfloat16(), tmp_path)
     assert {p.dtype for p in make(str(tmp_path)).parameters()} == {torch.float32}
+
+
+def test_weights_are_neither_rounded_nor_said_to_be(tmp_path: Path) -> None:
+    """Many models are published in half precision: what goes on in float32 is saved, and loaded, as that."""
+    first = make("gpt2-nano")
+    save_model(first, tmp_path / "first")
+    path = tmp_path / "first" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "bfloat16"}))
+    again = make(str(tmp_path / "first"))
+    assert same(first, again)
+    (tmp_path / "again").mkdir()
+    store.write_config(again, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "float32"
 
 
 def test_a_new_head_on_a_saved_body_follows_the_seed(tmp_path: Path, tokenizer_dir: Path) -> None:

@@ -168,6 +168,7 @@ def _from_config(path: Path, changes: dict[str, Any], fit: Fit) -> nn.Module:
 
 
 def _from_directory(path: Path, changes: dict[str, Any], fit: Fit) -> nn.Module:
+    import torch
     import transformers
 
     if "manyhands" in store.read_config(path):
@@ -186,7 +187,8 @@ def _from_directory(path: Path, changes: dict[str, Any], fit: Fit) -> nn.Module:
         config.pad_token_id = fit.pad_id
     if fit.n_labels is not None and config.num_labels != fit.n_labels:
         config.num_labels = fit.n_labels
-    model, loading = store.from_pretrained(_head(fit), path, config=config)
+    # whatever type the configuration names: weights that are finer must not be rounded to it
+    model, loading = store.from_pretrained(_head(fit), path, config=config, dtype=torch.float32)
     check_loaded(model, loading, path, fit)
     check_padding(model, fit, str(path))
     return model.float()

@@ -53,7 +53,9 @@ def write_config(model: nn.Module, directory: Path) -> None:
     """The ``config.json`` alone, of either kind."""
     if is_transformers(model):
         config: Any = model.config
-        config.architectures = [type(model).__name__]  # the model's own save_pretrained says it, too
+        # as the model's own save_pretrained says, too; what it was loaded from may have been of half precision
+        config.architectures = [type(model).__name__]
+        config.dtype = model.dtype
         config.save_pretrained(directory)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(directory)  # type: ignore[union-attr,operator]
