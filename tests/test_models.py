@@ -30,6 +30,8 @@ from manyhands.models.build import (
 )
 from manyhands.models.presets import Preset
 from manyhands.models.same import difference
+from manyhands.train.job import Job
+from manyhands.train.material import tokenizer_for
 
 SMALL = {"gpt2-nano", "gpt2-micro", "llama-nano", "llama-micro", "bert-tiny", "bert-mini", "tutorial"}
 
@@ -301,6 +303,18 @@ def test_weights_are_neither_rounded_nor_said_to_be(tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()
     store.write_config(again, tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_changed_model_of_a_directory_has_that_directorys_tokenizer(
+    tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    save_model(make("gpt2-nano"), tokenizer_dir)
+    assert tokenizer_for(Job(model=str(tokenizer_dir))) == str(tokenizer_dir)
+    assert tokenizer_for(Job(model=f"{tokenizer_dir}(resid_pdrop=0.2)")) == str(tokenizer_dir)
+    (tokenizer_dir / "tokenizer.json").unlink()
+    (tokenizer_dir / "tokenizer_config.json").unlink()
+    with pytest.raises(UsageError, match="brings no tokenizer"):
+        tokenizer_for(Job(model=f"{tokenizer_dir}(resid_pdrop=0.2)"))
 
 
 def test_a_new_head_on_a_saved_body_follows_the_seed(tmp_path: Path, tokenizer_dir: Path) -> None:

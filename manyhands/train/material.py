@@ -88,11 +88,14 @@ def data_spec(job: Job, data: Sequence[str], tokenizer: str) -> DataSpec:
 
 def tokenizer_for(job: Job) -> str:
     """The tokenizer to use: as given; a pretrained model's own; else what fits the task."""
+    from manyhands.models.build import split_call
+
     if job.tokenizer != "auto":
         return job.tokenizer
-    if (Path(job.model) / "config.json").is_file():
-        if any((Path(job.model) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-            return job.model
+    model = split_call(job.model)[0]  # it may be changed: "directory(resid_pdrop=0.1)"
+    if (Path(model) / "config.json").is_file():
+        if any((Path(model) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+            return model
         raise UsageError(
             f"model {job.model!r} brings no tokenizer",
             "a pretrained model needs the tokens it was trained on",
