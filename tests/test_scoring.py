@@ -18,6 +18,7 @@ from manyhands.data import tokenize
 from manyhands.data.prepare import prepare
 from manyhands.data.rows import TokenRows
 from manyhands.data.source import DataSpec
+from manyhands.train import checkpoint, scoring, session
 from manyhands.train.job import Job
 from manyhands.train.material import gather_material, gather_scored
 from manyhands.train.resume import same_held_out, same_order
@@ -100,3 +101,26 @@ def test_an_unknown_character_has_its_bytes(tmp_path: Path, monkeypatch: pytest.
     assert part.bytes_per_target == pytest.approx((1440 + 480 * 1.5) / 1920, rel=1e-12)
     monkeypatch.setattr(tokenize, "Encoder", None)  # it is found once
     assert part.bytes_per_target > 1
+
+
+def test_all_workers_score_the_first_ones_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on meanwhile saves a new one when some have looked already."""
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "manifest.json").write_text(json.dumps({"saved_s": step}))
+    world = SimpleNamespace(
+        rank=1,
+        gather=lambda mine: [str(tmp_path / "checkpoint-1"), mine],
+        wire=SimpleNamespace(close=lambda: None),
+    )
+    looked = []
+
+    def verify(path: Path) -> None:
+        looked.append(path)
+        raise CheckpointError("that will do")
+
+    monkeypatch.setattr(session, "connect_from_environment", lambda **_: (world, "cpu"))
+    monkeypatch.setattr(checkpoint, "verify", verify)
+    with pytest.raises(CheckpointError, match="that will do"):
+        scoring.score(Job(resume=str(tmp_path)), held_out=True, trust=False)
+    assert looked == [tmp_path / "checkpoint-1"]

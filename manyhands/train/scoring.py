@@ -44,11 +44,13 @@ def score(job: Job, *, held_out: bool, trust: bool) -> dict[str, float | int | s
 
     assert job.resume is not None
     path = checkpoint.resolve_resume(job.resume, Path(job.resume))
-    checkpoint.verify(path)
     world, device = session.connect_from_environment(device=job.device, transport=job.transport)
     terminal = Terminal(console()) if world.rank == 0 else None
     emit = fan_out([terminal]) if terminal is not None else ignore
     try:
+        # a run that goes on may have saved another one between our looks
+        path = Path(world.gather(str(path))[0])
+        checkpoint.verify(path)
         state = checkpoint.load_state(path).state
         own = dataclasses.replace(job, tokenizer=str(path))
         found = gather_scored(own, world, emit, labels=state.get("labels"))
