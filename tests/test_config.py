@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from manyhands.cadence.every import EveryStep
 from manyhands.cli import options
-from manyhands.cli.train import assemble, parser, told_once
+from manyhands.cli.train import assemble, parser
 from manyhands.core import config
 from manyhands.core.callform import parse
 from manyhands.core.errors import UsageError
 from manyhands.exchange.allreduce import AllReduce
 from manyhands.exchange.ordered import Ordered
+from manyhands.launch.job import told_once
 from manyhands.strategy import presets
 from manyhands.strategy.base import Strategy
 from manyhands.strategy.optimizers import SGD, AdamW, Muon
@@ -220,3 +221,14 @@ def test_a_higher_layer_takes_back_what_it_excludes(
 def test_one_layer_that_says_both_is_an_error() -> None:
     with pytest.raises(UsageError, match="both given"):
         config.assemble(Job, told_once([("config.toml", {"steps": 8, "epochs": 2.0})]))
+
+
+def test_one_command_that_says_both_is_an_error(tmp_path: Path) -> None:
+    """Its options are layers of their own: none takes back another."""
+    with pytest.raises(UsageError, match="both given"):
+        assemble(options.parse(parser(), ["--steps", "8", "--epochs", "2"]))
+    with pytest.raises(UsageError, match="both given"):
+        assemble(options.parse(parser(), ["--set", "steps=8", "--epochs", "2"]))
+    (tmp_path / "job.toml").write_text("steps = 8\n")
+    job, _ = assemble(options.parse(parser(), [str(tmp_path / "job.toml"), "--epochs", "2"]))
+    assert (job.steps, job.epochs) == (None, 2.0)

@@ -299,3 +299,14 @@ def test_a_checkpoint_may_be_named_by_where_one_is(
         monkeypatch.chdir(place)
         assert main(["train", "--resume", name]) == 0
         assert Path(begun[-1]).resolve() == run
+
+
+def test_python_continues_a_run_as_the_command_does(tmp_path: Path, begun: list[str]) -> None:
+    """A new length takes back the one that the run's own configuration says."""
+    output = saved(tmp_path / "run", 2)
+    (output / "config.toml").write_text('model = "gpt2-nano"\nsteps = 2\n')
+    (output / "summary.json").write_text("{}")
+    assert launch_job.run(resume=str(output), epochs=3) == {}
+    assert begun == resumed == [str(output)]
+    with pytest.raises(UsageError, match="both given"):
+        launch_job.run(resume=str(output), steps=4, epochs=3)

@@ -12,8 +12,6 @@ from manyhands.core import config
 from manyhands.core.errors import UsageError
 from manyhands.train.job import Job
 
-EXCLUDES = (("steps", "epochs"), ("epochs", "steps"), ("reproducible", "device_batch"))
-
 
 def parser() -> argparse.ArgumentParser:
     p = options.Parser(
@@ -45,20 +43,9 @@ def main(arguments: Sequence[str]) -> int:
     return start(job, origins)
 
 
-def told_once(stack: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, Mapping[str, Any]]]:
-    """A layer that gives the length in one unit, or asks for the fixed order, takes back what excludes it from below."""
-    found: list[tuple[str, Mapping[str, Any]]] = []
-    gone: set[str] = set()
-    for source, data in reversed(stack):
-        found.append((source, {name: value for name, value in data.items() if name not in gone}))
-        given = {name for name, value in data.items() if value not in (None, False, "false", "no", "none")}
-        gone |= {other for name, other in EXCLUDES if name in given and other not in data}
-    return found[::-1]
-
-
 def assemble(given: argparse.Namespace) -> tuple[Job, config.Origins]:
     """The job and where each value came from: defaults, a resumed run's, the file's, the command line's."""
-    from manyhands.launch.job import continued, lowest_layers, workers_of
+    from manyhands.launch.job import continued, lowest_layers, told_once, workers_of
 
     names = [f.name for f in dataclasses.fields(Job)]
     lines = options.layers(given, names)
@@ -66,12 +53,12 @@ def assemble(given: argparse.Namespace) -> tuple[Job, config.Origins]:
         if given.precision is not None or (given.bf16 and given.fp16):
             raise UsageError("precision is given twice", "it is said once", "leave out --bf16 and --fp16")
         lines.append(("--bf16", {"precision": "bf16"}) if given.bf16 else ("--fp16", {"precision": "fp16"}))
-    stack: list[tuple[str, Mapping[str, Any]]] = []
+    file: list[tuple[str, Mapping[str, Any]]] = []
     if given.file is not None:
-        stack.append((given.file, config.read_toml(given.file)))
-    stack = continued([*stack, *lines])
-    stack = told_once([*lowest_layers(stack), *stack])
-    job, origins = config.assemble(Job, stack)
+        file.append((given.file, config.read_toml(given.file)))
+    stack = continued([*file, *lines])
+    below = [*lowest_layers(stack), *stack[: len(file)]]
+    job, origins = config.assemble(Job, told_once(below, stack[len(file) :]))
     if given.accumulate is not None:
         twice = origins.get("global_batch", "").startswith(("--global-batch", "--set "))
         if twice or job.device_batch is None:

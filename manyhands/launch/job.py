@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Layer = tuple[str, Mapping[str, Any]]
 ENTRY = "manyhands.train.worker:main"
 AUTO = "auto"  # of resume
+EXCLUDES = (("steps", "epochs"), ("epochs", "steps"), ("reproducible", "device_batch"))
 
 
 def workers_of(job: Job) -> int:
@@ -181,6 +182,26 @@ def lowest_layers(layers: Sequence[Layer]) -> list[Layer]:
     return [("the built-in job", unset)]
 
 
+def told_once(stack: Sequence[Layer], together: Sequence[Layer] = ()) -> list[Layer]:
+    """All layers, where one that gives the length in one unit, or asks for the fixed order, takes back what excludes it from below.
+
+    Args:
+        together: the highest ones, of one command: they say one thing, and take back nothing from each other.
+    """
+    found: list[Layer] = []
+    gone = _excluded({name: value for _, data in together for name, value in data.items()})
+    for source, data in reversed(stack):
+        found.append((source, {name: value for name, value in data.items() if name not in gone}))
+        gone |= _excluded(data)
+    return [*found[::-1], *together]
+
+
+def _excluded(data: Mapping[str, Any]) -> set[str]:
+    """The options that do not go with what `data` gives, and that it does not give itself."""
+    given = {name for name, value in data.items() if value not in (None, False, "false", "no", "none")}
+    return {other for name, other in EXCLUDES if name in given and other not in data}
+
+
 def continued(layers: Sequence[Layer]) -> list[Layer]:
     """`layers` with what ``resume = "auto"`` means here: the output, where it holds a checkpoint; else nothing."""
     resume, output = _last(layers, "resume"), _last(layers, "output")
@@ -236,12 +257,12 @@ def run(job: Job | Mapping[str, Any] | None = None, /, **options: Any) -> dict[s
     """
     from manyhands.core.errors import WorkerFailed
 
-    layers: list[Layer] = []
+    given: list[Layer] = []
     if job is not None:
-        layers.append(("job", config.to_data(job) if isinstance(job, Job) else job))
-    layers += [(name, {name: value}) for name, value in options.items()]
-    layers = continued(layers)
-    made, origins = config.assemble(Job, [*lowest_layers(layers), *layers])
+        given.append(("job", config.to_data(job) if isinstance(job, Job) else job))
+    layers = continued([*given, *((name, {name: value}) for name, value in options.items())])
+    below = [*lowest_layers(layers), *layers[: len(given)]]
+    made, origins = config.assemble(Job, told_once(below, layers[len(given) :]))
     made = placed(made, origins)
     code = start(made, {"output": "chosen", **origins})
     if code != 0:
