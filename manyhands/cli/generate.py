@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     path = checkpoint.resolve_resume(given.run, Path(given.run))
     checkpoint.verify(path)
     model = load_model(path, trust=given.trust)
-    if not hasattr(model, "generate"):
+    if not getattr(model, "can_generate", lambda: False)():  # Transformers' own, not any `generate`
         raise UsageError(
             f"{path} holds a {type(model).__name__}", "it does not continue text", "give a language model"
         )

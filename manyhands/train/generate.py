@@ -22,12 +22,21 @@ def continuation(
     Args:
         model: a Transformers model with ``generate``.
         temperature: 0 takes the likeliest token each time.
+
+    Raises:
+        UsageError: the directory holds no tokenizer, or the prompt is too long for the model.
     """
     import torch
     from transformers import AutoTokenizer
 
     from manyhands.models.store import quiet
 
+    if not any((tokenizer_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise UsageError(
+            f"{tokenizer_dir} holds no tokenizer",
+            "a prompt is read in the tokens that the model was trained on",
+            "save the model with them: hands.save(replica, directory, tokenizer=…)",
+        )
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     if ids.numel() == 0:
