@@ -354,3 +354,22 @@ def test_the_tutorial_classifier_learns_film_reviews(
     figures = task.metrics(task.score(model.eval(), batch(held_out)), bytes_per_target=1.0)
     assert figures["accuracy"] >= 0.75, figures
     assert figures["macro_f1"] >= 0.75, figures
+
+
+def test_a_part_called_module_does_not_say_what_the_whole_takes() -> None:
+    """As a wrapper of PyTorch's would."""
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Embedding(6, 3)  # its forward takes no mask
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return (self.module(input_ids) * attention_mask.unsqueeze(-1)).sum(1)
+
+    ids, mask = torch.arange(6).reshape(2, 3), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    batch = {"input_ids": ids, "attention_mask": mask, "label": torch.tensor([0, 2])}
+    model = Whole()
+    expected = torch.nn.functional.cross_entropy(model(ids, mask), batch["label"], reduction="sum")
+    for whole in (model, nn.DataParallel(model), torch.compile(nn.DataParallel(model), backend="eager")):
+        torch.testing.assert_close(Classify().loss(whole, batch).loss_sum, expected)

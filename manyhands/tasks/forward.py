@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from manyhands.core.errors import ModelError
 
@@ -53,12 +54,19 @@ def logits_of(
 
 def _takes(model: Callable[..., Any]) -> dict[str, bool]:
     """Which keywords the model's forward has, looked up once."""
-    inner = model
-    for wrapper in ("_orig_mod", "module"):  # torch.compile, DistributedDataParallel
-        inner = getattr(inner, wrapper, inner)
+    inner: Any = model
+    while (within := _wrapped(inner)) is not None:
+        inner = within
     found = _known.get(inner)
     if found is None:
         parameters = inspect.signature(getattr(inner, "forward", inner)).parameters
         found = {name: name in parameters for name in ("input_ids", "attention_mask", "use_cache")}
         _known[inner] = found
     return found
+
+
+def _wrapped(model: Any) -> Any:
+    """What torch.compile or PyTorch's data parallelism stands around, else None. Any model may have a part called "module"."""
+    if isinstance(model, (DataParallel, DistributedDataParallel)):
+        return model.module
+    return getattr(model, "_orig_mod", None)
