@@ -530,3 +530,31 @@ def test_listing() -> None:
         full = warm.manyhands("list", kind).splitlines()
         assert names == [line.split()[0] for line in full]
         assert all(len(line.split()) > 2 for line in full)
+
+
+def test_every_worker_of_torchrun_is_given_the_summary(corpus: Path, tmp_path: Path) -> None:
+    """Whichever of them comes to its end first: the first one writes it."""
+    job = {
+        "data": str(corpus),
+        "model": "gpt2-nano",
+        "tokenizer": "byte",
+        "seq_len": 32,
+        "steps": 2,
+        "prompt": "",
+    }
+    (tmp_path / "job.py").write_text(
+        "import manyhands\n"
+        f"summary = manyhands.run({job!r}, global_batch=12, output={str(tmp_path / 'run')!r})\n"
+        "print('told of', summary['steps'])\n"
+    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(tmp_path / "job.py")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**environment(), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("told of 2") == 2

@@ -397,4 +397,9 @@ class _Run:
         )
         if self.crew is not None:
             self.crew.membership.leave(reason)
-        return ending.tell(loop, summary, self.output, self.emit) if loop.world.rank == 0 else summary
+        if loop.world.rank == 0:
+            summary = ending.tell(loop, summary, self.output, self.emit)
+        if self.crew is None and collective:
+            # nobody goes before it is written: who called us from Python reads it next
+            loop.world.gather(None)
+        return summary
