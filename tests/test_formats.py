@@ -15,7 +15,7 @@ import pytest
 
 from manyhands.core import config
 from manyhands.core.errors import DataError, UsageError
-from manyhands.data import delimited, formats, source, stream
+from manyhands.data import delimited, formats, shards, source, stream
 from manyhands.data.prepare import prepare
 from manyhands.data.source import DataSpec, SourceFile, Span
 from manyhands.train.job import Job
@@ -265,3 +265,34 @@ def test_bad_bytes_are_named_by_their_line_in_any_fragment(
             text.split()
             == [w for i, line in enumerate(lines) if i not in (40, 77) for w in line.decode().split()]
         )
+
+
+def test_half_a_pair_is_no_label(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "label": "\\ud83d"}\n{"text": "y", "label": "b"}\n')
+    spec = DataSpec(data=(str(tmp_path / "a.jsonl"),), label="label")
+    prepared = prepare(spec, cache=tmp_path / "cache")
+    assert (prepared.labels, prepared.skipped) == (("b",), {"encoding": 1})
+
+
+def test_a_table_of_empty_lines_holds_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("\n" * (3 << 20))
+    with pytest.raises(DataError, match="holds no text"):
+        prepare(DataSpec(data=(str(tmp_path / "a.csv"),)), cache=tmp_path / "cache")
+
+
+def test_what_follows_a_text_that_is_cut_off_is_another_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gzip
+
+    monkeypatch.setattr(stream, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(stream, "WINDOW_BYTES", 100)
+    text = " ".join(f"{i * 7919 % 10007}" for i in range(20_000))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode())[:-9000])
+    (tmp_path / "b.txt").write_text("the next one")
+    prepared = prepare(DataSpec(data=(str(tmp_path / "?.txt*"),)), cache=tmp_path / "cache")
+    tokens = np.concatenate([shards.open_tokens(prepared.directory / name) for name, _ in prepared.shards])
+    ends = np.flatnonzero(tokens == prepared.end_id)
+    assert prepared.skipped == {"file": 1}
+    assert (prepared.documents, len(ends)) == (2, 2)
+    assert bytes(tokens[ends[0] + 1 : -1].astype(np.uint8)) == b"the next one"

@@ -28,10 +28,11 @@ def read(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
     """The rows of a span, whose edges are those of `edges`."""
     header: list[str] | None = None
     if span.begin:
-        first = next(
-            found for found in _Split(_text_lines(file, Span(0), spec, []), file, spec) if found.fields
-        )
-        header, _ = _header(first.fields, spec, file)
+        rows = _Split(_text_lines(file, Span(0), spec, []), file, spec)
+        first = next((found.fields for found in rows if found.fields), None)
+        if first is None:
+            return
+        header, _ = _header(first, spec, file)
     bad: list[Bad] = []
     place = Place.before(file, span)
     before = place.line

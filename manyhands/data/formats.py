@@ -90,9 +90,10 @@ def _whole(row: Row | Bad, raw: bytes | str, where: object) -> Row | Bad:
     escape: Any = b"\\u" if isinstance(raw, bytes) else "\\u"
     if isinstance(row, Row) and escape in raw:
         try:
-            row.text.encode()
+            f"{row.text}{row.label or ''}".encode()
         except UnicodeEncodeError as error:
-            return Bad(str(where), "encoding", f"\\u{ord(row.text[error.start]):04x} alone is no character")
+            half = ord(error.object[error.start])
+            return Bad(str(where), "encoding", f"\\u{half:04x} alone is no character")
     return row
 
 

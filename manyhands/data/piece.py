@@ -27,11 +27,12 @@ def prepare_piece(
     ] = []  # (file's number, where in it, kind, message): other jobs know the files by other names
     broken: list[list[Any]] = []  # (file's number, message)
     for span in piece:
-        name = files[span.file].url
+        name, ended = files[span.file].url, True
         try:
             for row in formats.read(files[span.file], span, spec):
                 if isinstance(row, formats.Row):
                     made.add(row)
+                    ended = row.last
                     continue
                 if spec.on_error == "fail":
                     raise DataError(
@@ -45,6 +46,8 @@ def prepare_piece(
         except BrokenFile as error:
             if spec.on_error == "fail":
                 raise
+            if not ended:  # what there is of a document is one: the next one is not its end
+                made.add(formats.Row(""))
             broken.append([span.file, str(error).removeprefix(name).removeprefix(":").strip()])
     made.flush(last=True)
     return {**made.facts, "skipped": dict(skipped), "bad": bad, "broken": broken}

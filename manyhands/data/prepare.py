@@ -33,7 +33,7 @@ from manyhands.data.progress import Progress
 from manyhands.data.row import BrokenFile
 from manyhands.data.source import DataSpec, Piece, SourceFile, Span
 
-VERSION = 5
+VERSION = 6
 TRAIN_BYTES = 128 << 20  # of text a tokenizer is trained on
 POLL_S = 0.1
 
