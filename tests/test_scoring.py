@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from manyhands.core import config
-from manyhands.core.errors import CheckpointError, UsageError
+from manyhands.core.errors import CheckpointError, DataError, UsageError
 from manyhands.core.events import PreparedData, ignore
 from manyhands.data import tokenize
 from manyhands.data.prepare import prepare
@@ -124,3 +124,18 @@ def test_all_workers_score_the_first_ones_checkpoint(tmp_path: Path, monkeypatch
     with pytest.raises(CheckpointError, match="that will do"):
         scoring.score(Job(resume=str(tmp_path)), held_out=True, trust=False)
     assert looked == [tmp_path / "checkpoint-1"]
+
+
+def test_held_out_data_without_a_target_are_refused_at_once(tmp_path: Path) -> None:
+    """Not when all is trained, and before it is saved."""
+    (tmp_path / "a.txt").write_text("many hands make light work\n" * 50)
+    (tmp_path / "b.jsonl").write_text('{"text": ""}\n')  # the end of a text alone
+    job = Job(
+        data=(str(tmp_path / "a.txt"),),
+        eval_data=(str(tmp_path / "b.jsonl"),),
+        tokenizer="byte",
+        cache=str(tmp_path / "cache"),
+    )
+    world: Any = SimpleNamespace(rank=0)
+    with pytest.raises(DataError, match=r"b\.jsonl holds no row to score"):
+        gather_material(job, world, ignore)

@@ -134,6 +134,12 @@ def gather_material(job: Job, world: World, emit: Emit, *, labels: Sequence[str]
             f"a row has {job.seq_len} tokens",
             "give more text, a smaller --seq-len or a smaller --eval-fraction",
         )
+    if evaluation is not None and len(evaluation) == 0:  # found out now, not when all is trained
+        raise DataError(
+            f"{', '.join(job.eval_data)} holds no row to score",
+            "each token but the first is scored",
+            "give more text, or leave out --eval-data",
+        )
     return Material(
         train=rows,
         evaluation=evaluation,
