@@ -310,3 +310,8 @@ def test_python_continues_a_run_as_the_command_does(tmp_path: Path, begun: list[
     assert begun == resumed == [str(output)]
     with pytest.raises(UsageError, match="both given"):
         launch_job.run(resume=str(output), steps=4, epochs=3)
+
+
+def test_more_workers_than_begin_are_not_asked_for() -> None:
+    with pytest.raises(UsageError, match=r"min_workers = 9999 with \d+ workers"):
+        launch_job.elastic_of(Job(min_workers=9999))

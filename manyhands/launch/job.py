@@ -133,7 +133,14 @@ WARM = (
 
 def elastic_of(job: Job) -> Elastic | None:
     """How the job goes on when workers are lost; None: it does not. Raises `UsageError`: gRPC is absent."""
-    if job.elastic == "off" or workers_of(job) < 2:
+    workers = workers_of(job)
+    if job.min_workers > workers:
+        raise UsageError(
+            f"min_workers = {job.min_workers} with {workers} workers",
+            "the job begins with all of its workers",
+            f"give --workers {job.min_workers} or more, or a smaller --min-workers",
+        )
+    if job.elastic == "off" or workers < 2:
         return None
     from manyhands.core.rpc import grpc_module
     from manyhands.launch.control import Elastic
