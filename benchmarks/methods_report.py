@@ -22,11 +22,11 @@ SHOWN = {
 }
 ALONE, ALONE_PEERS = "no communication", "PyTorch, no communication"
 BYTES_OF = "PyTorch DDP, bf16 hook"  # whose bytes the others are held against
-TIME_OF = "PyTorch DDP"  # whose time
+TIME_OF = ("PyTorch DDP", "ddp")  # whose time: of the first that was timed
 LOSS_OF = "ddp"  # whose loss
 WITHIN = 1.01  # of that loss: the common loss
 MOST_OTHERS = 0.15  # share of the machine that others may have used during a sample
-DRAWN = (  # in the plots of loss against time
+DRAWN = (  # in the plots of loss against time; where fewer than two of them were timed, all that were
     "PyTorch DDP",
     "PyTorch DDP, bf16 hook",
     "PyTorch DDP, PowerSGD hook",
@@ -258,18 +258,20 @@ def _time_table(results: Results, world: int) -> list[str]:
     target = results.target()
     if not target:
         return []
+    timed = [n for n in TIME_OF if any(results.speed(n, world, rate) for rate in results.shown)]
+    whose = (timed or TIME_OF)[0]
     rows = [
         f"## Seconds to a common loss ({target:.4f}: {WITHIN - 1:.0%} above ddp's last), {world} workers",
         "",
         (
             "Tokens that the loss needs (size *small*, 2 workers) over the tokens/s above (30M parameters). "
-            f"In brackets: times faster than {TIME_OF} at that rate."
+            f"In brackets: times faster than {whose} at that rate."
         ),
         "",
         f"| method | tokens | {' | '.join(results.shown.values())} |",
         "|---|" + "--:|" * (len(results.shown) + 1),
     ]
-    reference = results.tokens_to(TIME_OF, target)
+    reference = results.tokens_to(whose, target)
     for name in results.order:
         if results.methods[name].apart or not results.curve(name):
             continue
@@ -279,7 +281,7 @@ def _time_table(results: Results, world: int) -> list[str]:
             continue
         cells = []
         for rate in results.shown:
-            speed, theirs = results.speed(name, world, rate), results.speed(TIME_OF, world, rate)
+            speed, theirs = results.speed(name, world, rate), results.speed(whose, world, rate)
             if speed is None:
                 cells.append("")
             elif theirs is None or reference is None:
@@ -300,7 +302,13 @@ def plot(path: Path, results: Results, *, world: int = 2) -> None:
 
     figure = plt.figure(figsize=(15, 13), layout="constrained")
     grid = figure.add_gridspec(2, max(1, len(results.shown)), height_ratios=[1, 1.9])
-    drawn = [name for name in DRAWN if results.curve(name)]
+    timed = [
+        name
+        for name in results.order
+        if results.curve(name) and any(results.speed(name, world, rate) for rate in results.shown)
+    ]
+    drawn = [name for name in DRAWN if name in timed]
+    drawn = drawn if len(drawn) > 1 else timed
     colours = dict(zip(drawn, plt.get_cmap("tab10").colors, strict=False))
     shared = None
     for column, (rate, title) in enumerate(results.shown.items()):
