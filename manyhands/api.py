@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +142,7 @@ class Hands:
         from manyhands.data.sample import Order
         from manyhands.train.feed import Feed, unit_rows
 
-        if not 0 <= epochs < inf:
+        if not 0 <= epochs < math.inf:
             raise UsageError(
                 f"epochs = {epochs}",
                 "the data are passed over so often",
@@ -150,6 +150,9 @@ class Hands:
             )
         rows = dataset if hasattr(dataset, "bytes_per_target") else _MapRows(dataset)
         order = Order(len(rows), global_batch, seed, drop_last)
+        for name, given in (("micro_batch", micro_batch), ("device_batch", device_batch)):
+            if given is not None and given < 1:
+                raise UsageError(f"{name} = {given}", "it has at least one row", f"leave out {name}")
         if weights is not None and len(weights) != self.size:
             raise UsageError(
                 f"weights = {list(weights)} for {self.size} workers",
@@ -167,7 +170,7 @@ class Hands:
             device=self.device,
             seed=seed,
         )
-        for step in range(start, round(epochs * order.steps_per_epoch)):
+        for step in range(start, math.ceil(epochs * order.steps_per_epoch - 1e-9)):
             yield feed.part(step)
 
     def save(self, replica: Replica, directory: str | Path, *, tokenizer: Any = None) -> Path:

@@ -65,6 +65,9 @@ def test_call_form_is_read_as_data() -> None:
     job, origins = config.assemble(Job, [("--strategy", {"strategy": "ddp(lr=3e-4, bucket_mb=8)"})])
     assert job.strategy == presets.ddp(lr=3e-4, bucket_mb=8)
     assert origins == {"strategy": "--strategy"}
+    assert config.from_text("strategies", "ddp(weight-decay=0.1)") == presets.ddp(weight_decay=0.1)
+    with pytest.raises(UsageError, match="weight_dekay"):
+        config.from_text("strategies", "ddp(weight-dekay=0.1)")
 
 
 def test_layers_win_in_order_and_are_remembered() -> None:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from manyhands.core.errors import DataError, UsageError
 from manyhands.data import formats, shards, source, tokenize
-from manyhands.data.prepare import Prepared, prepare
+from manyhands.data.prepare import Prepared, _label_order, prepare
 from manyhands.data.rows import LabelledRows, TokenRows
 from manyhands.data.source import DataSpec, SourceFile, Span
 
@@ -112,6 +112,24 @@ def test_hugging_face_data_sets_by_path(tmp_path: Path) -> None:
     assert (prepared.rows, prepared.labels) == (7, ("a", "b"))
     with pytest.raises(DataError, match="hf:"):
         prepare(DataSpec(data=(f"hf:{tmp_path}/nothing",)), cache=tmp_path / "cache")
+
+
+def test_a_row_that_nobody_has_labelled_is_no_class_of_its_own(tmp_path: Path) -> None:
+    import datasets
+
+    kinds = datasets.ClassLabel(names=["good", "bad"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": kinds})
+    rows = [{"text": word, "label": label} for word, label in (("a", 0), ("b", -1), ("c", 1))]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    prepared = prepare(DataSpec(data=(f"hf:{tmp_path}/saved",), label="label"), cache=tmp_path / "cache")
+    assert (prepared.rows, prepared.labels, prepared.skipped) == (2, ("bad", "good"), {"label": 1})
+
+
+def test_numbers_come_before_words_and_nan_is_a_word() -> None:
+    names = ["nan", "10", "x", "2", "-1", "inf", "a"]
+    wanted = ["-1", "2", "10", "inf", "a", "nan", "x"]
+    for order in (names, names[::-1], [*names[3:], *names[:3]]):
+        assert sorted(order, key=_label_order) == wanted
 
 
 def test_columns_joined_listed_and_by_number(tmp_path: Path) -> None:

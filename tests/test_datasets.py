@@ -90,3 +90,12 @@ def test_a_fixed_order_of_additions_wants_one_thread() -> None:
     Job(reproducible=True, threads=1)
     with pytest.raises(UsageError, match="leave out --threads"):
         Job(reproducible=True, threads=2)
+
+
+def test_a_part_of_a_pass_is_at_least_a_step_as_on_the_command_line() -> None:
+    hands = manyhands.join()
+    for epochs, steps in ((0, 0), (0.5, 1), (1, 2), (1.2, 3)):
+        assert len(list(hands.share(Augmented(), global_batch=6, epochs=epochs))) == steps
+    for name in ("micro_batch", "device_batch"):
+        with pytest.raises(UsageError, match=f"{name} = 0"):
+            next(hands.share(Augmented(), global_batch=6, **{name: 0}))

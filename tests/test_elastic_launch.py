@@ -157,7 +157,7 @@ def test_a_killed_worker_is_replaced_and_the_job_succeeds(launched: Callable[...
     job = launched(workers=3, steps=400)
     pids = job.stepping("w0", "w1", "w2")
     contact = json.loads((job.output / CONTACT).read_text())
-    assert set(contact) == {"address", "token_file", "fingerprint"}
+    assert set(contact) == {"address", "listen", "token_file", "fingerprint", "directory"}
     os.kill(pids["w1"], signal.SIGKILL)
     epoch = job.await_("epoch", lambda r: r["number"] == 2)
     assert epoch["ids"] == ["w0", "w2"]

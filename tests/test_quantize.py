@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import subprocess
@@ -40,8 +41,7 @@ def ids(codec: Any) -> str:
 
 
 def again(codec: Any, **changes: Any) -> Any:
-    fields = {name: getattr(codec, name) for name in codec.__dataclass_fields__}
-    return type(codec)(**{**fields, **changes})
+    return dataclasses.replace(codec, **changes)
 
 
 def through(codec: Any, x: torch.Tensor, key: int = 7) -> torch.Tensor:

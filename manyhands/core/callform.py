@@ -58,7 +58,7 @@ def _node(node: ast.expr, text: str, where: str) -> Any:
         if isinstance(value, (int, float)):
             return -value if isinstance(node.op, ast.USub) else value
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and all(k.arg for k in node.keywords):
-        names = [str(k.arg) for k in node.keywords]
+        names = [_spelled(str(k.arg)).replace("-", "_") for k in node.keywords]
         repeated = {n for n in names if names.count(n) > 1}
         if not repeated:
             return Call(

@@ -236,8 +236,9 @@ def _hf(file: SourceFile, span: Span, spec: DataSpec) -> Rows:
     names = getattr(label, "names", None)
     for i in range(len(data))[span.begin : span.end if span.end >= 0 else None]:
         value = data[i]
-        if names is not None and isinstance(value[spec.label], int) and 0 <= value[spec.label] < len(names):
-            value = {**value, spec.label: names[value[spec.label]]}
+        if names is not None and isinstance(value[spec.label], int):
+            known = 0 <= value[spec.label] < len(names)  # −1 says of a row that nobody has labelled it
+            value = {**value, spec.label: names[value[spec.label]] if known else None}
         yield pick(value, spec, f"{file.url}: row {i + 1}")
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -344,9 +345,11 @@ def _shown(bad: list[list[Any]]) -> list[list[Any]]:
 def _label_order(name: str) -> tuple[bool, float, str]:
     """Numbers by value, then words: the classes 2 and 10 are in that order."""
     try:
-        return False, float(name), name
+        number = float(name)
     except ValueError:
-        return True, 0.0, name
+        number = math.nan
+    # the word "nan", too, is a word: as a number it would stand anywhere
+    return (True, 0.0, name) if math.isnan(number) else (False, number, name)
 
 
 def _read(

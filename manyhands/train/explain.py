@@ -83,7 +83,7 @@ def explain(
         rows.append(
             (
                 "forward pass",
-                f"up to {plan.device_batch} rows",
+                f"up to {plan.device_batch} row{'s' if plan.device_batch > 1 else ''}",
                 origin("device_batch", plan.reasons["device_batch"]),
             )
         )
