@@ -127,15 +127,12 @@ def test_a_replacement_joins_at_an_agreement(corpus: Path, tmp_path: Path, strat
     ("strategy", "dropped"),
     [
         ("local-sgd(lr=0.003, every=6)", False),
-        ("accumulate(lr=0.003, every=4)", False),
         ("eager(lr=0.003)", False),
-        ("forecast(lr=0.003, every=6, exchange=error-feedback(int4))", False),
         ("forecast(lr=0.003, every=6, delay=2, fragments=3)", True),
         ("hogwild(every=10)", False),
         ("streaming-diloco(lr=0.003, every=6, fragments=2, delay=1)", True),
         ("gossip(lr=0.003, every=3)", True),
         ("parameter-server(lr=0.003)", False),
-        ("parameter-server(consistency=async, lr=0.003)", False),
         ("parameter-server(consistency=bounded(2), servers=2, lr=0.003, optimizer=sgd)", False),
         ("zero3(lr=0.003)", False),
     ],
@@ -171,7 +168,6 @@ def test_a_process_group_is_formed_anew(corpus: Path, tmp_path: Path, strategy: 
     [
         "ddp(exchange='error-feedback(int4)')",
         "gossip(lr=0.003, every=3)",
-        "streaming-diloco(lr=0.003, every=6, fragments=2, delay=1)",
         "parameter-server(exchange=error-feedback(int4))",
         "parameter-server(consistency=async)",
     ],

@@ -144,12 +144,10 @@ def test_all_die_and_one_command_goes_on(tmp_path: Path, start: Start) -> None:
     assert '"resumed"' in (output / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("strategy", ["parameter-server(consistency=async)", "gossip(lr=0.003, every=3)"])
-def test_joining_a_local_job_by_its_output_and_leaving_it(
-    tmp_path: Path, start: Start, strategy: str
-) -> None:
+def test_joining_a_local_job_by_its_output_and_leaving_it(tmp_path: Path, start: Start) -> None:
     output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     elsewhere.mkdir()
+    strategy = "gossip(lr=0.003, every=3)"
     given = ("--workers", 2, "--threads", 1, "--steps", 10**6, "--strategy", strategy)
     local = start("train", *job(Path(), Path("out"), *given), cwd=tmp_path)
     until_steps(output, 2)
