@@ -275,7 +275,7 @@ def test_half_a_pair_is_no_label(tmp_path: Path) -> None:
 
 
 def test_a_table_of_empty_lines_holds_no_text(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("\n" * (3 << 20))
+    (tmp_path / "a.csv").write_text("\n" * (3 << 19))
     with pytest.raises(DataError, match="holds no text"):
         prepare(DataSpec(data=(str(tmp_path / "a.csv"),)), cache=tmp_path / "cache")
 

@@ -89,7 +89,7 @@ def test_totals_that_are_heard_late_or_twice_are_counted_once() -> None:
     assert [rows for _, rows in totals.new({**told, "a": [4.0, 16, 0, 0, 0]}, ["a", "b"])[0]] == [12, 0]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "parameter-server", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_a_slowed_worker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
     """One process of three is stopped for three quarters of the time; the line is what a log without a terminal gets."""
     monkeypatch.setattr(chaos, "DUTY", 0.25)
