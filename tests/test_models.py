@@ -297,12 +297,12 @@ def test_weights_are_neither_rounded_nor_said_to_be(tmp_path: Path) -> None:
     first = make("gpt2-nano")
     save_model(first, tmp_path / "first")
     path = tmp_path / "first" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "bfloat16"}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), store.type_key(): "bfloat16"}))
     again = make(str(tmp_path / "first"))
     assert same(first, again)
     (tmp_path / "again").mkdir()
     store.write_config(again, tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "float32"
+    assert json.loads((tmp_path / "again" / "config.json").read_text())[store.type_key()] == "float32"
 
 
 def test_a_changed_model_of_a_directory_has_that_directorys_tokenizer(

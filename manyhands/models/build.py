@@ -188,7 +188,9 @@ def _from_directory(path: Path, changes: dict[str, Any], fit: Fit) -> nn.Module:
     if fit.n_labels is not None and config.num_labels != fit.n_labels:
         config.num_labels = fit.n_labels
     # whatever type the configuration names: weights that are finer must not be rounded to it
-    model, loading = store.from_pretrained(_head(fit), path, config=config, dtype=torch.float32)
+    model, loading = store.from_pretrained(
+        _head(fit), path, config=config, **{store.type_key(): torch.float32}
+    )
     check_loaded(model, loading, path, fit)
     check_padding(model, fit, str(path))
     return model.float()

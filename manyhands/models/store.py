@@ -49,13 +49,20 @@ def save_model(model: nn.Module, directory: str | Path) -> None:
     save_safetensors(model, str(path / WEIGHTS), metadata={"format": "pt"})
 
 
+def type_key() -> str:
+    """What Transformers calls the type of weights, as an option and in a configuration: "dtype" from 4.56 on."""
+    from transformers import PretrainedConfig
+
+    return "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"
+
+
 def write_config(model: nn.Module, directory: Path) -> None:
     """The ``config.json`` alone, of either kind."""
     if is_transformers(model):
         config: Any = model.config
         # as the model's own save_pretrained says, too; what it was loaded from may have been of half precision
         config.architectures = [type(model).__name__]
-        config.dtype = model.dtype
+        setattr(config, type_key(), model.dtype)
         config.save_pretrained(directory)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(directory)  # type: ignore[union-attr,operator]
