@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -320,8 +319,38 @@ def test_a_launcher_whose_link_is_cut_comes_back_and_its_workers_are_awaited_mea
         until(lambda: coordinator._state.coming == {"n0"})
         launcher._call.cancel()
         until(lambda: len(welcomes) == 2, "its return")
-        time.sleep(BACK_S + 0.3)
+        until(lambda: len(coordinator._launchers) == 1, "the end of its last connection")
+        until(lambda: not coordinator._orphans, "that its workers are awaited")
         assert not coordinator._state.gone
         member = Member.connect(coordinator.address, TOKEN, seat("n0"))
         member.close()
         launcher.close()
+
+
+def test_a_launcher_may_be_back_before_the_end_of_its_last_connection_is_known() -> None:
+    with serving() as coordinator:
+
+        def launcher(*starts: str) -> Line:
+            def hear(message: Any) -> None:
+                if message["op"] == "welcome":
+                    for id in starts:
+                        line.say("expect", id=id)
+
+            line = Line(
+                coordinator.address,
+                TOKEN,
+                greeting=lambda: {"op": "hello"},
+                hear=hear,
+                fatal=lambda error: None,
+            )
+            line.start()
+            return line
+
+        before = launcher("n0", "n1")
+        until(lambda: coordinator._state.coming == {"n0", "n1"}, "whom it starts")
+        after = launcher("n0")
+        until(lambda: any(line.expected == {"n0"} for line in coordinator._launchers), "its return")
+        before.close()
+        until(lambda: "n1" in coordinator._state.gone, "the loss of whom nobody starts any more")
+        assert coordinator._state.coming == {"n0"}
+        after.close()

@@ -251,7 +251,9 @@ class Coordinator:
                         state.cut(line.id, now)
                 elif line in self._launchers:
                     self._launchers.remove(line)
-                    self._orphans |= dict.fromkeys(line.expected & state.coming, now)
+                    # it may be back before the end of this connection was known
+                    awaited = {id for other in self._launchers for id in other.expected}
+                    self._orphans |= dict.fromkeys((line.expected & state.coming) - awaited, now)
                 line.out.put(None)
 
     def _hear(self, line: _Line, message: Mapping[str, Any]) -> None:
