@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from manyhands.core.errors import CheckpointError, UsageError
 from manyhands.core.events import Emit, Resumed, Warned
+from manyhands.data.prepare import VERSION
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,6 +37,7 @@ def same_order(path: Path, before: Mapping[str, Any], job: Job, material: Materi
                 "a resumed run continues with the same batches",
                 "leave out --eval-data and --eval-fraction, or start a new run",
             )
+        _same_release(path, before)
         raise CheckpointError(
             f"{path} was trained on other data than {', '.join((*job.data, *job.eval_data))} holds now",
             "a resumed run continues with the same rows",
@@ -50,11 +52,24 @@ def same_order(path: Path, before: Mapping[str, Any], job: Job, material: Materi
         )
 
 
+def _same_release(path: Path, before: Mapping[str, Any]) -> None:
+    """Data that look different may be the same, and be read otherwise by this release. Raises `CheckpointError`."""
+    made = before.get("prepared")
+    if made != VERSION:
+        raise CheckpointError(
+            f"{path} is of a release that prepared data otherwise ({'an early one' if made is None else f'version {made}'}, "
+            f"here version {VERSION})",
+            "its rows may be others than this release makes of the same data",
+            "go on with the release that wrote it, or load its model into a new run (--model)",
+        )
+
+
 def same_held_out(path: Path, before: Mapping[str, Any], job: Job, found: Scored) -> None:
     """Refuse to score rows as held out that the checkpoint's run did not hold out: it may have been trained on them."""
     rule = "a run is scored on the rows that it held out"
     known = before.get("data" if found.others is not None else "eval_data")
     if known not in (None, found.identity):
+        _same_release(path, before)
         raise CheckpointError(
             f"{path} held out rows of other data than {', '.join(job.eval_data or job.data)} holds now",
             rule,

@@ -371,10 +371,13 @@ class _Run:
         return AsyncSaver(self.output, self.job.keep, self.emit) if world.rank == 0 else None
 
     def _state(self) -> dict[str, Any]:
+        from manyhands.data.prepare import VERSION as PREPARED
+
         return {
             "job": config.to_data(self.effective),
             "strategy": config.to_data(self.job.strategy),
             "data": self.parts.material.identity,
+            "prepared": PREPARED,
             "eval_data": self.parts.material.held_out_identity,
             "rows": len(self.parts.material.train),
             "world_sizes": self.world_sizes,
