@@ -15,7 +15,7 @@ from manyhands.core import config
 from manyhands.core.errors import CheckpointError, DataError, UsageError
 from manyhands.core.events import PreparedData, ignore
 from manyhands.data import tokenize
-from manyhands.data.prepare import prepare
+from manyhands.data.prepare import VERSION, prepare
 from manyhands.data.rows import TokenRows
 from manyhands.data.source import DataSpec
 from manyhands.train import checkpoint, scoring, session
@@ -56,6 +56,7 @@ def test_rows_that_were_not_held_out_are_not_scored_as_such(tmp_path: Path) -> N
     before = {
         "job": config.to_data(job),
         "data": material.identity,
+        "prepared": VERSION,
         "eval_data": None,
         "rows": len(material.train),
     }
@@ -82,7 +83,14 @@ def test_rows_that_were_not_held_out_are_not_scored_as_such(tmp_path: Path) -> N
         check(job)
     with pytest.raises(CheckpointError, match="trained on other data than"):
         resume(job)
-    before["eval_data"] = "of another text"
+    for made, words in ((None, "an early one"), (VERSION - 1, f"version {VERSION - 1}")):
+        before["prepared"] = made
+        for each in (check, resume):
+            with pytest.raises(
+                CheckpointError, match=rf"a release that prepared data otherwise \({words}, here"
+            ):
+                each(job)
+    before |= {"eval_data": "of another text", "prepared": VERSION}
     with pytest.raises(CheckpointError, match="other data"):
         check(replace(job, eval_data=(str(text),)))
 
@@ -124,6 +132,16 @@ def test_all_workers_score_the_first_ones_checkpoint(tmp_path: Path, monkeypatch
     with pytest.raises(CheckpointError, match="that will do"):
         scoring.score(Job(resume=str(tmp_path)), held_out=True, trust=False)
     assert looked == [tmp_path / "checkpoint-1"]
+
+
+def test_all_workers_stop_where_one_lacks_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "verify", lambda path: None)
+    hosts = [SimpleNamespace(host="here"), SimpleNamespace(host="there")]
+    world: Any = SimpleNamespace(gather=lambda mine: [mine, False], members=hosts)
+    with pytest.raises(CheckpointError, match="worker 1 on there cannot read run"):
+        scoring._verify_everywhere(Path("run"), world)
+    world.gather = lambda mine: [mine, True]
+    scoring._verify_everywhere(Path("run"), world)
 
 
 def test_held_out_data_without_a_target_are_refused_at_once(tmp_path: Path) -> None:

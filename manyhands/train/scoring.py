@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from manyhands.core import config
 from manyhands.core.environment import console
+from manyhands.core.errors import CheckpointError
 from manyhands.core.events import ignore
 from manyhands.train.job import Job
+
+if TYPE_CHECKING:
+    from manyhands.wire.world import World
 
 
 def main(argument: str) -> int:
@@ -50,7 +55,7 @@ def score(job: Job, *, held_out: bool, trust: bool) -> dict[str, float | int | s
     try:
         # a run that goes on may have saved another one between our looks
         path = Path(world.gather(str(path))[0])
-        checkpoint.verify(path)
+        _verify_everywhere(path, world)
         state = checkpoint.load_state(path).state
         own = dataclasses.replace(job, tokenizer=str(path))
         found = gather_scored(own, world, emit, labels=state.get("labels"))
@@ -85,3 +90,23 @@ def score(job: Job, *, held_out: bool, trust: bool) -> dict[str, float | int | s
         if terminal is not None:
             terminal.close()
         world.wire.close()
+
+
+def _verify_everywhere(path: Path, world: World) -> None:
+    """Each worker reads the checkpoint itself: all stop where one cannot. Collective. Raises `CheckpointError`."""
+    from manyhands.train import checkpoint
+
+    found: CheckpointError | None = None
+    try:
+        checkpoint.verify(path)
+    except CheckpointError as error:
+        found = error
+    lacking = [rank for rank, well in enumerate(world.gather(found is None)) if not well]
+    if found is not None:
+        raise found
+    if lacking:
+        raise CheckpointError(
+            f"worker {lacking[0]} on {world.members[lacking[0]].host} cannot read {path}",
+            "every worker reads the checkpoint itself",
+            "copy it there, or give a directory that all machines share",
+        )
