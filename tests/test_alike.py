@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +17,12 @@ import warm
 from fleet import Fleet
 from jobs import Job as Running
 
-from manyhands.core.errors import ManyhandsError
+from manyhands.core.errors import DataError, ManyhandsError
 from manyhands.core.events import ignore
 from manyhands.train.evaluate import evaluate
 from manyhands.train.job import Job
+from manyhands.train.material import check_joins
+from manyhands.train.order import Order
 from manyhands.train.parts import Parts
 
 
@@ -120,3 +124,13 @@ def test_each_held_out_row_counts_once_whatever_each_worker_takes_at_once(
     """As a GPU and a CPU do, or one that has less memory."""
     found = fleets(2, "shared").run(scored, most)
     assert found == [{"rows": 50.0, "sum": sum(range(50))}] * 2
+
+
+def test_the_order_of_an_earlier_release_says_nothing_of_the_data() -> None:
+    given = json.loads(Order(Job(data=("a.txt",)), {}, data="known").to_json())
+    assert Order.from_json(json.dumps(given)).data == "known"
+    del given["data"]
+    unknown: Any = SimpleNamespace(identity="of anything")
+    check_joins(Job(), unknown, Order.from_json(json.dumps(given)).data)
+    with pytest.raises(DataError, match="has other data there"):
+        check_joins(Job(), unknown, "known")

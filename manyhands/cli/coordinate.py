@@ -154,7 +154,8 @@ def _check_launch(job: Job) -> None:
 def _address_of(contact: Path) -> str | None:
     """Where the coordinator before listened, if it could not clear that away."""
     try:
-        return str(json.loads(contact.read_text(encoding="utf-8"))["listen"])
+        found = json.loads(contact.read_text(encoding="utf-8"))
+        return str(found.get("listen") or found["address"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -18,6 +18,7 @@ def main(arguments: Sequence[str]) -> int:
     from manyhands.launch.control import CONTACT, Elastic, Joined, Remote
     from manyhands.launch.job import ENTRY, WARM, workers_here
     from manyhands.launch.local import launch
+    from manyhands.train.anchor import anchored
     from manyhands.train.order import Order
 
     given = options.parse(_parser(), arguments)
@@ -26,11 +27,12 @@ def main(arguments: Sequence[str]) -> int:
         if value is not None and value < least:
             raise UsageError(f"--{name} {value}", f"it is at least {least}", "")
     contact = Path(given.job) / CONTACT
+    began = ""  # where the job was started, if that is on this machine
     logs = None if given.output is None else Path(given.output).absolute()
     if contact.exists():  # on the same machine
         found = json.loads(contact.read_text(encoding="utf-8"))
         address, token_file, fingerprint = (found[n] for n in ("address", "token_file", "fingerprint"))
-        _go_to(found["directory"])
+        began = found.get("directory", "")
     else:
         address, token_file, fingerprint = given.job, given.token_file, given.fingerprint or ""
         host, separator, port = address.rpartition(":")
@@ -53,6 +55,8 @@ def main(arguments: Sequence[str]) -> int:
         told.close()
     order = Order.from_json(argument)
     job = order.job
+    if began and (anchored(job) != job or not Path(job.output).is_absolute()):
+        _go_to(began)
     alone = dataclasses.replace(job, workers=given.workers, shares=None, min_workers=1)
     workers = workers_here(alone)  # srun and its like say how often this command is run
     output = logs or Path(job.output)

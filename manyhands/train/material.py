@@ -190,8 +190,8 @@ def check_same(world: World, values: Mapping[str, Any]) -> None:
 
 
 def check_joins(job: Job, material: Material, running: str) -> None:
-    """A newcomer has the data that the job trains on, of which `running` is the identity. Raises `DataError`."""
-    if material.identity != running:
+    """A newcomer has the data that the job trains on, of which `running` is the identity ("": unknown). Raises `DataError`."""
+    if running and material.identity != running:
         raise _other_data(job, "this worker", "the job trains on")
 
 

@@ -51,4 +51,6 @@ class Order:
     def from_json(text: str) -> Order:
         data = json.loads(text)
         job = config.from_data(Job, data["job"])
-        return Order(job, data["origins"], data["started"], data["chosen"], data["data"])
+        return Order(
+            job, data["origins"], data["started"], data["chosen"], data.get("data", "")
+        )  # "": an early release's
