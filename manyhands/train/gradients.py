@@ -95,18 +95,22 @@ class FlatGradients:
             for param in self.params:
                 param.grad = None
 
+    def members(self, position: int) -> list[int]:
+        """The parameters of a bucket, in its order."""
+        return [i for i in reversed(range(len(self.params))) if self._bucket_of[i] == position]
+
     def tensors(self, position: int) -> list[Tensor]:
         """The gradients of a bucket as views in their parameters' shapes, in the order of the bucket."""
-        return [self._views[i] for i in self._members(position)]
+        return [self._views[i] for i in self.members(position)]
 
     def names_of(self, position: int) -> list[str]:
         """The parameters of `tensors`."""
-        return [self.names[i] for i in self._members(position)]
+        return [self.names[i] for i in self.members(position)]
 
     def cut(self, position: int, flat: Tensor) -> Iterator[tuple[int, Tensor]]:
         """A tensor laid out as a bucket is, as (parameter, view in its shape), in the order of the bucket."""
         base = self.buckets[position].data_ptr()
-        for i in self._members(position):
+        for i in self.members(position):
             view = self._views[i]
             begin = (view.data_ptr() - base) // view.element_size() if view.numel() else 0
             yield i, flat[begin : begin + view.numel()].view(view.shape)
@@ -170,9 +174,6 @@ class FlatGradients:
         self.detach()
 
     # -- how
-
-    def _members(self, position: int) -> list[int]:
-        return [i for i in reversed(range(len(self.params))) if self._bucket_of[i] == position]
 
     def _lay_out(self, wire: Wire, bucket_mb: float) -> None:
         groups: dict[torch.dtype, list[int]] = {}

@@ -37,8 +37,7 @@ def used_or_owed(
         found = owed(exchange, state, contribution(position))
         parts: Iterable[tuple[int, Tensor | None]] = ()
         if trait(exchange, "by_tensor"):
-            order = [i for i, _ in gradients.cut(position, gradients.buckets[position])]
-            parts = zip(order, found, strict=True)
+            parts = zip(gradients.members(position), found, strict=True)
         elif found[0] is not None:
             parts = gradients.cut(position, found[0])
         for i, part in parts:
