@@ -57,6 +57,26 @@ def manyhands(
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
+def python(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """An interpreter with these arguments, which must succeed."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**environment(), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """PyTorch's own launcher with these arguments and two workers, which must succeed."""
+    return python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *arguments)
+
+
 def _logs(arguments: tuple[object, ...]) -> list[str]:
     directory = Path(str(arguments[arguments.index("--output") + 1])) / "logs"
     return [f"{path.name}:\n{path.read_text()}" for path in sorted(directory.glob("*.log"))]

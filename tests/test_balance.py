@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from facts import facts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -28,7 +28,7 @@ from manyhands.train.balancing import rebalance
 from manyhands.train.feed import Feed
 from manyhands.train.job import Job
 from manyhands.train.method import StepResult
-from manyhands.train.plan import Facts, derive
+from manyhands.train.plan import derive
 from manyhands.train.replica import Replica
 from manyhands.wire.solo import Solo
 
@@ -515,22 +515,9 @@ def test_the_next_batch_is_divided_by_what_was_measured(texts: bool) -> None:
 
 def test_one_worker_that_others_may_join_is_measured_from_the_start() -> None:
     """Who comes takes over how the job began; alone for good there is nothing to divide."""
-    facts = Facts(
-        rows=100,
-        world_size=1,
-        hosts=("h",),
-        device_type="cpu",
-        device_name="cpu",
-        threads=1,
-        has_bf16=False,
-        draws_random=False,
-        parameters=10,
-        flops_per_token=60.0,
-        peak_flops=1e9,
-    )
-    assert not derive(Job(), facts).balance
-    assert derive(Job(), dataclasses.replace(facts, elastic=True)).balance
-    assert not derive(Job(balance="off"), dataclasses.replace(facts, elastic=True)).balance
+    assert not derive(Job(), facts()).balance
+    assert derive(Job(), facts(elastic=True)).balance
+    assert not derive(Job(balance="off"), facts(elastic=True)).balance
     alone = Balancer(["w0"], n_units=12)
     assert [alone.observe([(1.0, 12.0)]) for _ in range(5)] == [(12,)] * 5
     assert alone.reset(["w0", "w1"]) == (6, 6)

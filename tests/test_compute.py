@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from facts import facts
 
 from manyhands.core import compute, hardware
 from manyhands.core.errors import UsageError
@@ -15,7 +16,7 @@ from manyhands.models.build import build
 from manyhands.tasks.loss import cross_entropy_sum
 from manyhands.train.forward import narrow_residual, quicken
 from manyhands.train.job import Job
-from manyhands.train.plan import Facts, derive
+from manyhands.train.plan import derive
 
 needs_kernels = pytest.mark.skipif(compute.library() is None, reason="no C++ compiler here")
 
@@ -167,20 +168,7 @@ def test_a_narrow_residual_is_bf16_between_layers_and_close(name: str) -> None:
 
 
 def test_a_narrow_residual_needs_bf16() -> None:
-    facts = Facts(
-        rows=100,
-        world_size=1,
-        hosts=("h",),
-        device_type="cpu",
-        device_name="cpu",
-        threads=1,
-        has_bf16=True,
-        draws_random=False,
-        memory_rows=None,
-        parameters=10,
-        flops_per_token=60.0,
-        peak_flops=1e9,
-    )
-    assert derive(Job(residual="bf16"), facts).precision == "bf16"
+    found = facts(has_bf16=True)
+    assert derive(Job(residual="bf16"), found).precision == "bf16"
     with pytest.raises(UsageError, match="residual = 'bf16' with precision fp32"):
-        derive(Job(residual="bf16", precision="fp32"), facts)
+        derive(Job(residual="bf16", precision="fp32"), found)

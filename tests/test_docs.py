@@ -8,12 +8,10 @@ import importlib.util
 import pkgutil
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from runs import environment
+from runs import python
 
 import manyhands
 
@@ -36,16 +34,7 @@ def _commands(page: str) -> list[str]:
 def test_python_of_the_readme_runs_word_for_word(code: str, tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").write_text("many hands make light work\n" * 3000)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**environment(), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    python("-c", code, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("code", _blocks("docs/architecture.md", "python"))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import torchrun
 
 from manyhands.core import hardware
 
@@ -80,7 +81,7 @@ if attempts[0] == "0":
     if hands.rank == 1:
         os._exit(1)
     time.sleep(60)
-print("met again:", attempts, flush=True)
+os.write(1, f"met again: {attempts}\\n".encode())  # at once: both write into one pipe
 """
 
 
@@ -91,14 +92,5 @@ def test_workers_that_torchrun_starts_anew_meet_each_other_and_nobody_of_before(
     """The agent's store still has what the workers before them have said."""
     script = tmp_path / "again.py"
     script.write_text(AGAIN)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "--max-restarts", "1", script, transport],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = torchrun("--max-restarts", 1, script, transport)
     assert done.stdout.count("met again: ['1', '1']") == 2

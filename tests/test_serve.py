@@ -293,16 +293,21 @@ def test_a_silent_worker_loses_its_lease(serve: Any) -> None:
 
 
 def test_a_server_that_is_gone_keeps_no_other_from_hearing_of_a_worker(serve: Any) -> None:
-    servers = [serve(lease_s=0.6), serve(lease_s=0.6)]
+    lease_s = 1.5
+    servers = [serve(lease_s=lease_s), serve(lease_s=lease_s)]
     links = [Link(lambda s=s: Endpoint(s.address, s.fingerprint), TOKEN, patience_s=60.0) for s in servers]
-    a = Servers(links, member="worker-0", job="job", lease_s=0.6)
+    a = Servers(links, member="worker-0", job="job", lease_s=lease_s)
     a.lay_out(initial())
     rules = {"optimizer": config.to_data(SGD(0.1), "optimizers"), "consistency": "sync"}
     a.begin(rules, initial(), {}, serial=0, steps=0, tokens=0)
     a.join(0)
     servers[0].stop(0)
-    time.sleep(2.0)  # it computes, and one server is being started anew
-    assert set(servers[1].shard.members) == {"worker-0"}
+    gone, deadline = time.monotonic(), time.monotonic() + 60.0
+    while (
+        servers[1].shard.members["worker-0"].seen < gone + 2 * lease_s
+    ):  # it computes, and one server is away
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     a.hang_up()
 
 

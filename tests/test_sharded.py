@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import warm
+from facts import facts
 from runs import TINY, events, losses, summary
 from safetensors.torch import load_file
 from test_exactness import SEQ, N, Rows, assert_close, make, plain_run, summed
@@ -31,7 +32,7 @@ from manyhands.tasks.pretrain import Pretrain
 from manyhands.train import session
 from manyhands.train.feed import Feed
 from manyhands.train.job import Job
-from manyhands.train.plan import Facts, derive
+from manyhands.train.plan import derive
 from manyhands.train.replica import Part, Replica
 from manyhands.train.sharded_gradients import local
 
@@ -412,21 +413,9 @@ def poisoned_run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_divided_model_is_not_compiled() -> None:
-    facts = Facts(
-        rows=100,
-        world_size=2,
-        hosts=["a"],
-        device_type="cpu",
-        device_name="a CPU",
-        threads=1,
-        has_bf16=True,
-        draws_random=True,
-        parameters=1,
-        flops_per_token=1e12,
-        peak_flops=1.0,
-    )
+    found = facts(world_size=2, has_bf16=True, draws_random=True, flops_per_token=1e12)
     job = Job(data=("x",), strategy=from_text("strategies", "zero3"))
-    assert not derive(job, facts).compile
-    assert derive(dataclasses.replace(job, strategy=from_text("strategies", "zero1")), facts).compile
+    assert not derive(job, found).compile
+    assert derive(dataclasses.replace(job, strategy=from_text("strategies", "zero1")), found).compile
     with pytest.raises(UsageError, match="leave it out"):
-        derive(dataclasses.replace(job, compile="on"), facts)
+        derive(dataclasses.replace(job, compile="on"), found)
