@@ -10,6 +10,8 @@ from pathlib import Path
 import methods_setting as setting
 from methods_setting import Size
 
+from manyhands.core.hardware import cpu_has_bf16
+
 PEERS = Path(__file__).parent / "peers"
 RATES: Mapping[str, float | None] = {
     "10gbit": 10e9,
@@ -120,13 +122,15 @@ def peer(
     apart: bool = False,
     note: str = "",
 ) -> Method:
-    """A script of ``peers/``."""
+    """A script of ``peers/``, which computes in what ours chooses on this machine: bf16 where it has units for it."""
 
     def command(work: Work) -> list[str]:
         every = [] if work.eval_every is None else ["--evaluate"]
+        precision = "bf16" if cpu_has_bf16() else "fp32"
         return [
             *(python or sys.executable, str(PEERS / script), "--setting", str(work.place)),
-            *("--seed", str(work.seed), "--steps", str(work.steps), *options, *every),
+            *("--seed", str(work.seed), "--steps", str(work.steps), "--precision", precision),
+            *(*options, *every),
         ]
 
     return Method(

@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--steps", type=int, required=True)
+    p.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of the matrix products")
     p.add_argument("--evaluate", action="store_true", help="score the held-out rows at the end (rank 0)")
     return p
 
@@ -72,7 +73,7 @@ class Peer:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     def loss(self, forward: Any, step: int) -> Any:
-        """Mean loss of this worker's share of a step's rows, under bf16 autocast. Rows are used again after the last."""
+        """Mean loss of this worker's share of a step's rows. Rows are used again after the last."""
         import torch
 
         each = self.batch // self.world
@@ -82,7 +83,7 @@ class Peer:
     def _loss(self, forward: Any, rows: Any, reduction: str = "mean") -> Any:
         import torch
 
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.given.precision == "bf16"):
             logits = forward(input_ids=rows[:, :-1]).logits  # [rows, seq_len, vocabulary]
         return torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), rows[:, 1:].flatten(), ignore_index=IGNORED, reduction=reduction
