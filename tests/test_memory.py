@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import subprocess
@@ -15,12 +16,15 @@ import torch
 from torch import nn
 
 import manyhands
+from manyhands import presets
 from manyhands.core.errors import ManyhandsError
 from manyhands.data.sample import Order
 from manyhands.train import memory
 from manyhands.train.feed import Feed
 from manyhands.train.memory import Fits, Need, Torn, split_on_oom
+from manyhands.train.method import Part
 from manyhands.train.replica import Replica
+from manyhands.train.state_bytes import bytes_per_parameter
 from manyhands.wire.solo import Solo
 
 REFUSED = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1234 bytes."
@@ -272,7 +276,12 @@ def probed(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     model = Wide()
 
     def ask(**changes: Any) -> int | None:
-        asked: dict[str, Any] = {"wanted": 1000, "workers_here": 1, "key": {"seq_len": 4}}
+        asked: dict[str, Any] = {
+            "wanted": 1000,
+            "workers_here": 1,
+            "state_bytes": 16.0,
+            "key": {"seq_len": 4},
+        }
         return memory.rows_that_fit(
             model, Task(), WideRows(), autocast=contextlib.nullcontext, **{**asked, **changes}
         )
@@ -312,6 +321,44 @@ def test_memory_is_not_measured_where_peaks_cannot_be_read(
     assert ask() is None
 
 
+def _held() -> dict[int, int]:
+    """Bytes of every tensor that is alive, by address."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+STATE = {
+    "ddp": 16,
+    "powersgd": 20.25,
+    "demo": 12,
+    "local_sgd": 20,
+    "slowmo": 24,
+    "diloco": 24,
+    "muloco": 24,
+    "gossip": 24,
+    "eager": 36,
+    "forecast": 36,
+}
+
+
+@pytest.mark.parametrize("name", STATE)
+def test_what_a_method_will_keep_is_known_before_it_is_there(name: str) -> None:
+    strategy = getattr(presets, name)()
+    predicted = bytes_per_parameter(strategy)
+    assert predicted == pytest.approx(STATE[name], abs=0.01)
+    model, before = torch.nn.Linear(256, 256, bias=False), _held()
+    replica = Replica(model, strategy, Solo("cpu"))
+    for step in range(getattr(strategy.cadence, "every", 1) + 3):
+        part = Part(step, [(0, {"x": torch.ones(1, 256)})], 1, 1, 0)
+        replica.step(part, lambda model, batch: (model(batch["x"]).square().sum() / 1e4, 1))
+    held = sum(size for at, size in _held().items() if at not in before) / 256**2
+    replica.close()
+    # alone a worker sends from its gradients' own place
+    assert held <= predicted + 0.1
+    assert held >= predicted - 4.3
+
+
 # -- on a GPU
 
 
@@ -331,6 +378,7 @@ def test_a_gpus_memory_is_probed_and_an_oom_in_mid_run_survived(
             autocast=contextlib.nullcontext,
             wanted=1000,
             workers_here=1,
+            state_bytes=16.0,
             key={"seq_len": 4},
         )
         assert fits is not None

@@ -19,7 +19,7 @@ from manyhands.train.sinks import fan_out
 HERE = Path(__file__).parent
 START = """
 import os, signal, sys
-from test_sinks import stepped
+from happenings import stepped
 from manyhands.core import events as e
 from manyhands.train.sinks import TensorBoard, Terminal, fan_out
 """

@@ -31,6 +31,7 @@ ODD = 0.15  # of ln(measured / expected)
 USUAL = 0.02  # how far off steps are believed to be at first
 REST = 32
 LONGEST_REST = 1024
+MOST_HALVINGS = 60  # of one that can take nothing (a cap of 0) and so is never tried: a cost stays positive
 MOST_FIXED = 0.95  # of a step's seconds
 
 Sample = tuple[float, float]  # rows, seconds
@@ -125,7 +126,7 @@ class Track:
         """The current line; None where nothing is known."""
         if not self.samples:
             return None
-        trust = 0.5 ** (self.idle / self.rest)
+        trust = 0.5 ** min(self.idle / self.rest, MOST_HALVINGS)
         return Cost(self.line.fixed * trust, self.line.per_row * trust)
 
     def _ratio(self, rows: float, seconds: float) -> float:

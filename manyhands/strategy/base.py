@@ -150,7 +150,8 @@ class Strategy:
         if self.placement.method is not None:
             return self.placement.method
         if self.inner is not None:
-            return "manyhands.train.local:LocalSteps"
+            pairs = getattr(self.exchange, "by_model", False)
+            return "manyhands.train.pairs:PairSteps" if pairs else "manyhands.train.local:LocalSteps"
         return getattr(self.cadence, "method", None) or "manyhands.train.synchronous:Synchronous"
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from manyhands.core.types import Handle
+    from manyhands.strategy.base import Strategy
     from manyhands.train.method import Loss
     from manyhands.train.replica import Replica
 
@@ -69,6 +70,11 @@ class DelayedSteps:
         self._saved: tuple[list[Tensor], dict[str, Tensor]] | None = (
             None  # A and the optimizer's state behind a forecast
         )
+
+    @staticmethod
+    def extra_bytes(strategy: Strategy, own: float) -> float:
+        """See `manyhands.train.state_bytes`: my contribution; for the forecast the last one, and what is gone back to."""
+        return 4.0 + (8.0 + own if getattr(strategy.cadence, "correct", False) else 0.0)
 
     @property
     def committed(self) -> int:

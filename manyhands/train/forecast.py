@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from manyhands.core.types import Agreed
+    from manyhands.strategy.base import Strategy
     from manyhands.train.fragments import Flight, Fragment
     from manyhands.train.header import Header, Wishes
     from manyhands.train.method import Loss, Part, StepResult
@@ -58,6 +59,11 @@ class ForecastSteps(LocalSteps):
         views = dict(zip((n for n, _ in replica.named), self.inner.gradients.by_parameter(), strict=True))
         self._pieces = [Piece.of(f, [views[name] for name in f.names]) for f in self._fragments]
         self._redone = False  # some of a round's steps were gone twice, each on a part of its rows
+
+    @staticmethod
+    def extra_bytes(strategy: Strategy, own: float) -> float:
+        """See `manyhands.train.state_bytes`: anchors, sums of the round that is made and of the one under way; own steps."""
+        return 12.0 + (0.0 if strategy.inner else own)
 
     # -- own steps
 

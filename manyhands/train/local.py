@@ -5,8 +5,8 @@
 
 with wᵢ = my valid targets / everybody's since the last agreement. One loop for local SGD (outer SGD of rate 1),
 SlowMo and DiLoCo (outer momentum; arXiv:2311.08105 algorithm 1), Streaming DiLoCo (fragments, in flight for some steps,
-mixing: arXiv:2501.18512), MuLoCo (Muon inside), SparseLoCo (top-k with decayed error feedback) and gossip (pairs; the
-sums of losses travel beside, and are read one round later, so that a round waits for the partner alone).
+mixing: arXiv:2501.18512), MuLoCo (Muon inside) and SparseLoCo (top-k with decayed error feedback); with pairs in
+`manyhands.train.pairs`.
 
 Contributions are weighted with my targets / nominal and the agreement is multiplied by nominal / Σ targets, as gradients
 are, so that the weights need no round of their own. Between agreements nothing is said at all: a request to stop
@@ -18,12 +18,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from manyhands.core.errors import ManyhandsError
-from manyhands.core.request import Gather, Sum
+from manyhands.core.request import Gather
 from manyhands.exchange.combine import named
 from manyhands.train.fragments import Flight, Fragment, Told, split
 from manyhands.train.header import Header, Unsound, Wishes
@@ -38,23 +38,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from manyhands.core.types import Agreed
+    from manyhands.strategy.base import Strategy
     from manyhands.train.method import Loss
     from manyhands.train.replica import Replica
-
-OUTER = "outer/"
 
 
 class LocalSteps:
     """See the module. All workers call every method at the same steps."""
 
+    agrees: ClassVar[bool] = True
+
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
         strategy = replica.strategy
         self._cadence, self._exchange = strategy.cadence, strategy.exchange
-        self._pairwise = bool(getattr(self._exchange, "by_model", False))
-        self.agrees = not self._pairwise
         whole = self._cadence.fragments == 1 and not self._cadence.delay and not strategy.keep_local
-        self.comes_to_rest = whole and not self._pairwise
+        self.comes_to_rest = self.agrees and whole
         self.meets_first = not self.comes_to_rest
         self.drops = self.comes_to_rest and replica.lost_round == "drop"
         self.inner = InnerSteps(replica, strategy.inner or strategy.outer)
@@ -67,10 +66,15 @@ class LocalSteps:
         self.states: list[Any] = [e.init(self._contribution(f)) for e, f in told]
         self._sums = [0.0, 0.0]  # loss and targets since the workers last spoke
         self._exact, self._since = 0, 0  # job's targets up to the last agreement, nominal ones since
-        self._late: list[Flight] = []  # pairs do not wait for everybody's sums: read one round later
         self._lost_in_a_row = 0
         self.agreements = 0  # a peer may be lost when some have the last one already
         self._held: dict[int, list[int]] = {}  # what I have computed since then: places by step
+
+    @staticmethod
+    def extra_bytes(strategy: Strategy, own: float) -> float:
+        """See `manyhands.train.state_bytes`: anchors."""
+        del strategy, own
+        return 4.0
 
     @property
     def committed(self) -> int:
@@ -78,12 +82,12 @@ class LocalSteps:
 
     @property
     def settled(self) -> int:
-        """How many steps' work is in my anchors; of pairs, not everybody may have come so far."""
+        """How many steps' work is in my anchors; where pairs agree, not everybody may have come so far."""
         return min(f.met for f in self._fragments)
 
     @property
     def at_rest(self) -> bool:
-        return not self._pairwise and not any(f.flight or f.drifted for f in self._fragments)
+        return not any(f.flight or f.drifted for f in self._fragments)
 
     def step(self, part: Part, loss: Loss, wishes: Wishes) -> StepResult:
         replica = self._replica
@@ -136,19 +140,11 @@ class LocalSteps:
             if fragment.drifted:
                 self._start(i, Wishes())
                 self._finish(i, keep_local=0.0)
-        if self._pairwise:
-            while self._late:
-                self._read(self._late.pop(0), lost=False)
-            self._average_anchors()
-            self._adopt()
 
     @contextmanager
     def agreed(self, *, collective: bool = True) -> Iterator[None]:
-        """The anchors; of methods that agree in pairs only, their mean over all workers (where `collective`)."""
+        """The anchors; where only pairs agree, their mean over all workers (if all can take part: `collective`)."""
         own = [p.detach().clone() for _, p in self._replica.named]
-        anchors = [a.detach().clone() for f in self._fragments for a in f.anchors]
-        if self._pairwise and collective:
-            self._average_anchors()
         self._adopt()
         try:
             yield
@@ -156,8 +152,6 @@ class LocalSteps:
             with torch.no_grad():
                 for (_, p), value in zip(self._replica.named, own, strict=True):
                     p.copy_(value)
-                for a, value in zip((a for f in self._fragments for a in f.anchors), anchors, strict=True):
-                    a.copy_(value)
 
     def shared(self) -> dict[str, dict[str, Tensor]]:
         """What all replicas hold alike, by kind: anchors, the outer optimizer, and the exchange's part."""
@@ -189,17 +183,11 @@ class LocalSteps:
         self.outer.load_state_by_name(state)
 
     def local_state(self) -> dict[str, Tensor]:
-        """The inner optimizer's; of pairs, whose outer optimizers differ, that one's, too."""
-        found: dict[str, Tensor] = dict(self.inner.optimizer.state_by_name())
-        if self._pairwise:
-            found |= {OUTER + name: tensor for name, tensor in self.outer.state_by_name().items()}
-        return found
+        """The inner optimizer's."""
+        return dict(self.inner.optimizer.state_by_name())
 
     def load_local_state(self, state: Mapping[str, Tensor]) -> None:
-        self.inner.optimizer.load_state_by_name({n: t for n, t in state.items() if not n.startswith(OUTER)})
-        outer = {n.removeprefix(OUTER): t for n, t in state.items() if n.startswith(OUTER)}
-        if outer:
-            self.outer.load_state_by_name(outer)
+        self.inner.optimizer.load_state_by_name(state)
 
     def restart(self) -> None:
         with torch.no_grad():
@@ -207,8 +195,7 @@ class LocalSteps:
                 for anchor, param in zip(fragment.anchors, fragment.params, strict=True):
                     anchor.copy_(param)
                 fragment.begin(self._replica.steps)
-        self._exact, self._since, self._sums, self._late = self._replica.tokens, 0, [0.0, 0.0], []
-        self._held = {}
+        self._exact, self._since, self._sums, self._held = self._replica.tokens, 0, [0.0, 0.0], {}
         self.inner.forget()
 
     def rewind(self) -> dict[int, list[int]]:
@@ -224,13 +211,7 @@ class LocalSteps:
             for fragment in self._fragments:
                 fragment.begin(replica.steps)
             replica.tokens = self._exact + self._since
-            self._exact, self._since, self._sums, self._late, self._held = (
-                replica.tokens,
-                0,
-                [0.0, 0.0],
-                [],
-                {},
-            )
+            self._exact, self._since, self._sums, self._held = replica.tokens, 0, [0.0, 0.0], {}
             return {}
         if self.inner.pending:  # what I have computed is in my parameters, and stays there
             self._inner_step()
@@ -272,9 +253,6 @@ class LocalSteps:
     # -- agreements
 
     def _contribution(self, fragment: Fragment) -> list[Tensor]:
-        if self._pairwise:
-            seen = torch.tensor(fragment.targets, dtype=torch.float64)
-            return [*fragment.flats, *fragment.anchor_flats(), seen]
         return list(fragment.views) if getattr(self._exchange, "by_tensor", False) else list(fragment.flats)
 
     @property
@@ -285,7 +263,7 @@ class LocalSteps:
     def _measure(self, i: int) -> Sequence[float]:
         """Put my contribution to fragment `i` into its buffers; what else everybody must know of it."""
         fragment = self._fragments[i]
-        fragment.measure(1.0 if self._pairwise else fragment.targets / (fragment.nominal or 1.0))
+        fragment.measure(fragment.targets / (fragment.nominal or 1.0))
         return ()
 
     def _start(self, i: int, wishes: Wishes) -> None:
@@ -321,7 +299,7 @@ class LocalSteps:
         if flight is None:
             return None
         found = flight.talks.finish()
-        told = None if self._pairwise else Header.of(torch.stack(flight.header.wait()))
+        told = self._heard(flight)
         steps, held = range(fragment.met, flight.step), self._held
         fragment.flight, fragment.met, self._held = None, flight.step, {}
         keep = replica.strategy.keep_local if keep_local is None else keep_local
@@ -329,10 +307,11 @@ class LocalSteps:
         self.agreements += 1
         if lost:
             self._note_lost(i, steps, told, held)
-        if told is not None:
-            return self._told(flight, told, lost=lost)
-        self._late.append(flight)
-        return self._read(self._late.pop(0), lost=lost) if len(self._late) > 1 else None
+        return self._told(flight, told, lost=lost)
+
+    def _heard(self, flight: Flight) -> Header | None:
+        """Everybody's sums of an exchange; None where nobody waits for them."""
+        return Header.of(torch.stack(flight.header.wait()))
 
     def _settle(
         self, i: int, flight: Flight, found: Sequence[Agreed], told: Header | None, keep_local: float
@@ -346,9 +325,7 @@ class LocalSteps:
         finite = is_finite(norm)
         if finite:
             self._outer_step(fragment, means, scale)
-        if (
-            finite or self._pairwise
-        ):  # the round draws the next pairs: it is everybody's, though a pair was lost
+        if finite or told is None:  # the round draws the next pairs: everybody's, though a pair was lost
             self.states[i] = agreed.state
         fragment.mix(keep_local)
         lost = bool(targets) and not finite
@@ -370,13 +347,13 @@ class LocalSteps:
         )
         self._replica.notes.append(note)
 
-    def _read(self, flight: Flight, *, lost: bool) -> Told:
-        """The header of an exchange, which may still be under way."""
-        return self._told(flight, Header.of(torch.stack(flight.header.wait())), lost=lost)
+    def _told(self, flight: Flight, told: Header | None, *, lost: bool) -> Told | None:
+        """What is known of everybody's steps, once `told` has come."""
+        assert told is not None
+        return self._take_in(flight, told, (), lost=lost)
 
-    def _told(self, flight: Flight, told: Header, *, lost: bool) -> Told:
-        """Everybody's sums."""
-        late = told.unsound.gradients or () if self._pairwise else ()
+    def _take_in(self, flight: Flight, told: Header, late: Sequence[int], *, lost: bool) -> Told:
+        """Everybody's sums; `late`: whose gradients were not finite, where only now it is known."""
         self._replica.hear(told.left_out, late, at=flight.step - 1)
         flight.fragment.heard = flight.step
         self._exact += told.count - flight.told_nominal
@@ -402,16 +379,6 @@ class LocalSteps:
         self.outer.step()  # the other fragments have no gradient, and so do not move
         for anchor in fragment.anchors:
             anchor.grad = None
-
-    def _average_anchors(self) -> None:
-        wire = self._replica.wire
-        with torch.no_grad():
-            anchors = [anchor for fragment in self._fragments for anchor in fragment.anchors]
-            totals = [wire.begin(Sum(anchor.detach().clone().reshape(-1))).wait() for anchor in anchors]
-            for anchor, total in zip(
-                anchors, totals, strict=True
-            ):  # all of them, or none where a peer is lost
-                anchor.copy_((total / wire.size).reshape(anchor.shape))
 
     def _adopt(self) -> None:
         with torch.no_grad():

@@ -17,6 +17,7 @@ import contextlib
 import gc
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,7 +43,6 @@ T = TypeVar("T")
 
 SPARE = 0.1  # of the memory that can be had is left alone
 SMALL = 16 << 20  # bytes a row: less is measured in more rows at once
-STATE_BYTES = 16  # for each parameter: gradient, its place on the wire, two moments of the optimizer
 
 
 # -- in mid-run
@@ -196,6 +196,7 @@ def rows_that_fit(
     autocast: Callable[[], Any],
     wanted: int,
     workers_here: int,
+    state_bytes: float,
     key: Mapping[str, Any],
 ) -> int | None:
     """The most rows, up to `wanted`, of a forward and backward of `model` on its device; None: it cannot be measured.
@@ -204,6 +205,7 @@ def rows_that_fit(
 
     Args:
         workers_here: workers that share this device's memory.
+        state_bytes: what a worker will keep for each trainable parameter beside it (`manyhands.train.state_bytes`).
         key: what the need of memory depends on besides the model's shape (row length, precision).
 
     Raises:
@@ -220,12 +222,12 @@ def rows_that_fit(
             if need is None:
                 return None
             _remember(name, need)
-        state = STATE_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        state = math.ceil(state_bytes * sum(p.numel() for p in model.parameters() if p.requires_grad))
         free = (1.0 - SPARE) * available_bytes(device) / max(1, workers_here) - state - need.fixed
         fit = min(wanted, int(free // max(1, need.per_row)))
         if fit < 1:
             raise ManyhandsError(
-                f"a row needs {_mib(need.fixed + need.per_row)} beside {_mib(state)} of gradients and optimizer, "
+                f"a row needs {_mib(need.fixed + need.per_row)} beside {_mib(state)} of gradients, optimizer and method, "
                 f"and {_mib(available_bytes(device))} can be had by {workers_here} workers",
                 "each worker holds the model, its state and one row at least",
                 "use fewer workers here, a smaller model, a shorter --seq-len or --gradient-checkpointing",

@@ -4,6 +4,7 @@
     DelayedSteps  the same, used one step later                      train/delayed.py
     LocalSteps    an inner optimizer; the way since the last         train/local.py
                   agreement is what is exchanged
+    PairSteps     the same, exchanged in pairs                       train/pairs.py
     ForecastSteps own steps, which agreed ones made of several       train/forecast.py
                   steps' gradients replace
     Hogwild       one copy of the parameters, no locks               train/hogwild.py

@@ -292,6 +292,7 @@ class Parts:
         """The rows that fit into a pass of this worker; None where nobody asks."""
         from manyhands.train import memory, session
         from manyhands.train.plan import busy_rows
+        from manyhands.train.state_bytes import bytes_per_parameter
 
         job = self.job
         divided = getattr(job.strategy.placement, "needs_group", False)  # the whole model may not even fit
@@ -306,6 +307,7 @@ class Parts:
             autocast=session.autocast_for(precision, self.device.type),
             wanted=busy_rows(self.device.type, job.seq_len)[0],
             workers_here=len(here),
+            state_bytes=bytes_per_parameter(job.strategy),
             key={
                 "seq_len": job.seq_len,
                 "precision": precision,
