@@ -41,7 +41,7 @@ class Play:
         self.happened: list[Happening] = []
         self.notes: list[dict[str, Any]] = []
         if ids:
-            self.state.expect(ids)
+            self.state.expect(ids, self.now)
             for id in reversed(ids):  # as they come; ranks are as expected
                 self.come(id)
             for id in ids:

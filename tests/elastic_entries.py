@@ -67,7 +67,7 @@ def train(argument: str) -> int:
     voice.say("meeting")
     step = 0
     with Interrupts() as interrupts, interrupts.phase("step", interruptible=False):
-        while step < order["steps"]:
+        while step < order["steps"] and not os.path.exists(order["enough"]):
             if step == 0 or member.over.is_set() or member.change_wanted:
                 epoch = member.next()
                 step = max(step, int(member.facts().get("step", "0")))

@@ -14,14 +14,17 @@ from typing import Any
 import pytest
 from coordinators import TOKEN, WAIT_S, Worker, free_port, ids, seat, serving, until, working
 
-from manyhands.coordinate import messages
+from manyhands.cli.coordinate import _called_back
+from manyhands.coordinate import judge, messages
 from manyhands.coordinate.client import Member
+from manyhands.coordinate.journal import Journal
 from manyhands.coordinate.line import Line
 from manyhands.coordinate.server import Coordinator
 from manyhands.coordinate.state import BACK_S
 from manyhands.coordinate.words import Rules
 from manyhands.core import tls
 from manyhands.core.errors import ManyhandsError, PeerLost, Stopped, UsageError
+from manyhands.core.membership import Epoch
 from manyhands.launch.chaos import cut
 
 
@@ -169,6 +172,46 @@ def test_a_killed_coordinator_goes_on_from_its_journal_while_members_go_on(tmp_p
                 process.wait()
 
 
+def journal_of(path: Path, held: Epoch) -> Path:
+    """What a coordinator leaves that is killed while `held` runs."""
+    journal = Journal(path, lambda line: None)
+    journal.append({"kind": "fact", "key": "order", "text": "x"})
+    journal.append({"kind": "epoch", **messages.epoch_to(held)})
+    journal.append({"kind": "began"})
+    journal.close()
+    return path
+
+
+def test_who_still_runs_the_job_is_taken_back_before_others_come(tmp_path: Path) -> None:
+    held = Epoch(number=3, seats=(seat("w0"), seat("w1")))
+    path = journal_of(tmp_path / "coordinator.jsonl", held)
+    with serving(journal=path, calling=True) as coordinator:
+        newcomer = Member(coordinator.address, TOKEN, seat("n"))
+        newcomer._line.start()
+        until(lambda: "UNAVAILABLE" in newcomer._line.reason, "its being told to try again")
+        assert (coordinator.alive(), newcomer.facts()) == ([], {})
+        back = Member(coordinator.address, TOKEN, seat("w1"))
+        back._epoch = held
+        back._line.start()
+        assert _called_back(coordinator, [])
+        until(lambda: coordinator.alive() == ["w1", "n"], "the newcomer's second attempt")
+        newcomer.close()
+        back.close()
+
+
+def test_where_nobody_still_runs_the_job_nobody_is_waited_for_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "RETURN_S", 0.2)
+    path = journal_of(tmp_path / "coordinator.jsonl", Epoch(number=3, seats=(seat("w0"),)))
+    with serving(journal=path, calling=True, rules=Rules(hang_s=0.1)) as coordinator:
+        assert not _called_back(coordinator, [])
+    assert _called_back(coordinator, [signal.SIGTERM])
+    with serving(journal=tmp_path / "another", calling=True) as coordinator:  # nobody has taken part yet
+        assert _called_back(coordinator, [])
+        Member.connect(coordinator.address, TOKEN, seat("n")).close()
+
+
 def test_who_is_refused_and_what_it_hears(capfd: pytest.CaptureFixture[str]) -> None:
     log: list[str] = []
     with serving(log=log.append) as coordinator:
@@ -290,13 +333,13 @@ def test_a_launcher_that_joins_tells_of_its_workers_and_hears_of_theirs() -> Non
         coordinator.publish("job", "x")
         launcher.say("expect", id="n0")
         launcher.say("expect", id="n1")
-        until(lambda: coordinator._state.coming == {"n0", "n1"})
+        until(lambda: set(coordinator._state.coming) == {"n0", "n1"})
         launcher.say("lost", id="n1", how="failed", detail="ImportError: x", final=True)
         until(lambda: any(message["op"] == "failed" for message in heard), "the news")
         assert "ImportError" in coordinator.ended[1] if coordinator.ended else False
         launcher.close()
         until(lambda: not coordinator._launchers, "its leaving")
-        until(lambda: coordinator._state.coming == set(), "their loss")
+        until(lambda: set(coordinator._state.coming) == set(), "their loss")
 
 
 def test_a_launcher_whose_link_is_cut_comes_back_and_its_workers_are_awaited_meanwhile() -> None:
@@ -316,7 +359,7 @@ def test_a_launcher_whose_link_is_cut_comes_back_and_its_workers_are_awaited_mea
             fatal=lambda error: welcomes.append(error),
         )
         launcher.start()
-        until(lambda: coordinator._state.coming == {"n0"})
+        until(lambda: set(coordinator._state.coming) == {"n0"})
         launcher._call.cancel()
         until(lambda: len(welcomes) == 2, "its return")
         until(lambda: len(coordinator._launchers) == 1, "the end of its last connection")
@@ -347,10 +390,10 @@ def test_a_launcher_may_be_back_before_the_end_of_its_last_connection_is_known()
             return line
 
         before = launcher("n0", "n1")
-        until(lambda: coordinator._state.coming == {"n0", "n1"}, "whom it starts")
+        until(lambda: set(coordinator._state.coming) == {"n0", "n1"}, "whom it starts")
         after = launcher("n0")
         until(lambda: any(line.expected == {"n0"} for line in coordinator._launchers), "its return")
         before.close()
         until(lambda: "n1" in coordinator._state.gone, "the loss of whom nobody starts any more")
-        assert coordinator._state.coming == {"n0"}
+        assert set(coordinator._state.coming) == {"n0"}
         after.close()

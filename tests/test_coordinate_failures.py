@@ -35,7 +35,7 @@ def test_a_job_that_begins_waits_for_a_replacement() -> None:
         play.step(0, phase=phase)
         play.state.cut("w0", play.now)
         play.ready("w1", "w2")
-        play.state.expect(["w0-1"])
+        play.state.expect(["w0-1"], play.now)
         play.state.lose("w0", how="death", detail="SIGKILL", now=play.now)
         assert [message["epoch"] for message in play.heard("w1", "over")] == [1]
         play.wait(1.0)
@@ -51,7 +51,7 @@ def test_a_job_that_begins_waits_for_a_replacement() -> None:
 def test_a_job_that_computes_its_first_step_does_not() -> None:
     play = Play("w0", "w1", begun=False)
     play.step(0, phase="compile")
-    play.state.expect(["w1-1"])
+    play.state.expect(["w1-1"], play.now)
     play.state.lose("w1", how="death", detail="SIGKILL", now=play.now)
     play.state.ready("w0", epoch=1, step=0, phase="re-forming", now=play.now)
     assert ids(play.epoch) == ["w0"]
@@ -59,10 +59,10 @@ def test_a_job_that_computes_its_first_step_does_not() -> None:
 
 def test_a_loss_in_the_first_meeting() -> None:
     play = Play()
-    play.state.expect(["w0", "w1"])
+    play.state.expect(["w0", "w1"], play.now)
     play.come("w1")
     play.state.ready("w1", epoch=0, step=0, now=play.now)
-    play.state.expect(["w0-1"])
+    play.state.expect(["w0-1"], play.now)
     play.state.lose("w0", how="death", detail="SIGKILL", now=play.now)  # before it came
     assert (play.state.ended, play.state.epoch) == (None, None)
     play.come("w0-1")
@@ -83,7 +83,7 @@ def test_all_may_be_lost_while_the_job_begins_if_all_are_replaced() -> None:
     play = Play("w0", "w1", begun=False)
     play.step(0, phase="prepare")
     for id in ("w0", "w1"):
-        play.state.expect([f"{id}-1"])
+        play.state.expect([f"{id}-1"], play.now)
         play.state.lose(id, how="death", detail="SIGKILL", now=play.now)
     for id in ("w1-1", "w0-1"):
         play.come(id)
@@ -101,7 +101,7 @@ def replaced(play: Play, lost: str, name: str, how: str) -> None:
     play.state.lose(lost, how=how, detail="boom", now=play.now)
     if play.state.ended is not None:
         return
-    play.state.expect([name])
+    play.state.expect([name], play.now)
     play.come(name)
     play.state.ready(name, epoch=0, step=0, now=play.now)
     play.ready("w0")
@@ -168,7 +168,7 @@ def test_collectives_that_fail_without_a_suspect_fail_the_job() -> None:
 def test_too_few_workers_fail_the_job_unless_one_comes() -> None:
     play = Play("w0", "w1", min_workers=2, patience_s=3.0)
     play.state.lose("w1", how="death", detail="SIGKILL", now=play.now)
-    play.state.expect(["w1-1"])
+    play.state.expect(["w1-1"], play.now)
     play.ready("w0")
     for _ in range(10):
         play.wait(4.0)
@@ -194,7 +194,7 @@ def test_a_job_whose_state_nobody_holds_has_ended() -> None:
 
 def test_losses_while_stopping_are_no_failure() -> None:
     play = Play("w0", "w1")
-    play.state.stop()
+    play.state.stop(play.now)
     assert play.heard("w1", "stop")
     play.state.lose("w0", how="death", detail="SIGTERM", now=play.now)
     play.state.lose("w1", how="death", detail="SIGTERM", now=play.now)

@@ -14,7 +14,7 @@ from manyhands.core.membership import SUMS
 
 def test_the_first_epoch_waits_for_all_and_keeps_their_order() -> None:
     play = Play()
-    play.state.expect(["w0", "w1", "w2"])
+    play.state.expect(["w0", "w1", "w2"], play.now)
     for id in ("w2", "w0", "x"):
         play.come(id)
         play.state.ready(id, epoch=0, step=0, now=0.0)
@@ -42,7 +42,7 @@ def test_whom_shared_memory_cannot_join_is_turned_away_and_not_waited_for(at: st
     play = Play("w0", "g", shared=False, begun=False)  # without the rule it is taken
     assert ids(play.epoch) == ["w0", "g"]
     play = Play(shared=True)
-    play.state.expect(["w0", "g", "w1"])
+    play.state.expect(["w0", "g", "w1"], play.now)
     play.come("w0")
     play.state.ready("w0", epoch=0, step=0, now=0.0)
     with pytest.raises(Refused, match=r"worker g on (?s:.*)share the memory of one host, h") as refused:
@@ -102,7 +102,7 @@ def test_a_reason_that_does_not_come_is_not_awaited() -> None:
 
 def test_who_comes_back_in_time_is_in_the_epoch_still() -> None:
     play = Play()
-    play.state.expect(["w0", "w1"])
+    play.state.expect(["w0", "w1"], play.now)
     for id, pid in (("w0", 7), ("w1", 8)):
         play.come(id, pid=pid)
         play.state.ready(id, epoch=0, step=0, now=play.now)
@@ -230,6 +230,81 @@ def test_the_end_of_a_job() -> None:
     assert play.state.ended == (0, "done")
 
 
+@pytest.mark.parametrize("how", ["death", "failed", "hang"])
+def test_the_end_of_a_job_whose_first_rank_is_lost_before_it_has_summed_up(how: str) -> None:
+    """The others have nothing left to do, and say so; whether they are gone yet or not."""
+    for last in ("w0", "w1"):
+        play = Play("w0", "w1")
+        play.state.leaving("w1", detail="done", now=play.now)
+        for id in ("w1", "w0") if last == "w0" else ("w0", "w1"):
+            assert play.state.ended is None
+            if id == "w1":
+                play.state.cut("w1", play.now)
+            else:
+                play.state.expect(["w0-1"], play.now)  # it is replaced, in vain
+                play.state.lose("w0", how=how, detail="disk full", now=play.now)
+        assert play.state.ended is not None
+        assert play.state.ended[0] == 1
+        assert "worker w0, which sums up the run, was lost at its end" in play.state.ended[1]
+
+
+def test_who_is_on_its_way_when_the_job_is_done_is_ended() -> None:
+    play = Play("w0")
+    play.come("n")
+    play.state.expect(["m"], play.now)
+    play.state.leaving("w0", detail="done", now=play.now)
+    play.state.cut("w0", play.now)
+    assert [happening.seat_id for happening in play.happenings("evict")] == ["m", "n"]
+    assert [happening.kind for happening in play.happened[-3:]] == ["done", "evict", "evict"]
+
+
+@pytest.mark.parametrize(("came", "limit_s"), [((), 120.0), (("w0", 0.5), 20.0), (("w0", 8.0), 40.0)])
+def test_a_worker_that_is_started_and_says_nothing_is_given_up(
+    came: tuple[str, float] | tuple[()], limit_s: float
+) -> None:
+    play = Play(stuck_s=20.0, start_s=5.0)
+    play.state.expect(["w0", "w1"], play.now)
+    if came:
+        play.wait(came[1])
+        play.come(came[0])
+        play.state.ready("w0", epoch=0, step=0, now=play.now)
+    else:
+        play.state.lose("w0", how="death", detail="SIGKILL", now=play.now)
+    play.now += 3600.0
+    play.state.shift(3600.0)  # a Ctrl-Z
+    while play.now - 3600.0 < limit_s:
+        assert not play.happenings("evict")
+        play.beat(phase="start")
+        play.wait(1.0)
+    (evict,) = play.happenings("evict")
+    assert evict.seat_id == "w1"
+    assert "has not reached the coordinator" in evict.detail
+    loss = play.state.gone["w1"]
+    assert (loss.how, loss.phase, loss.rank) == ("hang", "start", -1)
+    assert loss.silent_s >= limit_s
+    with pytest.raises(Refused, match="given up"):
+        play.come("w1")
+    if came:
+        play.state.expect(["w1-1"], play.now)
+        play.state.lose("w1", how="death", detail="SIGKILL", now=play.now)
+        play.come("w1-1")
+        play.state.ready("w1-1", epoch=0, step=0, now=play.now)
+        assert ids(play.epoch) == ["w0", "w1-1"]
+
+
+@pytest.mark.parametrize(("phase", "given_up"), [("start", True), ("build", False)])
+def test_one_that_came_and_stands_still_before_it_is_ready_is_given_up(phase: str, given_up: bool) -> None:
+    for begun in (True, False):
+        play = Play(*(("w0",) if begun else ()), stuck_s=20.0)
+        play.state.expect(["n"], play.now)
+        play.come("n")
+        while play.now < 150.0:
+            for id in play.state.members:
+                play.beat(id, phase="step" if id == "w0" else phase)
+            play.wait(5.0)
+        assert [happening.seat_id for happening in play.happenings("evict")] == (["n"] if given_up else [])
+
+
 def test_silence_is_a_hang_and_its_time_is_told() -> None:
     play = Play("w0", "w1")
     play.wait(6.0)
@@ -312,6 +387,29 @@ def test_in_the_first_step_who_came_least_far_is_given_up_and_preparing_may_take
         assert [happening.seat_id for happening in play.happenings("evict")] == stuck
         if stuck:
             assert 114.0 <= play.now - begun <= 125.0
+
+
+def test_before_the_first_step_whoever_the_others_wait_for_is_given_up_and_they_are_not() -> None:
+    """It stands still in its first pass; so do the others, who wait for it; one of them dies, or is given up in its place."""
+    play = Play("w0", "w1", "w2", "w3", stuck_s=20.0, begun=False)
+    play.step(0, phase="compile")
+    begun = play.now
+    while play.now - begun < 130.0 and len(play.state.members) == 4:
+        play.beat(phase="compile")
+        play.wait(0.5)
+    (first,) = play.happenings("evict")
+    play.wait(0.05)  # the others have not noticed yet
+    assert len(play.state.members) == 3
+    for id in sorted(set(play.state.members) - {"w3"}):
+        play.state.ready(id, epoch=1, step=0, phase="re-forming", now=play.now)
+    assert first.seat_id == "w0"
+    begun = play.now
+    while play.now - begun < 130.0 and "w3" in play.state.members:
+        play.beat("w1", "w2", phase="re-forming")
+        play.beat("w3", phase="compile")
+        play.wait(0.5)
+    assert [happening.seat_id for happening in play.happenings("evict")] == ["w0", "w3"]
+    assert ids(play.epoch) == ["w1", "w2"]
 
 
 @pytest.mark.parametrize(("phase", "limit_s"), [("step", 20.0), ("evaluate", 120.0)])

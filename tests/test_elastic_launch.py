@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import random
+import re
 import select
 import signal
 import subprocess
@@ -74,10 +75,13 @@ class Job:
                 "token_file": contact["token_file"],
                 "name": f"guest{tmp_path.name}",
             }
+        self._enough = tmp_path / "enough"
         given = {
             "tests": str(Path(__file__).parent),
             "entry": entry,
-            "argument": json.dumps({"fifo": str(fifo), "steps": steps, "step_s": step_s, **wrong}),
+            "argument": json.dumps(
+                {"fifo": str(fifo), "steps": steps, "step_s": step_s, "enough": str(self._enough), **wrong}
+            ),
             "workers": workers,
             "output": str(self.output),
             "elastic": elastic or {},
@@ -103,6 +107,10 @@ class Job:
                 if record["what"] == what and condition(record):
                     return record
             assert self._read(), "all workers are gone"
+
+    def enough(self) -> None:
+        """Its next step is its last one."""
+        self._enough.touch()
 
     def stepping(self, *ids: str) -> dict[str, int]:
         """Wait until these workers make steps; their process ids."""
@@ -293,17 +301,23 @@ def test_losses_in_the_first_meeting(launched: Callable[..., Job], tmp_path: Pat
 def test_one_that_hangs_in_the_first_meeting_is_replaced(
     launched: Callable[..., Job], tmp_path: Path
 ) -> None:
-    gate = tmp_path / "gate"
-    job = launched(steps=20, held=["w1"], gate=str(gate), elastic={"hang_s": 1.0})
+    """One has said hello; the other one never does."""
+    elastic = {"hang_s": 1.0, "start_s": 2.0, "stuck_s": 2.0}
+    job = launched(steps=20, held=["w1"], gate=str(tmp_path / "gate"), elastic=elastic)
     os.kill(job.await_("meeting", lambda r: r["seat"] == "w0")["pid"], signal.SIGSTOP)
     job.await_("meeting", lambda r: r["seat"] == "w0-1")
-    gate.touch()
     code, errors = job.end()
     assert code == 0, errors
-    (line,) = errors.splitlines()
-    assert "worker w0 (rank 0) on" in line
-    assert "was given up: no sign of life for 1." in line
-    assert "w0-1 takes its place" in line
+    hung, mute = sorted(errors.splitlines())
+    assert "worker w0 (rank 0) on" in hung
+    assert "was given up: no sign of life for 1." in hung
+    assert "w0-1 takes its place" in hung
+    log = job.output / "logs" / "rank-1.log"
+    assert (
+        f"worker w1 (rank 1) on {hardware.hostname()} while starting was given up: it has not reached" in mute
+    )
+    assert f"(log: {log}); w1-1 takes its place" in mute
+    assert re.search(r"elastic_entries.py\", line \d+ in train", log.read_text())  # where it stood
 
 
 def test_when_nobody_is_left_before_the_first_step(launched: Callable[..., Job]) -> None:
@@ -505,6 +519,20 @@ def test_workers_of_another_launch_join_die_are_replaced_and_leave(launched: Cal
     assert again.everybody_gone()
     # it may have ended before its own launcher's signal came, since the others had left
     assert all(r["stopping"] for r in again.heard if r["what"] == "signal")
+
+
+def test_one_that_comes_when_the_job_is_done_has_nothing_to_do(
+    launched: Callable[..., Job], tmp_path: Path
+) -> None:
+    job = launched(workers=2, steps=10**9)
+    job.stepping("w0", "w1")
+    guest = launched(joins=job, workers=1, held=["guest1-0"], gate=str(tmp_path / "gate"))
+    guest.await_("started")
+    job.enough()
+    assert job.end()[0] == 0
+    code, errors = guest.end()
+    assert (code, errors) == (0, "manyhands: the job was done already\n")
+    assert guest.everybody_gone()
 
 
 def end(rank: int, code: int, *, survived: bool = False, kind: str | None = None) -> End:

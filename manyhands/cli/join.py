@@ -53,6 +53,9 @@ def main(arguments: Sequence[str]) -> int:
         argument = told.fact("job", "order")
     finally:
         told.close()
+    if not argument:
+        print("manyhands: the job is done: there is nothing left to do", file=sys.stderr, flush=True)
+        return 0
     order = Order.from_json(argument)
     job = order.job
     if began and (anchored(job) != job or not Path(job.output).is_absolute()):

@@ -17,6 +17,8 @@ SLOW = frozenset(
     {"start", "prepare", "build", "compile", "fetch", "evaluate", "generate", "save", "finish"}
 )  # phases that may take long: who stands still in one is not stuck, for so many times as long:
 SLOWLY = 6
+RETURN_S = 3.0  # for workers to find a coordinator that is back, however soon silence counts as a hang
+GUESS = frozenset({"prepare", "build"})  # before the first step nobody knows how long these may take
 
 
 def same(seat: Seat, member: Member) -> bool:
@@ -111,12 +113,13 @@ def late(
 
     Args:
         over: the epoch is over: whoever is ready waits for the next.
-        begun: a step is done. Before that only who stands still in the first step is late, and of several the one that has
-            stood still for longest, as the others wait for it: how long a corpus takes to prepare nobody knows.
+        begun: a step is done. Before that who has stood still for longest is late, as the others wait for it, unless it, or
+            one that it may be waiting for, prepares data or builds the model.
     """
     if not begun:
-        first = min(inside, key=lambda member: member.moved_s, default=None)
-        if first is None or len(inside) < 2 or any(member.phase != "compile" for member in inside):
+        first = min((m for m in inside if not m.ready), key=lambda member: member.moved_s, default=None)
+        asked = [first] if any(member.ready for member in inside) else inside
+        if first is None or len(inside) < 2 or any(m is None or m.phase in GUESS for m in asked):
             return None
         return first if now - first.moved_s >= SLOWLY * stuck_s else None
     for member in inside if len(inside) > 1 else ():
@@ -125,6 +128,25 @@ def late(
         if waited and (member.phase in SLOW or any(m.ready for m in inside)):
             return member
     return None if over else stuck(inside, stuck_s, now)
+
+
+def back_s(rules: Rules) -> float:
+    """How long a restarted coordinator waits for those of before."""
+    return max(rules.hang_s, RETURN_S)
+
+
+def silent(member: Member, rules: Rules, now: float, *, inside: bool) -> str:
+    """Why a member is given up for its own silence, in words; empty: it is not.
+
+    Args:
+        inside: it takes part in the epoch, beside whose members `late` judges its standing still.
+    """
+    silent_s = now - member.heard_s
+    if silent_s > (rules.hang_s if member.connected else back_s(rules)):
+        what = "no sign of life" if member.connected else "it has not come back since the restart"
+        return f"{what} for {silent_s:.1f} s"
+    idle = not (inside or member.ready or member.leaving is not None or member.phase in GUESS)
+    return still(member, now) if idle and now - member.moved_s >= SLOWLY * rules.stuck_s else ""
 
 
 def let_in(inside: Sequence[Member], newcomers: Sequence[Member], now: float) -> bool:
@@ -137,8 +159,8 @@ def let_in(inside: Sequence[Member], newcomers: Sequence[Member], now: float) ->
 def still(member: Member, now: float) -> str:
     """How long it has stood still, in words."""
     of = f"{member.phase} of " if member.phase not in ("", "step", SUMS) else ""
-    where = f"{of}step {member.step + 1}"
-    return f"its main thread has stood still in {where} for {now - member.moved_s:.0f} s"
+    where = "" if member.phase in BEGINNING else f" in {of}step {member.step + 1}"
+    return f"its main thread has stood still{where} for {now - member.moved_s:.0f} s"
 
 
 def most_suspected(
@@ -154,6 +176,24 @@ def most_suspected(
         return None
     ranks = {seat.id: rank for rank, seat in enumerate(epoch.seats)}
     return max(blamed, key=lambda id: (blamed[id], ranks.get(id, -1)))
+
+
+def finished(
+    members: Iterable[Member], gone: Mapping[str, Loss], epoch: Epoch | None
+) -> tuple[str, int] | None:
+    """(why, exit code) of the job's end, once somebody has said that it is done and nobody is left who took part; else None.
+
+    Newcomers that are still getting ready are too late. The first rank has the last word: who sums up the run.
+    """
+    if any(m.step >= 1 for m in members) or not any(x.detail == "done" for x in gone.values()):
+        return None
+    first = gone.get(epoch.seats[0].id) if epoch is not None else None
+    if first is None or first.how == "left":
+        return "done", 0
+    return (
+        f"worker {first.seat.id}, which sums up the run, was lost at its end ({first.how}: {first.detail}). "
+        "All steps are done. See its log, and --output for what is written"
+    ), 1
 
 
 def deadly(losses: Sequence[Loss], step: int, rules: Rules) -> str:

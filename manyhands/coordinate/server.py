@@ -48,6 +48,7 @@ class Coordinator:
         listen: HOST:PORT; port 0: any free one.
         identity: certificate for TLS; None: plain, for this machine alone.
         journal: file from which a restarted coordinator goes on; None: nothing survives.
+        calling: until a worker that takes part in the journal's job is back, all others are told to try again.
         log: takes lines about who came, went or was refused.
 
     Attributes:
@@ -67,6 +68,7 @@ class Coordinator:
         listen: str = "127.0.0.1:0",
         identity: tls.Identity | None = None,
         journal: Path | None = None,
+        calling: bool = False,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._grpc, self._token, self._log = rpc.grpc_module(), token, log
@@ -79,6 +81,7 @@ class Coordinator:
             self._state = restore(self._journal.records, rules, now)
         self._lines: dict[str, _Line] = {}
         self._launchers: list[_Line] = []
+        self._calling = calling and self._state.epoch is not None
         self._orphans: dict[str, float] = {}  # expected by a launcher that may come back, and since when
         self._ended = threading.Event()
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="coordinate")
@@ -108,14 +111,15 @@ class Coordinator:
         if self._clock.is_alive():
             self._clock.join()
         self._pool.shutdown(wait=False)
-        self._close()
+        with self._lock:  # somebody may be writing a line
+            self._close()
 
     # -- for a launcher
 
     def expect(self, ids: Iterable[str]) -> None:
         """These workers are being started; the first epoch waits for all of them, and has them in this order."""
-        with self._deciding() as (state, _):
-            state.expect(ids)
+        with self._deciding() as (state, now):
+            state.expect(ids, now)
 
     def lost(self, seat_id: str, *, how: str, detail: str, final: bool = False, then: str = "") -> None:
         """A worker's process has ended (or was never started).
@@ -135,8 +139,8 @@ class Coordinator:
 
     def tell_stop(self, wait_s: float = 1.0) -> bool:
         """Tell all workers that the whole job stops; whether all have heard it within `wait_s`."""
-        with self._deciding() as (state, _):
-            state.stop()
+        with self._deciding() as (state, now):
+            state.stop(now)
         with self._lock:
             heard = self._lock.wait_for(lambda: all(li.acknowledged for li in self._lines.values()), wait_s)
             for line in self._launchers:  # only now, because they send signals
@@ -174,6 +178,12 @@ class Coordinator:
         with self._lock:
             return list(self._lines)
 
+    @property
+    def missing(self) -> bool:
+        """Whether any of the journal's workers may still come back, or one whose connection has ended."""
+        with self._lock:
+            return not all(member.connected for member in self._state.members.values())
+
     # -- connections
 
     def _attend(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
@@ -189,8 +199,9 @@ class Coordinator:
                 raise Garbage("a call without a message", "it opens with hello", "")
             self._greet(line, messages.unpack(first))
         except ManyhandsError as error:
-            self._log(f"refused {peer}: {error}")
             status = error.status if isinstance(error, Refused) else "INVALID_ARGUMENT"
+            if status != "UNAVAILABLE":
+                self._log(f"refused {peer}: {error}")
             told = {"value": error.value, "rule": error.rule, "remedy": error.remedy}
             context.abort(getattr(code, status), json.dumps(told)[:2000])
         threading.Thread(target=self._read, args=(line, requests, peer), name="hear", daemon=True).start()
@@ -200,6 +211,10 @@ class Coordinator:
     def _greet(self, line: _Line, hello: Mapping[str, Any]) -> None:
         if hello["op"] != "hello":
             raise Garbage(f"op = {str(hello['op'])[:40]!r}", "a worker says hello first", "")
+        if self._calling and hello.get("holding") is None:
+            raise Refused(
+                "UNAVAILABLE", "it waits for the workers of before its restart, and then for others"
+            )
         if hello.get("seat") is None:
             with self._deciding() as (state, _):
                 self._launchers.append(line)
@@ -223,7 +238,7 @@ class Coordinator:
                 version=messages.whole(hello, "version"),
                 now=now,
             )
-            line.id = seat.id
+            line.id, self._calling = seat.id, False
             before, self._lines[seat.id] = self._lines.get(seat.id), line
             if before is not None:  # it is back before the end of its last connection was known
                 before.out.put(None)
@@ -253,7 +268,7 @@ class Coordinator:
                     self._launchers.remove(line)
                     # it may be back before the end of this connection was known
                     awaited = {id for other in self._launchers for id in other.expected}
-                    self._orphans |= dict.fromkeys((line.expected & state.coming) - awaited, now)
+                    self._orphans |= dict.fromkeys((line.expected & set(state.coming)) - awaited, now)
                 line.out.put(None)
 
     def _hear(self, line: _Line, message: Mapping[str, Any]) -> None:
@@ -299,7 +314,7 @@ class Coordinator:
             if op == "expect":
                 line.expected.add(id)
                 self._orphans.pop(id, None)
-                state.expect([id])
+                state.expect([id], now)
             elif op == "lost" and id in line.expected:
                 how = messages.text(message, "how")
                 if how not in ("death", "failed", "left"):

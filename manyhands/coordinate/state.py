@@ -13,7 +13,7 @@ any clock in seconds that does not jump (`shift` moves it on where the whole mac
    A newcomer that has waited for `judge.ENTER_S` ends it in the middle of a step where that costs nobody's work.
 4. A worker unheard of for `hang_s` is evicted. So is one that stands still for `stuck_s` (or five times the longest step,
    if that is more) while the others passed it or wait for it, or, where all stand still, the one that did so first; in a
-   phase that may take long (evaluate, save, compile, …) six times as long.
+   phase that may take long (evaluate, save, compile, …) six times as long. One that is started and says nothing: `arrivals`.
 5. A step that `faults` workers die of by themselves (or `kills` of any cause) fails the job, as does a collective that
    cannot be completed again and again without anybody to blame; else whoever is suspected most is evicted.
 6. Where fewer than `min_workers` are alive and no replacement comes, or nobody is left who holds the state, it fails.
@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from manyhands.coordinate import judge
+from manyhands.coordinate.arrivals import Arrivals
 from manyhands.coordinate.messages import FACTS, Garbage, epoch_to
 from manyhands.coordinate.words import Happening, Member, Note, Rules, Say
 from manyhands.core.membership import Epoch, Loss, Seat
@@ -48,7 +49,7 @@ class State:
     ended: tuple[int, str] | None = None
     facts: dict[str, str] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)  # expected ids: the first epoch's ranks
-    coming: set[str] = field(default_factory=set)
+    coming: Arrivals = field(default_factory=Arrivals)
     members: dict[str, Member] = field(default_factory=dict)
     gone: dict[str, Loss] = field(default_factory=dict)
     out: list[Say | Note | Happening] = field(default_factory=list)
@@ -70,7 +71,7 @@ class State:
         member = self.members.get(seat.id)
         anew = self.epoch is None and holding is not None and holding.number <= self.number
         judge.admit(seat, member, self.gone.get(seat.id), version=version, ended=self.ended, anew=anew)
-        self.coming.discard(seat.id)
+        self.coming.came(seat.id, now)
         if self.rules.shared and (refusal := judge.apart(seat, self.members.values())) is not None:
             self.order = [id for id in self.order if id != seat.id]  # the first epoch does not wait for it
             raise refusal
@@ -147,7 +148,7 @@ class State:
     # -- from launchers, connections and the journal
 
     def adopt(self, epoch: Epoch, now: float) -> None:
-        """Go on from an epoch of before a restart; its members have `hang_s` to come back."""
+        """Go on from an epoch of before a restart; its members have `judge.back_s` to come back."""
         self.epoch, self.number, self.over, self._losses = epoch, epoch.number, False, []
         for seat in epoch.seats:
             if seat.id not in self.members and seat.id not in self.gone:
@@ -161,11 +162,11 @@ class State:
             self._losses.append(loss.seat.id)
             self.over = True
 
-    def expect(self, ids: Iterable[str]) -> None:
+    def expect(self, ids: Iterable[str], now: float) -> None:
         """These workers are being started."""
         for id in ids:
             if id not in self.members and id not in self.gone:
-                self.coming.add(id)
+                self.coming.expect(id, now)
                 if self.epoch is None:
                     self.order.append(id)
 
@@ -190,23 +191,20 @@ class State:
         final: bool = False,
         then: str = "",
     ) -> None:
-        """It is no longer there. Told a second time with a better reason, only the reason changes.
+        """It is no longer there. Told a second time with a better reason (or none), only the reason changes.
 
         `final`: whoever took its place would meet the same; `then`: what is done about it, in words.
         """
         if id in self.gone:
             if id in self._unexplained and explained:
                 known = self.gone[id]
-                if known.how == "hang":  # of which its process's end is only the consequence
+                if known.how == "hang" or not detail:  # of which its process's end is only the consequence
                     how, detail = known.how, known.detail
                 self.gone[id] = replace(known, how=how, detail=detail, then=then)
                 self._explain(id, now, final)
                 self._form(now)
             return
-        self.coming.discard(id)
-        member = self.members.pop(id, None)
-        if member is None:
-            member = Member(Seat(id=id, host=""), now, now)
+        member = self.members.pop(id, None) or self.coming.give_up(id, now)
         if member.leaving is not None and how != "failed":
             how, detail = "left", member.leaving
         inside = self.epoch is not None and self._inside(id)
@@ -227,14 +225,16 @@ class State:
         self._want()
         self._form(now)
 
-    def stop(self) -> None:
-        """The whole job is asked to stop."""
+    def stop(self, now: float) -> None:
+        """The whole job is asked to stop: however few are left, they meet, to save."""
         self.stopping = True
         for id in self._living():
             self._say(id, "stop")
+        self._form(now)
 
     def shift(self, seconds: float) -> None:
         """Nobody was heard for so long because this process (or machine) slept."""
+        self.coming.shift(seconds)
         for member in self.members.values():
             member.shift(seconds)
         self._unexplained = {id: since + seconds for id, since in self._unexplained.items()}
@@ -254,17 +254,20 @@ class State:
             self.over = True
             self._tell_over(self._living())
         for id, member in list(self.members.items()):
-            silent = now - member.heard_s
             if member.cut_s and not member.connected and now - member.cut_s > BACK_S:
                 detail = f"its connection ended, and it has not come back within {BACK_S} s"
+                self.out.append(Happening(kind="evict", seat_id=id, detail=detail))  # should it run still
                 self.lose(id, how="death", detail=detail, now=now, explained=False)
-            elif silent > self.rules.hang_s:
-                what = "no sign of life" if member.connected else "it has not come back since the restart"
-                self._evict(id, f"{what} for {silent:.1f} s", now)
+            elif why := judge.silent(member, self.rules, now, inside=self._inside(id)):
+                self._evict(id, why, now)
+        for id, why in self.coming.late(self.rules, now):
+            self._evict(id, why, now)
         limit = max(self.rules.stuck_s, judge.PATIENCE * self._longest_s)  # a step may take long
         begun = self.began and self._longest_s > 0
         if (found := judge.late(self._staying(), limit, now, over=self.over, begun=begun)) is not None:
             self._evict(found.seat.id, judge.still(found, now), now)
+            for member in self._staying():  # they may have waited for it, and now have to notice
+                member.moved_s = now
         self._enough(now)
 
     # -- how
@@ -336,7 +339,7 @@ class State:
         elif not staying or not all(member.ready for member in staying):
             return
         ids = [member.seat.id for member in (*staying, *newcomers)]
-        if len(ids) < self.rules.min_workers:
+        if len(ids) < self.rules.min_workers and not self.stopping:
             return
         self.number += 1
         self.epoch = Epoch(
@@ -364,9 +367,9 @@ class State:
         self.out.append(Happening(kind="lost", seat_id=id, loss=loss))
         if self.stopping or self.ended is not None:
             return
-        if loss.how == "left":
-            if loss.detail == "done" and not any(m.step >= 1 for m in self.members.values()):
-                self.end("done", 0)  # newcomers that are still getting ready are too late
+        if found := judge.finished(self.members.values(), self.gone, self.epoch):
+            self.end(*found)
+        if loss.how == "left" or self.ended is not None:
             return
         if final and not self.began and (loss.rank >= 0 or id in self.order):
             self.end(f"worker {id} was lost before the first step ({loss.how}: {loss.detail})")
@@ -413,8 +416,10 @@ class State:
     def end(self, words: str, code: int = 1) -> None:
         """The job cannot go on; with code 0 it is done."""
         if self.ended is None:
-            self.ended = (code, words)
+            self.ended = code, words
             self.out.append(Note({"kind": "ended", "code": code, "detail": words}))
             for id in self._living():
                 self._say(id, "ended", code=code, detail=words)
             self.out.append(Happening(kind="failed" if code else "done", detail=words))
+            for id in () if code else (*self.coming, *self.members):  # too late, whatever they prepare
+                self.out.append(Happening(kind="evict", seat_id=id, detail=words))

@@ -16,6 +16,7 @@ class Rules:
     Attributes:
         awaited: workers that the first epoch waits for, expected by name or not.
         patience_s: how long a replacement is awaited where too few are alive.
+        start_s: a worker has at least so long from its start to its first word.
         shared: only shared memory joins the workers: all are CPU workers of one host.
         resume: how the job is continued from its checkpoint, for messages.
     """
@@ -25,6 +26,7 @@ class Rules:
     min_workers: int = 1
     awaited: int = 1
     patience_s: float = 3.0
+    start_s: float = 60.0
     faults: int = 3
     kills: int = 40
     shared: bool = False

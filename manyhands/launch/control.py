@@ -41,6 +41,7 @@ class Elastic:
         min_workers: fewer cannot go on.
         hang_s: a worker unheard of for so long is given up.
         stuck_s: and so is one whose main thread stands still for so long.
+        start_s: and one that says nothing for so long from its start; more where `stuck_s`, or how long others took, say so.
         shared: only shared memory joins the workers.
         warm: modules that a waiting process imports beforehand, so that a replacement is there at once; empty: none waits.
         spare_after_s: how long the job runs undisturbed before one waits: its imports cost seconds, which a short job needs itself.
@@ -50,6 +51,7 @@ class Elastic:
     min_workers: int = 1
     hang_s: float = 10.0
     stuck_s: float = 300.0
+    start_s: float = 60.0
     shared: bool = False
     warm: tuple[str, ...] = ()
     spare_after_s: float = 60.0
@@ -118,6 +120,7 @@ class Embedded:
         rules = Rules(
             hang_s=elastic.hang_s,
             stuck_s=elastic.stuck_s,
+            start_s=elastic.start_s,
             min_workers=elastic.min_workers,
             shared=elastic.shared,
             resume=f"manyhands train --resume {output}",
@@ -194,24 +197,31 @@ class Joined:
         deadline = time.monotonic() + REACH_S
         while self._line.gone_s is not None and self._error is None:
             if time.monotonic() > deadline:
-                self._error = ManyhandsError(
-                    f"the coordinator at {remote.address} cannot be reached ({self._line.reason})",
-                    "workers join a job through it",
-                    "see that it runs there, and that no firewall is in between",
-                )
+                self._error = self._unreached()
             time.sleep(0.01)
         if self._error is not None:
             self._line.close()
             raise self._error
 
     def fact(self, *keys: str) -> str:
-        """The first of these facts that the job publishes, awaited. Raises `ManyhandsError`: the job has ended."""
+        """The first of these facts that the job publishes, awaited; empty: the job is done.
+
+        Raises:
+            ManyhandsError: it failed, or is no longer reached.
+        """
         while True:
+            since = self._line.gone_s
+            if since is not None and time.monotonic() - since > REACH_S:
+                raise self._unreached()
+            if self._ended is not None:
+                if self._error is not None:
+                    raise self._error
+                if self._ended[0] == 0:
+                    return ""
+                raise ManyhandsError(f"the job has ended: {self._ended[1]}")
             for key in keys:
                 if key in self.facts:
                     return self.facts[key]
-            if self._ended is not None:
-                raise ManyhandsError(f"the job has ended: {self._ended[1]}")
             time.sleep(0.02)
 
     @property
@@ -246,6 +256,13 @@ class Joined:
 
     def close(self) -> None:
         self._line.close()
+
+    def _unreached(self) -> ManyhandsError:
+        return ManyhandsError(
+            f"the coordinator at {self._line.address} cannot be reached ({self._line.reason})",
+            "workers join a job through it",
+            "see that it runs there, and that no firewall is in between",
+        )
 
     def _say(self, op: str, **fields: str | bool) -> None:
         self._told.append((op, fields))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -21,9 +20,9 @@ from manyhands.core import hardware
 from manyhands.core.passes import told
 from manyhands.launch import child, guard, place
 from manyhands.launch.nursery import Nursery
-from manyhands.launch.spare import Process, has_pidfd
 from manyhands.launch.terminal import Requests
-from manyhands.launch.verdict import End, back_off, cause, final, killed, read_record, read_tail
+from manyhands.launch.verdict import End, back_off, cause, final, killed
+from manyhands.launch.worker import Worker, nap
 
 if TYPE_CHECKING:
     from manyhands.core.membership import Loss
@@ -34,38 +33,6 @@ GRACE_S = 10.0  # between SIGTERM and SIGKILL for the peers of a failed worker
 POLL_S = 0.02
 ALIKE_S = 1.0  # before a job's first step: how long others' like failures are awaited until one is replaced
 HEALTHY_S = 600.0  # of life, after which a worker's replacements are counted anew
-
-
-@dataclass
-class Worker:
-    """One process. `id` is its name in the job, `generation` counts its predecessors in this place."""
-
-    rank: int
-    generation: int
-    id: str
-    process: Process
-    log: Path
-    log_begin: int  # where this process's part of the log begins: others' may stand before it
-    error: Path
-    started_s: float = field(default_factory=time.time)
-    ended_s: float | None = None
-    survived: bool = False  # the job went on without it
-    _end: End | None = None
-
-    def end(self) -> End:
-        """How it ended; read once, before a successor writes to the same files."""
-        if self._end is None:
-            self._end = End(
-                rank=self.rank,
-                host=hardware.hostname(),
-                code=self.process.wait(),  # it has ended
-                time_s=self.ended_s or time.time(),
-                record=read_record(self.error),
-                log=self.log,
-                tail=read_tail(self.log, self.log_begin),
-                survived=self.survived,
-            )
-        return self._end
 
 
 @dataclass
@@ -105,7 +72,6 @@ class Crew:
     _without: bool = False  # the coordinator is not reached, which was told
     _kills_before: int = field(default_factory=lambda: hardware.oom_kills())
     _kills_told: int = 0  # of the kernel's since then, by which the ends of workers are explained
-    _evicted: set[str] = field(default_factory=set)  # whom we have killed ourselves
     _pass_rows: dict[int, int] = field(default_factory=dict)  # by rank: the most rows of a pass from now on
     _forwarded: int = 0
 
@@ -167,6 +133,8 @@ class Crew:
                     worker.ended_s = time.time()
                     self._ended(worker)
             self._hear()
+            for worker in self.workers:
+                worker.expire()
             self._tell_gone()
             self._let_go()
             if not self._held and all(worker.ended_s is not None for worker in self.workers):
@@ -177,7 +145,7 @@ class Crew:
             self._keep_nursery()
             if self.told_s is not None and time.time() - self.told_s > GRACE_S:
                 self._signal(signal.SIGKILL)
-            self._nap()
+            nap(self.workers, POLL_S)
 
     def _tell_gone(self) -> None:
         """Once when the coordinator is no longer reached, and once when it is again."""
@@ -192,24 +160,6 @@ class Crew:
                 "then wait for it for a minute: start it again with the same --output"
             )
         print(line, file=sys.stderr, flush=True)
-
-    def _nap(self) -> None:
-        """Until a worker ends, for `POLL_S` at most."""
-        if not has_pidfd():
-            time.sleep(POLL_S)
-            return
-        poll, files = select.poll(), []
-        try:
-            for worker in self.workers:
-                if worker.ended_s is None:
-                    files.append(os.pidfd_open(worker.process.pid))
-                    poll.register(files[-1], select.POLLIN)
-            poll.poll(POLL_S * 1000)
-        except ProcessLookupError:
-            pass  # one has ended already, and was waited for while it was sent a signal
-        finally:
-            for number in files:
-                os.close(number)
 
     def end(self) -> None:
         """Whatever still runs is killed, with all that the workers had started."""
@@ -258,10 +208,14 @@ class Crew:
             control.lost(worker.id, how="left", detail="done")
             return
         end = worker.end()
-        starved = worker.id not in self._evicted and self._killed_for_memory(end)
+        evicted = worker.evicted_s is not None
+        starved = not evicted and self._killed_for_memory(end)
         how, detail = cause(end, starved)
+        reason = (
+            "" if evicted and end.record is None else detail
+        )  # we have killed it: the coordinator knows why
         if control.ended is not None and control.ended[0] == 0:  # it came, or fell, after the job was done
-            worker.survived, worker._end = True, dataclasses.replace(end, survived=True)
+            worker.survived, worker._end = True, dataclasses.replace(end, survived=True, late=True)
             self._clear(worker)
             return
         finished = any(w.ended_s is not None and w.process.returncode == 0 for w in self.workers)
@@ -269,16 +223,17 @@ class Crew:
         early = not control.began
         others = [w.end() for w in self.workers if w.ended_s is not None and w is not worker]
         alone = bool(control.gone) and end.record is not None  # nobody would tell a successor where to go
-        hopeless = how != "left" and (alone or (not starved and final(end, others if early else ())))
+        own = how != "left" and not starved and not evicted
+        hopeless = (how != "left" and alone) or (own and final(end, others if early else ()))
         if ending or (early and hopeless):
             self.hopeless = self.hopeless or not ending
-            control.lost(worker.id, how=how, detail=detail, final=hopeless)
+            control.lost(worker.id, how=how, detail=reason, final=hopeless)
             self._give_up()
             return
         then = "the others go on" if how == "left" else self._succession(worker, hopeless, starved)
-        control.lost(worker.id, how=how, detail=detail, final=hopeless, then=then)
+        control.lost(worker.id, how=how, detail=reason, final=hopeless, then=then)
         wait_s = ALIKE_S if early and end.record is not None and how == "failed" else 0.0
-        self._held.append((time.monotonic() + wait_s, worker, detail, then))
+        self._held.append((time.monotonic() + wait_s, worker, reason, then))
         self._let_go()
 
     def _let_go(self) -> None:
@@ -294,7 +249,11 @@ class Crew:
             self._known[worker.id] = (detail, then)
             self._clear(worker)
             if self._without:  # who else would say it
-                print(f"manyhands: worker {worker.id} {detail}; {then}", file=sys.stderr, flush=True)
+                print(
+                    f"manyhands: worker {worker.id} {detail or 'was given up'}; {then}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             self._say_lost(worker)
 
     def _succession(self, worker: Worker, hopeless: bool, starved: bool) -> str:
@@ -328,10 +287,8 @@ class Crew:
         for happening in self.control.happenings():
             if happening.kind == "evict":
                 for worker in self.workers:
-                    if worker.id == happening.seat_id and worker.ended_s is None:
-                        self._evicted.add(worker.id)
-                        with contextlib.suppress(ProcessLookupError):
-                            worker.process.send_signal(signal.SIGKILL)
+                    if worker.id == happening.seat_id:
+                        worker.evict()
             elif happening.kind == "lost":
                 for worker in self.workers:
                     if worker.id == happening.seat_id and happening.loss is not None:
@@ -352,8 +309,11 @@ class Crew:
         (detail, then), loss = self._known.pop(worker.id), self._losses.pop(worker.id)
         rank = loss.rank if loss.rank >= 0 or self.prefix else worker.rank
         who = f"worker {worker.id}" + (f" (rank {rank})" if rank >= 0 else "")
-        what = f"was given up: {loss.detail}" if loss.how == "hang" else detail
         frames = loss.stack.strip().splitlines()
+        given_up = loss.how == "hang" or not detail
+        what = f"was given up: {loss.detail}" if given_up else detail
+        if given_up and not frames:  # it was never heard; but may have written where it stood
+            what += f" (log: {worker.log})"
         at = f" at {frames[-1].rpartition('/')[2]}" if frames else ""
         line = f"manyhands: {who} on {hardware.hostname()}{during(loss)}{at} {what}; {then}"
         if self._shown() and loss.rank >= 0 and self.control is not None and self.control.began:
@@ -413,6 +373,4 @@ class Crew:
 
     def _signal(self, signum: int) -> None:
         for worker in self.workers:
-            if worker.process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    worker.process.send_signal(signum)
+            worker.signal(signum)

@@ -61,6 +61,7 @@ def launch(
     logs = place.make_logs(output, keep=remote is not None)
     with Requests() as requests, place.scratch() as (store, watcher), Console() as console:
         (Path(store) / "argument").write_text(argument, encoding="utf-8")
+        seats = hardware.seats(workers, threads)
         control = None
         if elastic is not None:
             from manyhands.launch.control import Embedded, Joined
@@ -70,13 +71,12 @@ def launch(
             )
         prefix = remote.name + "-" if remote is not None else ""
         crew = Crew(requests, watcher, entry, logs, console.number, servers, control, elastic, prefix)
-        seats = hardware.seats(workers, threads)
         try:
             if servers is not None:
                 servers.start(store, {**os.environ, **hardware.cpu_environment(1), **(env or {})}, crew.tell)
-            if control is not None:
-                control.expect(*(crew.name(rank, 0) for rank in range(workers)))
             crew.prepare(place.variables(0, workers, seats[0], store, env or {}))
+            if control is not None:  # from now on their start takes time
+                control.expect(*(crew.name(rank, 0) for rank in range(workers)))
             for rank, seat in enumerate(seats):
                 if not requests.stop:
                     crew.start(rank, place.variables(rank, workers, seat, store, env or {}))

@@ -26,6 +26,7 @@ class End:
         record: the contents of its ``rank-k.error.json``, if it could still write one.
         tail: its log's last lines.
         survived: the job went on without it.
+        late: it came, or fell, after the job was done.
     """
 
     rank: int
@@ -36,6 +37,7 @@ class End:
     log: Path
     tail: str = ""
     survived: bool = False
+    late: bool = False
 
     @property
     def since_s(self) -> float:
@@ -44,7 +46,7 @@ class End:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The launch's exit code, and the first failure in words (empty: there was none)."""
+    """The launch's exit code, and the first failure in words, or why there was nothing to do (empty: neither)."""
 
     exit_code: int
     words: str = ""
@@ -61,8 +63,8 @@ def judge(
     """What to say of a launch.
 
     Real causes come before their consequences: first whatever failed by itself, by time; then a lost peer. A
-    worker that a signal stopped is no failure, and neither is one that ended after it was told to (`told_s`). Where the job
-    had gone on without each of them, the last is the reason.
+    worker that a signal stopped is no failure, and neither is one that ended after it was told to (`told_s`), or that was
+    `late`. Where the job had gone on without each of them, the last is the reason.
 
     Args:
         stopped_by: the signal that this launcher was sent.
@@ -75,6 +77,9 @@ def judge(
         own = any(end.record is not None and end.record["message"] == ended[1] for end in ends)
         if losses or own:  # the job's own failure, told by a worker for all
             return Verdict(ended[0], f"manyhands: {ended[1]}")
+    if all(end.late for end in ends):
+        return Verdict(0, "manyhands: the job was done already")
+    ends = [end for end in ends if not end.late]
     ends = [end for end in ends if not end.survived] or sorted(ends, key=lambda end: end.since_s)[-1:]
     bad = sorted((end for end in ends if end.code != 0), key=lambda end: end.since_s)
     kinds = [_kind(end, stopped_by is not None, told_s) for end in bad]

@@ -398,10 +398,10 @@ class _Run:
             time.time() - self.started,
             collective=collective,
         )
-        if self.crew is not None:
-            self.crew.membership.leave(reason)
         if loop.world.rank == 0:
             summary = ending.tell(loop, summary, self.output, self.emit)
+        if self.crew is not None:  # whoever leaves has nothing left to do
+            self.crew.membership.leave(reason)
         if self.crew is None and collective:
             # nobody goes before it is written: who called us from Python reads it next
             loop.world.gather(None)
