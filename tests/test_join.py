@@ -16,6 +16,8 @@ import pytest
 from runs import TINY, command, environment, events
 
 from manyhands.cli.main import main
+from manyhands.coordinate.server import Coordinator
+from manyhands.core import tls
 from manyhands.launch import control, local
 from manyhands.launch.chaos import workers_of
 from manyhands.launch.control import CONTACT
@@ -96,7 +98,7 @@ def job(tmp_path: Path, output: Path, *more: object) -> list[object]:
 def test_a_coordinator_and_workers_that_join_it_and_its_restart(tmp_path: Path, start: Start) -> None:
     output = tmp_path / "out"
     waiting = [*job(tmp_path, output, "--workers", 1, "--steps", 400)]
-    first = start("coordinate", *waiting, "--listen", "0.0.0.0:0")
+    first = start("coordinate", *waiting, "--listen", "0.0.0.0:0", "--resume", "auto", "--save-every", 50)
     there = contact(output)
     assert not there["address"].startswith("0.0.0.0")  # nobody elsewhere reaches it there
     assert there["fingerprint"].startswith("sha256:")
@@ -104,12 +106,17 @@ def test_a_coordinator_and_workers_that_join_it_and_its_restart(tmp_path: Path, 
     to = (there["address"], "--token-file", there["token_file"], "--fingerprint", there["fingerprint"])
     srun = {"SLURM_PROCID": "1", "SLURM_NTASKS": "3", "SLURM_STEP_ID": "0"}  # on three machines, on each once
     joined = start("join", *to, "--workers", 1, "--threads", 1, **srun)
-    until_steps(output, 3)
+    until_steps(output, 51)
+    deadline = time.monotonic() + WAIT_S
+    while not (output / "checkpoint-50").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     first.kill()
     first.wait()
     before = steps_made(output)
     until_steps(output, before + 5)  # nobody needs it while nothing changes
-    second = start("coordinate", "--data", tmp_path / "corpus.txt", "--output", output)  # all else is known
+    again = ("--data", tmp_path / "corpus.txt", "--output", output)  # all else is known
+    second = start("coordinate", *again, "--resume", "auto")  # there is a checkpoint; but the workers live
     _, errors = joined.communicate(timeout=WAIT_S)
     assert joined.returncode == 0, errors
     _, errors = second.communicate(timeout=WAIT_S)
@@ -253,6 +260,19 @@ def test_who_joins_replaces_as_often_as_the_job_says(
     monkeypatch.setattr(local, "launch", lambda *args, **options: asked.append(options) or 0)
     assert main(["join", "127.0.0.1:1", "--token-file", "any", "--workers", "2", *given]) == 0
     assert [each["elastic"].restarts for each in asked] == [restarts]
+
+
+def test_who_comes_when_the_job_is_done_has_nothing_to_do(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    coordinator = Coordinator(token="a token of the tests, long enough")
+    coordinator.start()
+    tls.private(tmp_path / "token", b"a token of the tests, long enough")
+    coordinator.publish("order", "never read")
+    coordinator.fail("done", 0)
+    assert main(["join", coordinator.address, "--token-file", str(tmp_path / "token")]) == 0
+    assert "the job is done" in capfd.readouterr().err
+    coordinator.stop()
 
 
 def test_a_coordinator_that_nobody_joins_ends_at_once(tmp_path: Path, start: Start) -> None:

@@ -78,42 +78,56 @@ def _coordinate(
     from manyhands.core.rpc import reachable
     from manyhands.launch.claim import make_fresh
     from manyhands.launch.control import CONTACT, contact
+    from manyhands.launch.job import RESUME_AUTO
     from manyhands.train.order import Order
 
     output = Path(job.output)
     journal = output / JOURNAL
     output.mkdir(parents=True, exist_ok=True)
-    before = unfinished(journal, end=job.resume is not None)
+    auto = origins.get("output") == RESUME_AUTO  # "continue": whoever still runs it does
+    before = unfinished(journal, end=job.resume is not None and not auto)
     if before is None:
         make_fresh(output, job.resume, job.sinks)
     listen, awaited = given.listen, job
-    if before is not None and job.resume is not None:
+    if before is not None and job.resume is not None and not auto:
         _log("the job begins anew from its checkpoint; whoever still runs it is turned away")
     elif before is not None and "order" in before:  # its workers know an address and rules
         _log("the job goes on as it was given; of this command only where to listen and --replace-s count")
         awaited = Order.from_json(before["order"]).job
         listen = _address_of(output / CONTACT) or listen if listen == default_listen else listen
     token_file = given.token_file or str(output / "coordinator.token")
-    coordinator = Coordinator(
-        token=token_in(token_file),
-        listen=listen,
-        identity=None if given.plain else known_identity(given, output),
-        journal=journal,
-        rules=Rules(
-            hang_s=awaited.hang_s,
-            stuck_s=awaited.stuck_s,
-            min_workers=awaited.min_workers,
-            awaited=awaited.workers or awaited.min_workers,
-            patience_s=given.replace_s,
-            shared=awaited.shares_memory,
-            resume=f"manyhands coordinate --resume {output}",
-        ),
-        log=_log,
-    )
     asked: list[int] = []
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda number, _: asked.append(number))
-    coordinator.start()
+
+    def serve(awaited: Job, *, calling: bool) -> Coordinator:
+        served = Coordinator(
+            token=token_in(token_file),
+            listen=listen,
+            identity=None if given.plain else known_identity(given, output),
+            journal=journal,
+            calling=calling,
+            rules=Rules(
+                hang_s=awaited.hang_s,
+                stuck_s=awaited.stuck_s,
+                min_workers=awaited.min_workers,
+                awaited=awaited.workers or awaited.min_workers,
+                patience_s=given.replace_s,
+                shared=awaited.shares_memory,
+                resume=f"manyhands coordinate --resume {output}",
+            ),
+            log=_log,
+        )
+        served.start()
+        return served
+
+    coordinator = serve(awaited, calling=auto and before is not None)
+    if auto and before is not None and not _called_back(coordinator, asked):
+        _log("none of its workers has come back: the job begins anew from its checkpoint, where it has one")
+        coordinator.stop()
+        unfinished(journal, end=True)
+        make_fresh(output, job.resume, job.sinks)
+        coordinator = serve(job, calling=False)
     if "order" not in coordinator.facts:
         coordinator.publish("order", Order(job, dict(origins), time.time()).to_json())
     address = reachable(coordinator.address)
@@ -160,6 +174,15 @@ def _address_of(contact: Path) -> str | None:
         return None
 
 
+def _called_back(coordinator: Coordinator, asked: list[int]) -> bool:
+    """Whether a worker of before the restart is there again, awaited for as long as any may come; or we are asked to stop."""
+    while not (coordinator.alive() or asked or coordinator.epoch is None):
+        if coordinator.ended is not None or not coordinator.missing:
+            return False
+        time.sleep(0.02)
+    return True
+
+
 def _see_through(coordinator: Coordinator, asked: list[int]) -> int:
     """Until the job has ended; returns its code."""
     told, deadline = 0, float("inf")
@@ -167,12 +190,14 @@ def _see_through(coordinator: Coordinator, asked: list[int]) -> int:
         _tell(coordinator)
         if len(asked) > told:
             told = len(asked)
-            if told > 1 or (coordinator.epoch is None and not coordinator.alive()):
+            if told > 1:
                 return 128 + asked[0]
             _log(f"{signal.Signals(asked[0]).name}: stopping the workers; once more to end at once")
             coordinator.tell_stop()
             deadline = time.monotonic() + STOP_S
         if asked and (not coordinator.alive() or time.monotonic() > deadline):
+            if not (coordinator.alive() or coordinator.missing):  # else somebody may still run it
+                coordinator.fail(f"stopped by {signal.Signals(asked[0]).name}", 128 + asked[0])
             return 128 + asked[0]
         time.sleep(0.05)
     _tell(coordinator)

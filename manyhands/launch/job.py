@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Layer = tuple[str, Mapping[str, Any]]
 ENTRY = "manyhands.train.worker:main"
 AUTO = "auto"  # of resume
+RESUME_AUTO = "--resume auto"  # as the origin of the output that it means
 EXCLUDES = (("steps", "epochs"), ("epochs", "steps"), ("reproducible", "device_batch"))
 
 
@@ -216,7 +217,7 @@ def continued(layers: Sequence[Layer]) -> list[Layer]:
         output = output or Job.output
         found = output if checkpoints(Path(output)) else None
         told = [(source, {**data, "resume": found} if "resume" in data else data) for source, data in layers]
-        return [*told, ("--resume auto", {"output": output})]
+        return [*told, (RESUME_AUTO, {"output": output})]
     return list(layers)
 
 
