@@ -256,6 +256,18 @@ def test_what_another_outputs_run_has_used_is_told_there(tmp_path: Path) -> None
     assert code == 0
     assert "steps 1–3 are told in the output of the run that this one continues" in said
     assert "every sample once: 50 samples in 4 steps, 1 passes" in said
+    for step in (4, 9):  # one went on for a while; then it is continued once more, from step 8
+        write(
+            tmp_path / "one", "w0", range(step, step + 2), ["w0"], attempt=2 if step == 4 else 3, at=step - 1
+        )
+    write(tmp_path / "two", "w0", range(8, 11), ["w0"], attempt=2, at=7)
+    write(tmp_path / "host", "w1", range(4, 8), ["w0"], attempt=1, at=3)
+    report = told(tmp_path / "one", tmp_path / "two", tmp_path / "host")
+    assert report.ok, report.problems
+    assert (report.steps, report.elsewhere, report.void) == (10, 0, 4)
+    assert report.attempts == [(1, 0), (2, 3), (3, 8), (4, 3), (5, 7)]
+    with pytest.raises(UsageError, match="one begins with the first step"):
+        told(tmp_path / "two", tmp_path / "one")
     write(tmp_path / "three", "w0", range(4, 8), ["w0"], attempt=2, at=3)  # there was one before it here
     assert [problem.kind for problem in told(tmp_path / "three").problems] == ["missing"]
 

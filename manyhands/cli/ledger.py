@@ -29,7 +29,10 @@ def main(arguments: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     p.add_argument(
-        "outputs", nargs="+", metavar="OUTPUT", help="output directories of one job (one for each host)"
+        "outputs",
+        nargs="+",
+        metavar="OUTPUT",
+        help="directories of one job: each host's, or a run's and then those that continued it",
     )
     p.add_argument("--step", type=int, metavar="N", help="who computed which samples of step N")
     p.add_argument("--json", action="store_true", help="for machines")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from manyhands.core.errors import DataError, UsageError
 from manyhands.train.ledger import Batches, File, Spans, files, read
-from manyhands.train.ledger_merge import Interval, Told, claims_of, cover, intervals, parts
+from manyhands.train.ledger_merge import Interval, Told, claims_of, counted_through, cover, intervals, parts
 from manyhands.train.ledger_order import order_of, plain_order, samples_of_pass
 
 if TYPE_CHECKING:
@@ -118,8 +118,13 @@ class Report:
 
 
 def load(outputs: Sequence[Path]) -> list[File]:
-    """All ledger files of the directories. Raises `UsageError` (no ledger), `DataError` (damaged beyond use, foreign)."""
-    found: list[File] = []
+    """All ledger files of the directories, their attempts counted through where one continues another.
+
+    Raises:
+        UsageError: there is no ledger, or directories that continue each other are not in that order.
+        DataError: damaged beyond use, or foreign.
+    """
+    each: list[list[File]] = []
     for output in outputs:
         paths = files(output)
         if not paths:
@@ -128,7 +133,8 @@ def load(outputs: Sequence[Path]) -> list[File]:
                 "a run writes OUTPUT/ledger/*.jsonl from its first step on",
                 "give the --output directory of a run",
             )
-        found += [read(path) for path in paths]
+        each.append([read(path) for path in paths])
+    found = counted_through(each)
     if not any(file.attempts for file in found):
         raise DataError(
             f"{', '.join(str(o) for o in outputs)}: the ledger is empty",

@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from manyhands.core.errors import UsageError
 from manyhands.train.ledger import File, Run, Spans
 
 Claims = list[tuple[int, int, str]]
@@ -38,6 +39,38 @@ class Interval:
     void: tuple[Told, ...]
     again: tuple[Told, ...]
     skipped: tuple[Told, ...] = ()  # of what counts: its update was left out
+
+
+def counted_through(outputs: Sequence[Sequence[File]]) -> list[File]:
+    """The files of several directories. Where a run was continued in another one, attempts are counted from 1 again there: they
+    get numbers after those before. Hosts of one job tell of the same attempts, and keep theirs.
+
+    Raises:
+        UsageError: a directory after another one begins with the first step.
+    """
+    stories: list[
+        tuple[dict[int, int], int]
+    ] = []  # where each attempt went on, by its number there; what is added to that
+    for files in outputs:
+        begun = {attempt.number: attempt.resumed_at for file in files for attempt in file.attempts}
+        if not begun:
+            continue
+        same = [s for s in stories if all(s[0].get(number, at) == at for number, at in begun.items())]
+        if not same:
+            if stories and begun[min(begun)] == 0:
+                raise UsageError(
+                    f"{files[0].path.parent.parent} begins with the first step, and those before it are another run's",
+                    "a run's directory comes before those that it was continued in",
+                    "give them in that order; runs that do not continue each other, one by one",
+                )
+            same = [({}, max((max(known) + more for known, more in stories), default=0))]
+            stories += same
+        known, more = same[0]
+        known |= begun
+        for file in files:
+            for attempt in file.attempts:
+                attempt.number += more
+    return [file for files in outputs for file in files]
 
 
 def intervals(found: Sequence[File]) -> Iterator[Interval]:
