@@ -15,7 +15,7 @@ from manyhands.coordinate.journal import Journal, restore, unfinished
 from manyhands.coordinate.messages import VERSION, Refused, epoch_to
 from manyhands.coordinate.words import Rules
 from manyhands.core.errors import CheckpointError, UsageError
-from manyhands.core.membership import Epoch
+from manyhands.core.membership import Epoch, Seat
 
 
 def test_a_loss_before_the_first_step_that_nobody_can_mend_fails_the_job() -> None:
@@ -298,7 +298,11 @@ def test_a_job_that_was_ended_to_begin_anew_turns_its_workers_away(tmp_path: Pat
     assert (state.number, state.epoch, state.facts) == (1, None, {})
     with pytest.raises(Refused, match="begun anew"):
         state.hello(play.epoch.seats[0], holding=play.epoch, step=3, version=VERSION, now=0.0)
-    state.hello(play.epoch.seats[0], holding=None, step=0, version=VERSION, now=0.0)
+    state.expect(["w0"], 0.0)  # its launcher is there, too
+    state.lose("w0", how="failed", detail="the job has begun anew", final=True, now=0.0)
+    state.tick(1.0)
+    assert (state.ended, len(state.coming)) == (None, 0)
+    state.hello(Seat(id="w1", host="h"), holding=None, step=0, version=VERSION, now=0.0)
 
 
 def test_a_journal_with_a_torn_line_and_one_that_is_damaged(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def admit(
         raise Refused("FAILED_PRECONDITION", f"the job has ended: {ended[1]}")
     if anew:
         raise Refused(
-            "FAILED_PRECONDITION", "the job has begun anew from its checkpoint, without this worker"
+            "ABORTED", "the job has begun anew from its checkpoint, without this worker", "", "join it again"
         )
     if lost is not None:
         raise Refused("FAILED_PRECONDITION", f"worker {seat.id} was given up ({lost.how}: {lost.detail})")

@@ -12,7 +12,7 @@ from typing import Any
 
 from manyhands.coordinate import messages
 from manyhands.core import rpc
-from manyhands.core.errors import ManyhandsError, UsageError
+from manyhands.core.errors import ManyhandsError, Superseded, UsageError
 
 FIRST_S, LONGEST_S = 0.05, 1.0  # between attempts
 FRESH = (("grpc.use_local_subchannel_pool", 1),)  # else gRPC's own back-off outlives the channel
@@ -128,12 +128,15 @@ class Line:
                 "",
                 "give the --token-file of that coordinator",
             ) from None
-        final = code is codes.PERMISSION_DENIED  # so would be whoever came in its place
-        if final or code in (codes.FAILED_PRECONDITION, codes.ALREADY_EXISTS, codes.INVALID_ARGUMENT):
+        final = {
+            codes.PERMISSION_DENIED: UsageError,
+            codes.ABORTED: Superseded,
+        }  # so would be whoever came in its place
+        if code in (*final, codes.FAILED_PRECONDITION, codes.ALREADY_EXISTS, codes.INVALID_ARGUMENT):
             told: Any = {}
             with contextlib.suppress(ValueError):
                 told = json.loads(detail)
-            raise (UsageError if final else ManyhandsError)(
+            raise final.get(code, ManyhandsError)(
                 *(str(told.get(name, "")) for name in ("value", "rule", "remedy"))
             ) from None
         if code is codes.UNIMPLEMENTED:

@@ -70,6 +70,8 @@ class State:
         """A worker (re)connects; `holding` is the epoch that it takes part in. Raises `Refused`."""
         member = self.members.get(seat.id)
         anew = self.epoch is None and holding is not None and holding.number <= self.number
+        if anew and self.ended is None:  # nor does the job depend on what becomes of it
+            self.lose(seat.id, how="left", detail="it took part before the job began anew", now=now)
         judge.admit(seat, member, self.gone.get(seat.id), version=version, ended=self.ended, anew=anew)
         self.coming.came(seat.id, now)
         if self.rules.shared and (refusal := judge.apart(seat, self.members.values())) is not None:

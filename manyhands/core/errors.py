@@ -15,6 +15,7 @@ Tree::
     ├── OutOfMemory (1)        a pass that found no memory, and that its worker cannot cut
     ├── PeerLost (1)           another worker is gone; carries ``rank`` and ``phase``
     ├── Diverged (1)           workers disagree: unequal requests or unequal parameters
+    ├── Superseded (1)         the job that this worker takes part in has begun anew without it
     └── WorkerFailed (1)       a worker that the launcher started ended badly
     Stopped (128 + signal)     a signal asked for an orderly end (a BaseException: nobody swallows it)
 """
@@ -85,6 +86,10 @@ class PeerLost(ManyhandsError):
 
 class Diverged(ManyhandsError):
     """Workers that must agree do not."""
+
+
+class Superseded(ManyhandsError):
+    """The job has begun anew: whoever took part in it before, and whoever their launchers would start, is of another one."""
 
 
 class WorkerFailed(ManyhandsError):

@@ -30,13 +30,14 @@ from manyhands.core.errors import (
     OutOfMemory,
     PeerLost,
     Stopped,
+    Superseded,
     UsageError,
 )
 from manyhands.core.signals import PHASE
 
 PR_SET_PDEATHSIG = 1
 # what lies in the command, its data or the installation: whoever tried again would meet the same
-FINAL = (UsageError, DataError, ModelError, CheckpointError, Diverged, ImportError, SyntaxError)
+FINAL = (UsageError, DataError, ModelError, CheckpointError, Diverged, Superseded, ImportError, SyntaxError)
 LEAVE_S = 30.0  # for exit handlers; a finished worker is not held up for longer
 
 # The launcher's own search path, as multiprocessing's spawn hands it on: what it could import, we can.
