@@ -17,8 +17,9 @@ import pytest
 
 from manyhands.core import hardware
 from manyhands.core.errors import UsageError
-from manyhands.launch import guard
+from manyhands.launch import guard, served
 from manyhands.launch.local import launch
+from manyhands.placement.served import Served
 
 TIMEOUT_S = 60.0
 DRIVER = """
@@ -195,6 +196,26 @@ def test_a_full_disk_under_the_logs_ends_nobody_and_hides_nothing(
     assert told.read_text() == "it goes on"
     assert "ValueError: but not for long" in capfd.readouterr().err
     assert (tmp_path / "logs" / "rank-0.log").stat().st_size == 5000
+
+
+def test_a_server_that_does_not_stay_up_ends_the_job_with_its_last_words(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "BOOT", "raise SystemExit('there is no room left')")
+    monkeypatch.setattr(served, "RESTARTS", 3)
+    os.mkfifo(tmp_path / "fifo")
+    heard = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    servers = served.ServerProcesses(Served(), tmp_path)
+    entry, fifo = "launch_entries:wait_for_end", str(tmp_path / "fifo")
+    assert launch(entry, fifo, workers=1, output=tmp_path, servers=servers) == 1
+    os.close(heard)
+    said = capfd.readouterr().err
+    assert said.count("parameter server 0 ended (exit code 1); starting it again") == 3
+    assert said.endswith(
+        "manyhands: parameter server 0 ended (exit code 1); it was started 4 times, and is not started again\n"
+        "  its last words:\n    there is no room left\n"
+        f"  log: {tmp_path}/logs/server-0.log\n"
+    )
 
 
 def test_an_entry_that_does_not_exist(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -140,8 +140,8 @@ class Crew:
             if not self._held and all(worker.ended_s is not None for worker in self.workers):
                 return
             self._serve()
-            if self.servers is not None:
-                self.servers.watch()
+            if self.servers is not None and self.told_s is None and not self.servers.watch():
+                self._give_up()
             self._keep_nursery()
             if self.told_s is not None and time.time() - self.told_s > GRACE_S:
                 self._signal(signal.SIGKILL)

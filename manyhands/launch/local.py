@@ -94,6 +94,8 @@ def launch(
             out_of_memory=crew.out_of_memory(),
             ended=control.ended if control is not None and not crew.hopeless else None,
         )
+    if servers is not None and not requests.stop:
+        verdict = servers.judged(verdict)
     if verdict.words:
         print(verdict.words, file=sys.stderr, flush=True)
     return verdict.exit_code

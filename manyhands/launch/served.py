@@ -12,12 +12,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manyhands.launch import guard
+from manyhands.launch.verdict import Verdict, read_tail
 
 if TYPE_CHECKING:
     from manyhands.placement.served import Served
@@ -26,9 +28,25 @@ BOOT = (
     f"import sys; sys.path[:] = sys.argv.pop(1).split({os.pathsep!r}); "
     "from manyhands.cli.main import main; sys.exit(main())"
 )
-RESTARTS = 20  # of one server in one job
+RESTARTS = 20  # of one server, one soon after the other
+HEALTHY_S = 600.0  # of life, after which a server's restarts are counted anew
 END_S = 10.0
 LONGEST_SOCKET = 100  # bytes of a socket file's path that every system takes
+
+
+@dataclass
+class _Running:
+    """One life of a server's process.
+
+    Attributes:
+        restarts: that came before it, each soon after the last.
+        log_begin: where its part of the log begins.
+    """
+
+    process: subprocess.Popen[bytes]
+    restarts: int
+    log_begin: int
+    since_s: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -38,12 +56,15 @@ class ServerProcesses:
     Args:
         placement: what the job says of its servers.
         output: the job's.
+
+    Attributes:
+        failed: why no server is started any more, in words; empty while all serve.
     """
 
     placement: Served
     output: Path
-    _running: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    _starts: list[int] = field(default_factory=list)
+    failed: str = ""
+    _running: list[_Running] = field(default_factory=list)
     _store: str = ""
     _tell: Callable[[str], None] = print
 
@@ -55,29 +76,34 @@ class ServerProcesses:
         tls.private(Path(store) / "token", tls.new_token().encode())
         shutil.rmtree(self.output / "servers", ignore_errors=True)  # of an earlier job that was killed
         for server in range(self.placement.servers):
-            self._starts.append(0)
             self._running.append(self._launch(server))
 
-    def watch(self) -> None:
-        """Start again whatever has died."""
-        for server, process in enumerate(self._running):
-            if process.poll() is None or self._starts[server] >= RESTARTS:
+    def watch(self) -> bool:
+        """Start again whatever has died; False where that has not helped (see `failed`): the job is to end."""
+        for server, life in enumerate(self._running):
+            if self.failed or life.process.poll() is None:
                 continue
-            self._starts[server] += 1
-            self._tell(f"ended {process.pid}")
+            self._tell(f"ended {life.process.pid}")
+            how = _how(life.process.returncode)
+            restarts = life.restarts if time.monotonic() - life.since_s < HEALTHY_S else 0
+            if restarts >= RESTARTS:
+                self.failed = self._words(server, life, how)
+                continue
             print(
-                f"manyhands: parameter server {server} ended ({_how(process.returncode)}); starting it again",
+                f"manyhands: parameter server {server} ended ({how}); starting it again",
                 file=sys.stderr,
                 flush=True,
             )
-            self._running[server] = self._launch(server)
+            self._running[server] = self._launch(server, restarts + 1)
+        return not self.failed
 
     def end(self) -> None:
         """After the workers: nothing is needed any more."""
-        for process in self._running:
+        processes = [life.process for life in self._running]
+        for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
-        for process in self._running:
+        for process in processes:
             try:
                 process.wait(END_S)
             except subprocess.TimeoutExpired:
@@ -87,7 +113,28 @@ class ServerProcesses:
             self._tell(f"ended {process.pid}")
         shutil.rmtree(self.output / "servers", ignore_errors=True)
 
-    def _launch(self, server: int) -> subprocess.Popen[bytes]:
+    def judged(self, verdict: Verdict) -> Verdict:
+        """A launch's verdict, where a server was the cause, or may have been."""
+        if self.failed and verdict.exit_code:
+            return Verdict(1, self.failed)
+        words = verdict.words
+        for server, life in enumerate(self._running) if words else ():
+            if life.restarts:
+                words += (
+                    f"\n  parameter server {server} had ended {life.restarts} times; log: {self._log(server)}"
+                )
+        return Verdict(verdict.exit_code, words)
+
+    def _words(self, server: int, life: _Running, how: str) -> str:
+        tail = read_tail(self._log(server), life.log_begin)
+        said = f"\n  its last words:\n{tail}" if tail else ""
+        rule = f"it was started {RESTARTS + 1} times, and is not started again"
+        return f"manyhands: parameter server {server} ended ({how}); {rule}{said}\n  log: {self._log(server)}"
+
+    def _log(self, server: int) -> Path:
+        return self.output / "logs" / f"server-{server}.log"
+
+    def _launch(self, server: int, restarts: int = 0) -> _Running:
         store, placement = Path(self._store), self.placement
         socket = store / f"server-{server}.sock"
         fits = len(os.fsencode(socket)) < LONGEST_SOCKET
@@ -98,8 +145,8 @@ class ServerProcesses:
             *("--durability", placement.durability, "--interval", placement.interval_s),
             *("--lease", placement.lease_s),
         ]
-        log = self.output / "logs" / f"server-{server}.log"
-        with log.open("ab") as sink:
+        with self._log(server).open("ab") as sink:
+            begin = sink.seek(0, os.SEEK_END)
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-c", BOOT, os.pathsep.join(sys.path)),
@@ -112,7 +159,7 @@ class ServerProcesses:
                 start_new_session=True,  # a Ctrl-C is the launcher's; servers end after the workers
             )
         self._tell(f"started {process.pid}")
-        return process
+        return _Running(process, restarts, begin)
 
 
 def _how(code: int) -> str:
