@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from manyhands.core.errors import Diverged, PeerLost
 from manyhands.core.request import ACROSS, NODE, Gather, Place, Scatter, Sum, Swap, Where, partner
 from manyhands.exchange.allreduce import AllReduce
 from manyhands.exchange.ordered import Ordered, Tree
+from manyhands.wire import segment
 from manyhands.wire.drive import Interleave, lockstep, run
+from manyhands.wire.shared import SharedWire
 from manyhands.wire.solo import Solo
 
 TRANSPORTS = ["shared", "group"]
@@ -204,6 +207,41 @@ def test_a_killed_peer_is_noticed_and_named() -> None:
             assert fleet._pipes[rank].recv() == ("ok", "1")
     finally:
         fleet.close()
+
+
+def test_who_gave_up_is_not_blamed() -> None:
+    """Rank 0 gave up because of rank 2, who never comes; rank 1 waits for both."""
+    facts: dict[str, str] = {}
+
+    class Board:
+        def set(self, key: str, text: str) -> None:
+            facts[key] = text
+
+        def get(self, key: str) -> str:
+            while key not in facts:
+                os.sched_yield()
+            return facts[key]
+
+    with ThreadPoolExecutor(3) as pool:
+        wires = list(pool.map(lambda rank: SharedWire(Board(), rank, 3), range(3)))
+    wires[0]._control[0, 0], wires[1]._timeout_s = -1, 0.1
+    with pytest.raises(PeerLost, match="worker 2 was lost"):
+        wires[1].barrier()
+
+
+def test_without_anonymous_files_memory_is_shared_all_the_same(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS."""
+    for name in ("memfd_create", "posix_fallocate"):
+        monkeypatch.delattr(os, name)
+    monkeypatch.setattr(segment, "_directory", lambda: tmp_path)
+    made = segment.Segment(5000)
+    found = segment.find(made.place)
+    found[4999:] = b"x"
+    made.settled()
+    assert made.mapped[4999:] == b"x"
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_left_in_shared_memory(fleets: Any) -> None:

@@ -38,7 +38,10 @@ class Segment:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         self._fd = fd
         try:
-            os.posix_fallocate(fd, 0, size_bytes)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(fd, 0, size_bytes)
+            else:  # macOS
+                os.ftruncate(fd, size_bytes)
             self.mapped: mmap.mmap = mmap.mmap(fd, size_bytes)
             self.place = f"{path} {os.fstat(fd).st_ino} {size_bytes}"
         except BaseException:

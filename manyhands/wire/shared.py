@@ -181,9 +181,10 @@ class SharedWire:
         raise self._watch.ended(self.phase, named[0] if named else None)
 
     def _check_peers(self, arrived: NDArray[np.int64], waited_s: float) -> None:
-        for rank in range(self.size):
-            if arrived[rank] >= self._round:
-                continue
+        missing = [rank for rank in range(self.size) if arrived[rank] < self._round]
+        for rank in sorted(
+            missing, key=lambda rank: arrived[rank] == _GONE
+        ):  # who gave up did so for another
             pid = int(self._control[rank, _PID])
             if pid and state_of(pid) == "gone" and arrived[rank] < self._round:
                 raise self._lost(rank, f"process {pid} has ended")
