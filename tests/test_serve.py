@@ -20,6 +20,8 @@ from manyhands.serve import protocol
 from manyhands.serve.client import Servers
 from manyhands.serve.layout import Layout, divide
 from manyhands.serve.link import Endpoint, Link
+from manyhands.serve.rules import Push, Rules
+from manyhands.serve.store import Store
 from manyhands.strategy.delayed_nesterov import DelayedNesterov
 from manyhands.strategy.optimizers import SGD, AdamW
 
@@ -175,6 +177,18 @@ def test_parameters_without_gradient_are_left_alone(serve: Any) -> None:
     assert not any(n.startswith("head.") for n in worker.servers.state()[2])
 
 
+def test_pushes_in_half_precision_are_added_in_float32() -> None:
+    data = {"optimizer": config.to_data(SGD(1.0), "optimizers"), "consistency": "sync"}
+    store = Store(Rules.read(data), {"p": torch.zeros(2, dtype=torch.bfloat16)}, {})
+    said = {"member": "me", "step": 0, "version": 0, "share": 1.0, "nominal": 1.0, "loss": 1.0, "count": 1}
+    for part in (256.0, 1.0, 1.0):  # 256 + 1 is 256 in bfloat16
+        payload = torch.full((2,), part, dtype=torch.bfloat16).view(torch.uint8)
+        store.add(Push.read({**said, "used": "1"}, 1), payload)
+    assert store.norm_sq() == pytest.approx(2 * 258.0**2)
+    store.update(0.5, 1.0)
+    assert store.params["p"].tolist() == [-129.0, -129.0]
+
+
 @pytest.mark.parametrize("consistency", ["sync", "async"])
 def test_what_is_not_finite_is_left_out(serve: Any, consistency: str) -> None:
     (worker,) = serve.workers([serve()], 1)
@@ -290,6 +304,43 @@ def test_a_silent_worker_loses_its_lease(serve: Any) -> None:
     assert a.push(0, gradient(0, 0))["count"] == 4
     assert any("worker-1 is no longer waited for: silent" in line for line in server.lines)
     b.servers.close()
+
+
+def test_a_worker_keeps_to_a_servers_shorter_lease(serve: Any) -> None:
+    """Its own is 1,000 s, and it computes for longer than the server would wait for it."""
+    server = serve(lease_s=0.9)
+    (a,) = serve.workers([server], 1)
+    a.begin(SGD(0.1), consistency="sync")
+    a.servers.join(0)
+    joined, member = time.monotonic(), server.shard.members["worker-0"]
+    while member.seen < joined + 1.0:
+        assert server.shard.members.get("worker-0") is member
+        time.sleep(0.01)
+
+
+def test_patience_begins_when_a_server_is_gone(serve: Any) -> None:
+    """A call had waited longer than that for another worker when the server went away: it is made again all the same."""
+    servers = [serve(), serve()]
+    (a,) = serve.workers(servers[:1], 1, patience_s=0.05)
+    (same,) = serve.workers(servers[1:], 1)  # what the server would be when it is started anew
+    for worker in (a, same):
+        worker.begin(SGD(0.1), consistency="sync")
+    servers[0].shard._enter("worker-1", 0)
+    (link,) = a.servers._links
+
+    def go_away() -> None:
+        shard = servers[0].shard
+        with shard.cond:
+            assert shard.cond.wait_for(lambda: "worker-0" in shard.pending and shard.folded, WAIT_S)
+            begun = time.monotonic()
+            while time.monotonic() < begun + 2 * link._patience_s:
+                shard.cond.wait(link._patience_s)
+            assert shard.pending["worker-0"][1].numel() == 0  # it is in the sum already: one copy is enough
+        link._where = lambda: Endpoint(servers[1].address)
+        servers[0].stop(0)
+
+    answer, _ = together(lambda: a.push(0, gradient(0, 0)), go_away)
+    assert answer["version"] == 1
 
 
 def test_a_server_that_is_gone_keeps_no_other_from_hearing_of_a_worker(serve: Any) -> None:
@@ -418,6 +469,16 @@ def test_payloads_of_any_length_arrive() -> None:
                     protocol.receive(rest, protocol.buffer(wrong)[1])
 
 
+def test_a_header_that_is_too_long_is_no_reason_to_call_again(serve: Any) -> None:
+    server = serve()
+    link = Link(lambda: Endpoint(server.address), TOKEN, patience_s=WAIT_S)
+    begun = time.monotonic()
+    with pytest.raises(protocol.Garbage, match="so many tensors needs more parameter servers"):
+        link.call({"op": "status", "names": "x" * protocol.HEADER_BYTES})
+    assert time.monotonic() < begun + WAIT_S / 2
+    link.close()
+
+
 # -------------------------------------------------------------------------------------------- values
 
 
@@ -437,6 +498,9 @@ def test_payloads_of_any_length_arrive() -> None:
         ({"address": "nonsense", "token_file": "x"}, "it is host:port"),
         ({"address": "127.0.0.1:70", "token_file": "x", "servers": 2}, "leave out servers"),
         ({"address": "127.0.0.1:70", "token_file": "x", "fingerprint": "sha1:0"}, "64 hexadecimal"),
+        ({"address": " , ", "token_file": "x"}, "names each server once"),
+        ({"address": "127.0.0.1:70,127.0.0.1:70", "token_file": "x"}, "names each server once"),
+        ({"address": "unix:s", "token_file": "x", "fingerprint": "sha256:" + "0" * 64}, "no certificate"),
         ({"durability": "eech", "consistency": "async"}, "did you mean 'each'"),
         ({"lease_s": 0.0}, "positive time"),
         ({"durability": "synced", "address": "127.0.0.1:70", "token_file": "x"}, "its --durability"),

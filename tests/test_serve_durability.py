@@ -14,8 +14,8 @@ import pytest
 import torch
 from pushers import WAIT_S, Worker, close_to, gradient, initial, plain, together, vanish
 
-from manyhands.core import tls
-from manyhands.core.errors import CheckpointError
+from manyhands.core import config, tls
+from manyhands.core.errors import CheckpointError, ManyhandsError
 from manyhands.serve import protocol
 from manyhands.serve.client import Servers
 from manyhands.serve.link import Endpoint, Link
@@ -152,6 +152,88 @@ def test_failed_writes_and_zeros_at_the_end_leave_the_log_whole(
     found = list(module.replayed([log]))
     assert [header["i"] for header, _ in found] == [0, 1]
     assert all(torch.equal(body, payload) for _, body in found)
+
+
+def test_a_log_that_cannot_be_begun_leaves_the_old_one(serve: Any, tmp_path: Path) -> None:
+    state, away = tmp_path / "state", tmp_path / "away"
+    server = serve(state=state)
+    (worker,) = serve.workers([server], 1)
+    worker.begin(SGD(0.1), consistency="async")
+    worker.push(0, gradient(0, 0))
+    server.shard._keeper._interval_s = 0.0  # a snapshot is due after every push
+    state.rename(away)
+    for step in (1, 2):
+        assert worker.push(step, gradient(step, 0))["version"] == step + 1
+    assert any("no snapshot, the logs go on" in line for line in server.lines)
+    for serial in (1, 1):  # asked again it is not kept either
+        with pytest.raises(CheckpointError, match="it must be possible to write there"):
+            worker.begin(SGD(0.1), serial=serial, consistency="async")
+    vanish(server)
+    again = serve(state=away)
+    assert again.shard.version == 3
+    close_to({n: p.detach() for n, p in again.shard.store.params.items()}, worker.params, 0.0)
+
+
+def test_damage_in_a_log_that_others_follow_is_told(serve: Any, tmp_path: Path) -> None:
+    options = {"state": tmp_path / "state"}
+    server = serve(**options)
+    (a,) = serve.workers([server], 1)
+    a.begin(SGD(0.1), consistency="sync")
+    a.servers.join(0)
+    for step in range(2):
+        a.push(step, gradient(step, 0))
+    vanish(server)
+    (log,) = (tmp_path / "state").glob("log-*")
+    whole = log.read_bytes()
+    at = whole.rindex(b'"op":"push"')
+    log.with_name("log-2").write_bytes(whole[whole.rindex(b'{"op":"round"') - 16 :])
+    log.write_bytes(
+        whole[:at] + b'"op":"hush"' + whole[at + 11 :]
+    )  # the push of the last round, not of its own log
+    with pytest.raises(CheckpointError, match="cannot be done again"):
+        serve(**options)
+    log.with_name("log-2").unlink()
+    server = serve(**options)
+    assert server.shard.version == 1
+    assert any("log-1: its last" in line and "are torn" in line for line in server.lines)
+
+
+def test_a_push_that_no_codec_has_made_is_not_kept(serve: Any, tmp_path: Path) -> None:
+    """One in the log would end every server that continues from there."""
+    from manyhands.exchange.topk import TopK
+
+    options, codec = {"state": tmp_path}, TopK(density=0.1, chunk=0)
+    server = serve(**options)
+    (worker,) = serve.workers([server], 1)
+    worker.begin(SGD(0.1), consistency="async", codec=config.to_data(codec, "exchanges"))
+    worker.push(0, gradient(0, 0), codec=codec)
+    with pytest.raises(ManyhandsError, match="a push that is no payload of TopK"):
+        worker.push(1, gradient(1, 0), codec=Noise(codec))
+    vanish(server)
+    (worker,) = serve.workers([serve(**options)], 1)
+    assert worker.push(1, gradient(1, 0), codec=codec)["version"] == 2
+
+
+class Noise:
+    """As many bytes as a codec makes, all of them ones."""
+
+    def __init__(self, codec: Any) -> None:
+        self._codec = codec
+
+    def encode(self, flat: torch.Tensor, key: int) -> torch.Tensor:
+        return torch.full_like(self._codec.encode(flat, key), 255)
+
+
+def test_what_was_dropped_is_forgotten_when_nobody_asks(serve: Any) -> None:
+    a, b = serve.workers([serve()], 2)
+    a.begin(SGD(0.1), consistency="async", discard=0)
+    for step in range(20):
+        a.push(step, gradient(step, 0))
+        b.version = 0
+        b.push(step, gradient(step, 1))
+    assert a.servers.status()[0]["discarded"] == 20
+    assert a.servers.halt().unused["worker-1"] >= {18, 19}
+    assert len(a.servers.halt().unused["worker-1"]) < 5
 
 
 def test_two_servers_do_not_share_a_state(serve: Any, tmp_path: Path) -> None:

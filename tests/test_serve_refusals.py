@@ -135,7 +135,7 @@ def test_tls_is_pinned_to_the_certificate(serve: Any) -> None:
         wrong.call({"op": "status"})
     wrong.close()
     plain_link = Link(lambda: Endpoint(server.address), TOKEN, patience_s=0.1)
-    with pytest.raises(PeerLost):
+    with pytest.raises(PeerLost, match=f"the parameter server at {server.address} .status"):
         plain_link.call({"op": "status"})
     plain_link.close()
 
@@ -241,6 +241,8 @@ def test_only_a_socket_makes_way(tmp_path: Path) -> None:
         bound.bind(str(left))
     server = Server(listen=f"unix:{left}", token=TOKEN)
     server.start()
+    with pytest.raises(UsageError, match="somebody listens there"):  # this one's, which lives
+        Server(listen=f"unix:{left}", token=TOKEN)
     link = Link(lambda: Endpoint(server.address), TOKEN)
     assert link.call({"op": "status"}).header["version"] == 0
     link.close()
@@ -263,6 +265,7 @@ def test_a_worker_of_an_old_job_changes_nothing(serve: Any) -> None:
     for call in (
         lambda: old.push(1, gradient(1, 0)),
         lambda: old.servers.pull(old.out, flush=True),
+        old.servers.state,  # what survivors would go on with
         lambda: link.call({**old.servers._who("agree"), "step": 1, "norm_sq": 1.0}),
         lambda: link.call(old.servers._who("beat")),
         lambda: link.call(old.servers._who("leave")),
@@ -273,6 +276,14 @@ def test_a_worker_of_an_old_job_changes_nothing(serve: Any) -> None:
     assert old.servers.status()[0]["members"] == {"worker-0": 1}
     new.servers.pull(new.out)
     close_to(new.params, before, 0.0)
+
+
+def test_two_addresses_of_one_server_are_refused(serve: Any) -> None:
+    """Each half would be taken for the whole: the tensors' sizes alone tell nobody."""
+    server = serve()
+    (worker,) = serve.workers([server, server], 1)
+    with pytest.raises(UsageError, match=r"addresses \d and \d lead to one parameter server"):
+        worker.begin(SGD(0.1), consistency="async")
 
 
 def test_another_job_waits_for_its_turn(serve: Any) -> None:
@@ -294,13 +305,19 @@ def test_the_command_refuses_what_it_cannot_mean(tmp_path: Path) -> None:
     from manyhands.cli.main import main
 
     token = str(tmp_path / "token")
+    own_certificate(tmp_path, names=(), authority=False)
+    other = tmp_path / "other.key"
+    other.write_bytes(tls.self_signed().key)
     for arguments in (
         [],
         ["--token-file", token, "--plain", "--listen", "0.0.0.0:0"],
         ["--token-file", token, "--lease", "0"],
         ["--token-file", token, "--tls-cert", "x"],
         ["--token-file", token, "--listen", "192.0.2.1:1"],
+        ["--token-file", token, "--ready", str(tmp_path / "absent" / "ready")],
+        ["--token-file", token, "--state", token],
+        ["--token-file", token, "--tls-cert", str(other.with_name("own.pem")), "--tls-key", str(other)],
     ):
-        assert main(["serve-parameters", *arguments]) == 2
+        assert main(["serve-parameters", *arguments]) == 2, arguments
     (tmp_path / "token").write_text("short")
     assert main(["serve-parameters", "--token-file", token]) == 2

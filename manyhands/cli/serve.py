@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import ssl
 import sys
 import threading
 import time
@@ -58,7 +59,11 @@ def main(arguments: Sequence[str]) -> int:
     where = f"serving on {server.address}" + (f", certificate {server.fingerprint}" if not plain else "")
     _log(where + ("" if state else "; without --state nothing survives a restart"))
     if given.ready:
-        _announce(Path(given.ready), {"address": server.address, "fingerprint": server.fingerprint})
+        try:
+            _announce(Path(given.ready), {"address": server.address, "fingerprint": server.fingerprint})
+        except OSError as error:
+            server.stop(0)
+            raise UsageError(f"--ready {given.ready}: {error.strerror}", "it can be written", "") from None
     asked.wait()
     server.stop()
     _log("stopped" + (f"; {state} has the state" if state else ""))
@@ -131,11 +136,21 @@ def known_identity(given: Any, state: Path | None) -> Identity:
     if bool(given.tls_cert) != bool(given.tls_key):
         raise UsageError("--tls-cert and --tls-key", "they are given together", "")
     if not given.tls_cert:
-        return tls.kept(state)
+        try:
+            return tls.kept(state)
+        except OSError as error:
+            raise UsageError(
+                f"--state {state}: {error.strerror}", "a server keeps its state there", ""
+            ) from None
     try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(given.tls_cert, given.tls_key, password="")
         return tls.Identity(Path(given.tls_cert).read_bytes(), Path(given.tls_key).read_bytes())
-    except OSError as error:
-        raise UsageError(f"{error.filename}: {error.strerror}", "it is a PEM file", "") from None
+    except OSError as error:  # SSLError among them
+        raise UsageError(
+            f"--tls-cert {given.tls_cert} with --tls-key {given.tls_key}: {error.strerror or error}",
+            "they are PEM files of a certificate and its key, without a password",
+            "",
+        ) from None
 
 
 def _announce(path: Path, facts: dict[str, str]) -> None:

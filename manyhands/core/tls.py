@@ -118,7 +118,9 @@ def kept(directory: Path | None) -> Identity:
     made = self_signed()
     directory.mkdir(parents=True, exist_ok=True)
     private(key, made.key)
-    certificate.write_bytes(made.certificate)
+    temporary = directory / ".certificate.pem.tmp"  # one that is there is whole
+    temporary.write_bytes(made.certificate)
+    temporary.replace(certificate)
     return made
 
 

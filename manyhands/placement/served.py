@@ -161,6 +161,12 @@ class Served:
                     f"leave it out, and give `manyhands serve-parameters` its --{name.removesuffix('_s')}",
                 )
         n = len(self.addresses)
+        if not n or len(set(self.addresses)) != n:
+            raise UsageError(
+                f"address = {self.address!r}",
+                "it names each server once, several with commas",
+                "for example 10.0.0.5:7077,10.0.0.6:7077",
+            )
         if self.servers not in (1, n):
             raise UsageError(
                 f"servers = {self.servers} with {n} addresses", "each server has one", "leave out servers"
@@ -169,6 +175,12 @@ class Served:
             host, _, port = address.rpartition(":")
             if not (address.startswith("unix:") or (host and port.isdigit() and 0 < int(port) < 65536)):
                 raise UsageError(f"address = {address!r}", "it is host:port", "for example 10.0.0.5:7077")
+            if self.fingerprint and address.startswith("unix:"):
+                raise UsageError(
+                    f"fingerprint = {self.fingerprint!r} with address = {address!r}",
+                    "a socket of this machine shows no certificate",
+                    "leave out fingerprint",
+                )
             if not self.fingerprint and not local(address):
                 raise UsageError(
                     f"address = {address!r} without fingerprint",

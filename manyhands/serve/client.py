@@ -5,6 +5,7 @@ to all at once.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,16 +48,16 @@ class Servers:
         links: one per server.
         member: this worker's name.
         job: the job's, equal on all its workers.
-        lease_s: the servers'; a sign of life is sent three times as often.
+        lease_s: a sign of life is sent three times as often, or more often where a server's own is shorter.
     """
 
     def __init__(self, links: Sequence[Link], *, member: str, job: str, lease_s: float = 30.0) -> None:
         self._links, self.member, self.job = list(links), member, job
         self._pool = ThreadPoolExecutor(len(links), thread_name_prefix="server")
         self._ended = threading.Event()
+        self._lease_s = lease_s
         self._hearts = [  # one for each: a server that is gone for a while keeps no other from hearing of me
-            threading.Thread(target=self._beat, args=(link, lease_s / 3), name="heart", daemon=True)
-            for link in links
+            threading.Thread(target=self._beat, args=(link,), name="heart", daemon=True) for link in links
         ]
         self.serial: int | None = None  # of the job's beginning that I push to
         self.layouts: list[Layout] = []
@@ -104,6 +105,7 @@ class Servers:
             header = {
                 **self._who("begin"),
                 "serial": serial,
+                "part": server,
                 "steps": steps,
                 "tokens": tokens,
                 "progress": float(steps) if progress is None else progress,
@@ -119,6 +121,7 @@ class Servers:
         """Take part from now on; the step to take part in next (`exact`: this one)."""
         ask = {**self._who("join"), "step": step, "exact": exact}
         answers = self._all(lambda i: self._links[i].call(ask))
+        self._lease_s = min([self._lease_s, *(float(a.header.get("lease_s", math.inf)) for a in answers)])
         for heart in self._hearts:
             if not heart.is_alive() and not self._ended.is_set():
                 heart.start()
@@ -279,8 +282,8 @@ class Servers:
             return [one(0)]
         return list(self._pool.map(one, range(len(self._links))))
 
-    def _beat(self, link: Link, every_s: float) -> None:
-        while not self._ended.wait(every_s):
+    def _beat(self, link: Link) -> None:
+        while not self._ended.wait(self._lease_s / 3):
             with contextlib.suppress(ManyhandsError):
                 link.call(self._who("beat"))
 

@@ -22,7 +22,7 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -81,12 +81,23 @@ class Journal:
         return state, tensors, logs
 
     def rotate(self) -> int:
-        """Begin a new log; the caller takes its snapshot of the same moment and hands it to `install`."""
-        self._number += 1
+        """Begin a new log; the caller takes its snapshot of the same moment and hands it to `install`.
+
+        Raises:
+            CheckpointError: it cannot be made; the old one goes on.
+        """
+        from manyhands.train import durable
+
+        path = self.directory / f"log-{self._number + 1}"
+        try:
+            log = path.open("ab", buffering=0)
+            if self.durability == "synced":  # what is forced to disk in it must be found there
+                durable.sync_directory(self.directory)
+        except OSError as error:
+            raise durable.failure(path, error) from error
         if self._log is not None:
             self._log.close()
-        self._log = (self.directory / f"log-{self._number}").open("ab", buffering=0)
-        self.log_bytes = 0
+        self._log, self._number, self.log_bytes = log, self._number + 1, 0
         return self._number
 
     def record(self, header: Mapping[str, Any], payload: memoryview | None, level: Level) -> None:
@@ -155,18 +166,21 @@ class Journal:
         return [int(n) for n in names if n.isdigit()]
 
 
-def replayed(logs: list[Path]) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """The events of these logs in order: (header, payload as uint8); stops where a log is torn."""
+def replayed(
+    logs: Sequence[Path], tell: Callable[[str], None] = lambda line: None
+) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """The events of these logs in order: (header, payload as uint8). Leaves out, and tells of, a log's torn end."""
     import torch
 
     for path in logs:
         with path.open("rb") as file:
+            whole, end = 0, os.fstat(file.fileno()).st_size
             while True:
                 head = file.read(_RECORD.size)
                 if len(head) < _RECORD.size:
                     break
                 length, crc, size = _RECORD.unpack(head)
-                left = os.fstat(file.fileno()).st_size - file.tell()
+                left = end - file.tell()
                 if not length or length + size > left:  # zeros: a file grown before a loss of power
                     break
                 text = file.read(length)
@@ -176,7 +190,10 @@ def replayed(logs: list[Path]) -> Iterator[tuple[dict[str, Any], Tensor]]:
                     file.readinto(memoryview(array))
                 if zlib.crc32(memoryview(array) if size else b"", zlib.crc32(text)) != crc:
                     break
+                whole = file.tell()
                 yield json.loads(text), payload
+            if whole < end:
+                tell(f"{path.name}: its last {end - whole:,} bytes are torn, and left out")
 
 
 def _write_all(file: Any, data: memoryview) -> None:

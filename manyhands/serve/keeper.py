@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from manyhands.core.errors import ManyhandsError
+from manyhands.core.errors import CheckpointError, ManyhandsError
 from manyhands.serve import protocol
 from manyhands.serve.journal import Journal, Level, replayed
 from manyhands.serve.members import Member
@@ -79,19 +80,19 @@ class Keeper:
         """Copy everything now (under the shard's lock); write it on a thread of its own, or `wait` for it."""
         if self._writing is not None:
             self._writing.exception()  # waits; a failure was logged
-        store = shard.ready()
-        number, state, tensors = self._journal.rotate(), state_of(shard), store.tensors()
         self._snapshot_s = time.monotonic()
         try:
-            for (
-                push,
-                payload,
-            ) in shard.pending.values():  # of several servers: they wait for their second half
+            number = self._journal.rotate()
+            # of several servers: they wait for their second half
+            for push, payload in shard.pending.values():
                 self.record({"op": "stage", **push.header()}, payload, "push")
             self._again_bytes = self._journal.log_bytes
         except ManyhandsError as error:
-            self._log(f"snapshot {number} failed, the logs go on: {error}")
+            self._log(f"no snapshot, the logs go on: {error}")
+            if wait:
+                raise
             return
+        state, tensors = state_of(shard), shard.ready().tensors()
         self._writing = self._writer.submit(self._write, number, state, tensors, wait)
         if wait:
             self._writing.result()
@@ -114,7 +115,7 @@ def opened(shard: Shard, journal: Journal, interval_s: float, log: Callable[[str
     keeper = Keeper(journal, interval_s, log)
     try:
         with shard.cond:
-            if recover(shard, journal):
+            if recover(shard, journal, log):
                 journal.rotate()
                 log(f"continues with update {shard.version}, {len(shard.members)} members")
     except BaseException:
@@ -155,20 +156,38 @@ def state_of(shard: Shard) -> dict[str, Any]:
     }
 
 
-def recover(shard: Shard, journal: Journal) -> bool:
+def recover(shard: Shard, journal: Journal, log: Callable[[str], None]) -> bool:
     """Bring `shard` to where the journal ends; False where nothing was kept.
 
     Raises:
-        CheckpointError: the snapshot is damaged.
+        CheckpointError: the snapshot is damaged, or a log, so that what it says after that makes no sense.
     """
     found = journal.recover()
     if found is None:
         return False
-    state, tensors, logs = found
+    try:
+        _restore(shard, *found, log)
+    except (LookupError, TypeError, ValueError, RuntimeError, ManyhandsError) as error:
+        raise CheckpointError(
+            f"{journal.directory}: what was kept cannot be done again ({type(error).__name__}: {error})",
+            "snapshot and logs are as they were written",
+            "give an empty --state, and continue from the last checkpoint with --resume",
+        ) from error
+    return True
+
+
+def _restore(
+    shard: Shard,
+    state: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    logs: Sequence[Path],
+    log: Callable[[str], None],
+) -> None:
     params, optimizer, backups = split(tensors)
     shard.store = Store(Rules.read(state["rules"]), {n: params[n] for n in state["order"]}, optimizer)
     shard.store.backups = backups
     shard.header = {key: state[key] for key in ("job", "serial", "rules")}
+    shard.header["part"] = state.get("part", 0)
     for figure in FIGURES:
         if figure in state:  # an earlier version's state lacks some
             setattr(shard, figure, state[figure])
@@ -177,9 +196,8 @@ def recover(shard: Shard, journal: Journal) -> bool:
     shard.members = {
         who: Member(clock, loss=loss, count=count) for who, (clock, loss, count) in state["members"].items()
     }
-    for header, payload in replayed(logs):
+    for header, payload in replayed(logs, log):
         replay(shard, header, payload)
-    return True
 
 
 def replay(shard: Shard, event: Mapping[str, Any], payload: Tensor) -> None:

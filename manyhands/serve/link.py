@@ -7,6 +7,7 @@ started anew and continues).
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FIRST_S, LONGEST_S = 0.05, 1.0  # between calls to a server that is gone
+HELD_S = 60.0  # a call that took longer was with a server: connecting, and keep-alive, give up sooner where there is none
 
 
 class Endpoint(NamedTuple):
@@ -49,7 +51,7 @@ class Link:
     Args:
         where: asked at each (re)connection: a restarted server may be elsewhere. May raise `OSError`: not yet there.
         token: the server's.
-        patience_s: how long to try to reach a server that is gone.
+        patience_s: how long to try to reach a server that is gone, from when it was found to be.
     """
 
     def __init__(self, where: Callable[[], Endpoint], token: str, *, patience_s: float = 60.0) -> None:
@@ -59,6 +61,7 @@ class Link:
         self._lock = threading.Lock()
         self._channel: _Channel | None = None
         self._closed = False
+        self._address = ""  # where it was at last
         self.sent_bytes = self.received_bytes = 0
 
     def call(
@@ -75,11 +78,11 @@ class Link:
         """
         codes = self._grpc.StatusCode
         gone = (codes.UNAVAILABLE, codes.CANCELLED, codes.INTERNAL, codes.UNKNOWN, codes.ABORTED)
-        deadline, pause = time.monotonic() + self._patience_s, FIRST_S
+        lost_s, pause = math.inf, FIRST_S
         while True:
             if self._closed:
-                raise PeerLost(None, f"a call to the parameter server ({header.get('op')})", "hung up")
-            used = None
+                raise self._lost(header, "hung up")
+            used, begun_s = None, time.monotonic()
             try:
                 used = self._connect()
                 return self._once(used.method, header, payload, out)
@@ -96,15 +99,20 @@ class Link:
                 raise
             except (OSError, ValueError) as error:  # ValueError: another thread has just closed the channel
                 reason = str(error)
-            if time.monotonic() > deadline:
-                raise PeerLost(None, f"a call to the parameter server ({header.get('op')})", reason[:300])
+            now_s = time.monotonic()
+            lost_s = now_s if now_s - begun_s > HELD_S else min(lost_s, now_s)
+            if now_s - lost_s >= self._patience_s:
+                raise self._lost(header, reason[:300])
             self._disconnect(used)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_S)
 
     def close(self) -> None:
-        self._closed = True
-        self._disconnect(self._channel)
+        with self._lock:  # a call of another thread finds no channel, and makes no new one
+            self._closed = True
+            if self._channel is not None:
+                self._channel.channel.close()
+                self._channel = None
 
     def _once(
         self, method: Any, header: Mapping[str, Any], payload: Sequence[memoryview], out: Tensor | None
@@ -126,10 +134,17 @@ class Link:
         self.received_bytes += size
         return Answer(opening.header, out)
 
+    def _lost(self, header: Mapping[str, Any], detail: str) -> PeerLost:
+        at = f" at {self._address}" if self._address else ""
+        return PeerLost(None, f"a call to the parameter server{at} ({header.get('op')})", detail)
+
     def _connect(self) -> _Channel:
         with self._lock:
+            if self._closed:
+                raise ConnectionAbortedError("hung up")
             if self._channel is None:
                 endpoint = self._where()
+                self._address = endpoint.address
                 channel = rpc.channel(
                     endpoint.address,
                     fingerprint=endpoint.fingerprint,

@@ -13,6 +13,7 @@ nothing is allocated for a payload whose length the receiver did not expect. Wha
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -69,11 +70,23 @@ class Opening(NamedTuple):
 
 
 def messages(header: Mapping[str, Any], payload: Sequence[memoryview] = ()) -> Iterator[bytes]:
-    """A request or reply as the messages that carry it; `payload` is sent as the concatenation of its parts."""
+    """A request or reply as the messages that carry it; `payload` is sent as the concatenation of its parts.
+
+    Raises:
+        Garbage: the header is too long; at once, not when the messages are read.
+    """
     text = json.dumps(header, separators=(",", ":"), allow_nan=True).encode()
     if len(text) > HEADER_BYTES:
-        raise Garbage(f"a header of {len(text):,} bytes", f"it has at most {HEADER_BYTES:,}", "")
-    yield _OPENING.pack(MAGIC, len(text), sum(len(part) for part in payload)) + text
+        raise Garbage(
+            f"a header of {len(text):,} bytes",
+            f"it has at most {HEADER_BYTES:,}",
+            "a model of so many tensors needs more parameter servers",
+        )
+    first = _OPENING.pack(MAGIC, len(text), sum(len(part) for part in payload)) + text
+    return itertools.chain((first,), _chunks(payload))
+
+
+def _chunks(payload: Sequence[memoryview]) -> Iterator[bytes]:
     waiting: list[memoryview] = []
     size = 0
     for part in payload:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import stat
 import threading
 import time
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from manyhands.serve.journal import Durability
 
-THREADS = 256  # one for each call that waits for others; started as they are needed
+THREADS = 1024  # one for each call that waits for others; started as they are needed
 RECEIVING = (
     8  # payloads in memory at once that are not yet part of a round; further ones wait in flow control
 )
@@ -118,7 +119,7 @@ class Server:
             context.abort(code.UNAUTHENTICATED, "the token is not this server's")
         try:
             opening = protocol.opening(requests)
-            header, parts = self._do(opening, requests, context.is_active)
+            reply = protocol.messages(*self._do(opening, requests, context.is_active))
         except Garbage as error:
             self._log(f"refused {peer}: {error}")
             context.abort(code.INVALID_ARGUMENT, _told(error))
@@ -136,7 +137,7 @@ class Server:
             self._log(f"refused {peer}: {type(error).__name__}: {error}")
             context.abort(code.INVALID_ARGUMENT, _told(Garbage(f"{type(error).__name__}: {error}")))
         else:
-            yield from protocol.messages(header, parts)
+            yield from reply
 
     def _do(self, opening: protocol.Opening, requests: Iterator[bytes], alive: Callable[[], bool]) -> Reply:
         header, size = opening
@@ -166,7 +167,7 @@ class Server:
         if op == "pull":
             return _timed(shard.pull(header), start)
         if op == "state":
-            answer, tensors = shard.state()
+            answer, tensors = shard.state(header)
             entries, parts = protocol.described(tensors)
             return {**answer, "tensors": entries}, parts
         raise Garbage(
@@ -181,6 +182,7 @@ class Server:
         with self._receiving:
             payload, view = protocol.buffer(size)
             protocol.receive(requests, view)
+        store.check(payload)  # before it is in the log, from which it could never be applied
         return push, payload
 
     def _tensors(self, header: Mapping[str, Any], size: int, requests: Iterator[bytes]) -> dict[str, Tensor]:
@@ -197,6 +199,12 @@ def _make_way(path: Path) -> None:
     """Remove the socket file of a server that was killed; nothing else is removed. Raises `UsageError`."""
     try:
         if stat.S_ISSOCK(path.lstat().st_mode):
+            if _answers(path):
+                raise UsageError(
+                    f"listen = unix:{path}: somebody listens there",
+                    "a server has its socket to itself",
+                    "give another path, or end the other server",
+                )
             path.unlink()
             return
     except FileNotFoundError:
@@ -210,6 +218,19 @@ def _make_way(path: Path) -> None:
     )
 
 
+def _answers(path: Path) -> bool:
+    """Whether a process listens at this socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+        except BlockingIOError:  # it has many callers already
+            return True
+    return True
+
+
 def _timed(found: tuple[Mapping[str, Any], Tensor | None], start: float) -> Reply:
     """An answer with parameters, and how long the server took to have it (waiting included, not the transfer)."""
     answer, image = found
@@ -218,6 +239,6 @@ def _timed(found: tuple[Mapping[str, Any], Tensor | None], start: float) -> Repl
 
 
 def _told(error: ManyhandsError) -> str:
-    """An error as a status's detail: JSON, from which the worker raises the same."""
+    """An error as a status's detail, which takes 8 KB: JSON, from which the worker raises the same."""
     text = {"type": type(error).__name__, "value": error.value, "rule": error.rule, "remedy": error.remedy}
-    return json.dumps({k: v[:500] for k, v in text.items()})
+    return json.dumps({k: v[:300] for k, v in text.items()})

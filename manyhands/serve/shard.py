@@ -92,8 +92,15 @@ class Shard:
         rules = Rules.read(header.get("rules"))
         params, state, _ = split(tensors)
         key: dict[str, Any] = {"job": str(header.get("job", "")), "serial": integer(header, "serial", 0)}
+        part = integer(header, "part", 0)  # of the job's servers, which this one is
         with self.cond:
             if self.store is not None and key == {k: self.header.get(k) for k in key}:
+                if part != self.header["part"]:
+                    raise UsageError(
+                        f"addresses {self.header['part'] + 1} and {part + 1} lead to one parameter server",
+                        "each keeps a part of its own",
+                        "give each server's address once",
+                    )
                 return {"version": self.version}  # asked again after a lost answer
             active = [n for n, m in self.members.items() if time.monotonic() - m.seen < self.lease_s]
             if self.store is not None and active and key["job"] != self.header.get("job"):
@@ -105,14 +112,18 @@ class Shard:
             again = self.store is not None and key["job"] == self.header.get("job")
             before = self.earlier + self.version, self.staleness, self.discarded, self.skipped
             self.store = Store(rules, params, state)
-            self.header = {**key, "rules": header.get("rules")}
+            self.header = {**key, "part": part, "rules": header.get("rules")}
             steps = integer(header, "steps", 0)
             self._reset(steps, integer(header, "tokens", 0), number(header, "progress", float(steps)))
             self.wishes.answered = integer(header, "reached", steps) - 1
             if again:  # its workers have met anew: figures are the job's
                 self.earlier, self.staleness, self.discarded, self.skipped = before
-            if self._keeper is not None:
-                self._keeper.snapshot(self, wait=True)
+            try:
+                if self._keeper is not None:
+                    self._keeper.snapshot(self, wait=True)
+            except BaseException:
+                self.store = None  # whoever asks again is not told that it is kept
+                raise
             self.cond.notify_all()
             self.log(f"job {key['job'][:8]} begins with {len(params)} parameters, {self.size_bytes:,} bytes")
             return {"version": self.version}
@@ -122,6 +133,8 @@ class Shard:
         who = name(header)
         with self.cond:
             self.ready(header)
+            if self.stale(header):
+                raise ManyhandsError(f"{who} is late", "the job has begun anew without it", "see its log")
             if who not in self.members:
                 step = integer(header, "step", 0)
                 if not header.get("exact"):
@@ -129,7 +142,8 @@ class Shard:
                     step = self.step if sync else first_step(self.members, step, self.progress)
                 self._enter(who, step)
             self.members[who].seen = time.monotonic()
-            return {"step": self.members[who].clock, "version": self.version}
+            clock = self.members[who].clock
+            return {"step": clock, "version": self.version, "lease_s": self.lease_s}
 
     def leave(self, header: Mapping[str, Any]) -> Answer:
         """A worker goes; nobody waits for it any more."""
@@ -228,10 +242,10 @@ class Shard:
             self.record({"op": "flush"}, "state")
             flush(self)
 
-    def state(self) -> tuple[Answer, dict[str, Tensor]]:
+    def state(self, header: Mapping[str, Any]) -> tuple[Answer, dict[str, Tensor]]:
         """Copies of parameters and optimizer state."""
         with self.cond:
-            tensors = self.ready().tensors()
+            tensors = self.ready(header).tensors()
             tensors = {n: t for n, t in tensors.items() if not n.startswith("backup/")}
             figures = {"version": self.version, "tokens": self.tokens, "skipped": self.skipped}
             return {**figures, "progress": self.progress, "serial": self.header["serial"]}, tensors
@@ -255,9 +269,11 @@ class Shard:
         with self.cond:
             if self._keeper is None:
                 return
-            if self.store is not None and self.settled:
-                self._keeper.snapshot(self, wait=True)
-            self._keeper.close()
+            try:
+                if self.store is not None and self.settled:
+                    self._keeper.snapshot(self, wait=True)
+            finally:
+                self._keeper.close()
 
     # -- members
 
@@ -302,7 +318,11 @@ class Shard:
     def ready(self, header: Mapping[str, Any] | None = None) -> Store:
         """The store. Raises `UsageError`: there is none, or a request's `header` is not of its job."""
         if self.store is None:
-            raise UsageError("the server has no parameters yet", "a job begins first", "start its workers")
+            raise UsageError(
+                "the server has no parameters",
+                "a job begins first; a server without --state forgets them when it is started anew",
+                "start the workers, or continue from the last checkpoint with --resume",
+            )
         if header is not None and header.get("job") != self.header.get("job"):
             raise UsageError("the server works for another job", "one job at a time", "start another server")
         return self.store

@@ -94,7 +94,10 @@ def take(shard: Shard, push: Push, payload: Tensor, staleness: int) -> None:
     shard.staleness[staleness] += 1
     if store.rules.discard is not None and staleness > store.rules.discard:
         shard.discarded += 1
-        shard.unused.setdefault(push.member, []).append(push.step)
+        # `Served.rewind` asks of no step before the slowest worker's last
+        done = min([slowest(shard.members), *shard.left.values()]) - 2
+        steps = [step for step in shard.unused.get(push.member, ()) if step >= done]
+        shard.unused[push.member] = [*steps, push.step]
         return
     shard.tokens += push.count
     if not finite(push.norm, push.loss):

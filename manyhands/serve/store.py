@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from manyhands.core.errors import UsageError
+from manyhands.core.errors import ManyhandsError, UsageError
+from manyhands.exchange.codec import wide
 from manyhands.serve.layout import Layout
 from manyhands.serve.protocol import Garbage
 
@@ -42,6 +43,11 @@ class Store:
         self._grad = torch.zeros(self.layout.size_bytes, dtype=torch.uint8)
         views, self._grads = self.layout.views(self.flat), self.layout.views(self._grad)
         self._grad_flats, self._flats = self.layout.flats(self._grad), self.layout.flats(self.flat)
+        # gradients are added here: half precision in float32, and rounded once
+        self._sums = [
+            flat if wide(flat.dtype) is flat.dtype else torch.zeros(flat.numel(), dtype=wide(flat.dtype))
+            for flat in self._grad_flats
+        ]
         self.params = {}
         for name, view in views.items():
             view.copy_(tensors[name])
@@ -57,34 +63,44 @@ class Store:
         self.gathered = 0  # pushes in the gradient
         self._used = [False] * len(self.layout.entries)
 
+    def check(self, payload: Tensor) -> None:
+        """Whether a push can be read. Raises `Garbage`: its bytes are none of the codec's."""
+        if self.rules.codec is None:
+            return  # any bytes are numbers
+        try:
+            self._decoded(payload)
+        except (ValueError, RuntimeError, IndexError, ManyhandsError) as error:
+            raise Garbage(f"a push that is no payload of {self.rules.codec} ({error})") from error
+
     def add(self, push: Push, payload: Tensor, *, weight: float = 1.0) -> None:
         """Put a push into the gradient, `weight` times; compensated for its delay where the rules say so."""
         parts = self._decoded(payload)
         if self.rules.compensation and push.member in self.backups and push.count:
             parts = self._compensated(push, parts)
-        for flat, part in zip(self._grad_flats, parts, strict=True):
+        for total, part in zip(self._sums, parts, strict=True):
             if not self.gathered:
-                flat.copy_(part)
+                total.copy_(part)
                 if weight != 1.0:
-                    flat.mul_(weight)
+                    total.mul_(weight)
             else:
-                flat.add_(part, alpha=weight)
+                total.add_(part, alpha=weight)
         self.gathered += 1
         self._used = [was or now == "1" for was, now in zip(self._used, push.used, strict=True)]
 
     def norm_sq(self) -> float:
         """Σ of squares of the gradient gathered so far."""
         total = 0.0
-        for flat in self._grad_flats:
-            wide = torch.promote_types(flat.dtype, torch.float32)
-            total += float(torch.linalg.vector_norm(flat, dtype=wide).double()) ** 2
+        for gathered in self._sums:
+            total += float(torch.linalg.vector_norm(gathered).double()) ** 2
         return total
 
     def update(self, scale: float, factor: float) -> None:
         """One optimizer step with `scale` times the gradient, at `factor` times the rate; the gradient is empty then."""
-        if scale != 1.0:
-            for flat in self._grad_flats:
-                flat.mul_(scale)
+        for flat, total in zip(self._grad_flats, self._sums, strict=True):
+            if scale != 1.0:
+                total.mul_(scale)
+            if flat is not total:
+                flat.copy_(total)
         for entry, used in zip(self.layout.entries, self._used, strict=True):
             self.params[entry.name].grad = self._grads[entry.name] if used else None
         self.optimizer.set_lr(factor)
@@ -126,7 +142,7 @@ class Store:
         backups = self.layout.flats(self.backups[push.member])
         corrected = []
         for part, now, then in zip(parts, self._flats, backups, strict=True):
-            mean = part * to_mean
+            mean = part.to(wide(part.dtype)) * to_mean
             mean.addcmul_(mean * mean, now - then, value=self.rules.compensation)
             corrected.append(mean.div_(to_mean))
         return corrected

@@ -46,15 +46,20 @@ def gather(shard: Shard) -> None:
 
 def _fold(shard: Shard) -> None:
     """Add what has come, in the order of names, so that every run adds in the same order."""
-    store = shard.ready()
     for who in sorted(shard.members):
         if who in shard.folded:
             continue
         if who not in shard.pending or shard.pending[who][0].step != shard.step:
             return
-        push, payload = shard.pending[who]
-        store.add(push, payload)
-        shard.folded.append(who)
+        _add(shard, who)
+
+
+def _add(shard: Shard, who: str) -> None:
+    """Add a push to the round; what it said is kept, its numbers are not: a round of many workers needs no more memory."""
+    push, payload = shard.pending[who]
+    shard.ready().add(push, payload)
+    shard.pending[who] = (push, payload.new_empty(0))
+    shard.folded.append(who)
 
 
 def _advance(shard: Shard) -> None:
@@ -67,10 +72,8 @@ def _advance(shard: Shard) -> None:
         shard.log(f"rounds {shard.step} to {step - 1} are lost; going on with round {step}")
         shard.step = step
     for who in sorted(shard.pending):
-        push, payload = shard.pending[who]
-        if who not in shard.folded and push.step == step:
-            store.add(push, payload)
-            shard.folded.append(who)
+        if who not in shard.folded and shard.pending[who][0].step == step:
+            _add(shard, who)
     if not store.rules.alone:
         shard.partial = store.norm_sq()
     elif not shard.halted:

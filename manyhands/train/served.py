@@ -137,7 +137,8 @@ class Served:
             "change": wishes.change,
             "load": self._totals.add(replica.work.take()),
         }
-        self._held.setdefault(part.step, []).extend(done.places)
+        if self.alone:
+            self._held.setdefault(part.step, []).extend(done.places)
         answer = self._push(header)
         self._take_parameters()
         self._version = int(answer["version"])
