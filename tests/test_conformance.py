@@ -8,22 +8,32 @@ plugin says of itself decides which rows it gets: ``by_place`` (fed with subtree
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
+import typing
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from talks import converse
 
+from manyhands.cadence.every import Every
 from manyhands.core import config, registry
 from manyhands.core.errors import UsageError
 from manyhands.core.request import Gather, Scatter
 from manyhands.core.types import Cadence, Exchange
 from manyhands.exchange import auto
+from manyhands.exchange.allreduce import AllReduce
+from manyhands.exchange.bytensor import ByTensor
 from manyhands.exchange.codec import Codec
 from manyhands.exchange.combine import flush, leaves, trait
+from manyhands.exchange.feedback import ErrorFeedback
+from manyhands.exchange.int8 import Int8
 from manyhands.exchange.ordered import Tree
+from manyhands.strategy.base import Strategy
 from manyhands.train import exchange_state
 
 EXCHANGES = sorted(registry.REGISTRY["exchanges"])
@@ -402,3 +412,57 @@ def test_a_cadence_is_a_pure_function_of_the_step(name: str) -> None:
     first = [cadence.due(step) for step in range(1, 200)]
     assert first == [cadence.due(step) for step in range(1, 200)]
     assert any(first)
+
+
+# ------------------------------------------------------------------------------------------- given from Python
+
+
+def _forbidden(hint: Any) -> Iterator[Any]:
+    """Values that a field of this type cannot hold."""
+    members = {hint, *typing.get_args(hint)}
+    if any(typing.get_origin(member) is typing.Literal for member in members):
+        yield "bf61"
+    if members & {int, float, bool}:
+        yield from ("many", object())
+    if float in members:
+        yield float("nan")
+    elif int in members:
+        yield 2.5
+
+
+@pytest.mark.parametrize(
+    "kind", ["exchanges", "cadences", "placements", "optimizers", "schedules", "strategies"]
+)
+def test_what_a_type_forbids_is_refused_at_construction(kind: str) -> None:
+    for name in registry.REGISTRY[kind]:
+        maker = registry.resolve(kind, name)
+        choices = (
+            [f.name for f in dataclasses.fields(maker) if "choice" in f.metadata]
+            if kind != "strategies"
+            else []
+        )
+        tries = [
+            (field, value)
+            for field in inspect.signature(maker).parameters
+            for value in (
+                *_forbidden(config.hints_of(maker).get(field)),
+                *((3, "no-such") if field in choices else ()),
+            )
+        ]
+        for field, value in [*tries, *([("no_such_parameter", 1)] if kind == "strategies" else [])]:
+            with pytest.raises(UsageError) as refusal:
+                maker(**{field: value})
+            assert field in str(refusal.value), (name, field, value)
+            assert repr(value) in str(refusal.value) or field == "no_such_parameter", (name, field, value)
+
+
+def test_what_is_given_from_python_is_taken_as_from_the_command_line() -> None:
+    assert ErrorFeedback("int8", decay=1) == ErrorFeedback(Int8(), decay=1.0)  # type: ignore[arg-type]
+    assert ByTensor(apart="wte").apart == ("wte",)  # type: ignore[arg-type]  # not the letters w, t and e
+    assert Every(np.int64(4)) == Every(4)  # type: ignore[arg-type]
+    with pytest.raises(
+        UsageError, match=r"AllReduce.precision: 'bf-16'.*one of 'as-is'.*did you mean 'bf16'"
+    ):
+        AllReduce(precision="bf-16")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="exchange = none"):
+        Strategy(exchange=None)  # type: ignore[arg-type]

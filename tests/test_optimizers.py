@@ -302,7 +302,7 @@ def test_each_registered_optimizer_and_schedule_is_tested_here() -> None:
     [
         (lambda: AdamW(0), "lr = 0"),
         (lambda: AdamW(-1), "lr = -1"),
-        (lambda: AdamW(float("nan")), "lr = nan"),
+        (lambda: AdamW(float("nan")), "AdamW.lr: nan"),
         (lambda: AdamW(betas=(0.9, 1.0)), "betas"),
         (lambda: Adam(eps=0), "eps = 0"),
         (lambda: SGD(momentum=1.5), "momentum = 1.5"),
@@ -313,7 +313,7 @@ def test_each_registered_optimizer_and_schedule_is_tested_here() -> None:
         (lambda: Cosine(warmup=-1), "warmup = -1"),
         (lambda: Cosine(floor=2), "floor = 2"),
         (lambda: WSD(warmup=0.5, decay=0.6), "together"),
-        (lambda: Linear(unit="samples"), "unit = 'samples'"),  # type: ignore[arg-type]
+        (lambda: Linear(unit="samples"), "Linear.unit: 'samples'"),  # type: ignore[arg-type]
     ],
 )
 def test_values_that_cannot_be_meant_are_refused(make: Any, message: str) -> None:

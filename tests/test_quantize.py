@@ -398,7 +398,7 @@ def test_random_bits_look_random() -> None:
 
 def test_impossible_parameters_are_refused() -> None:
     for kind in [*UNIFORM, Natural]:
-        with pytest.raises(UsageError, match=r"rounding = 'up'.*give 'nearest' or 'stochastic'"):
+        with pytest.raises(UsageError, match=r"rounding: 'up'.*it is one of 'nearest', 'stochastic'"):
             kind(rounding="up")
     for kind in [*UNIFORM, Natural, Sign]:
         with pytest.raises(UsageError, match=r"block = -1.*at least one value"):

@@ -14,10 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from manyhands.core.checked import checked
 from manyhands.core.config import option
 
 
 @dataclass(frozen=True)
+@checked
 class Delayed:
     """Use the agreement of each step one step later, overlapped with that step."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from manyhands.core.checked import checked
 from manyhands.core.config import option
 from manyhands.core.errors import UsageError
 
@@ -12,6 +13,7 @@ HELP = "steps between two exchanges"
 
 
 @dataclass(frozen=True)
+@checked
 class EveryStep:
     """Agree after each step."""
 
@@ -29,6 +31,7 @@ class EveryStep:
 
 
 @dataclass(frozen=True)
+@checked
 class Every:
     """Agree after every `every`-th step; between them each worker goes its own way (local SGD, arXiv:1805.09767)."""
 
@@ -50,6 +53,7 @@ class Every:
 
 
 @dataclass(frozen=True)
+@checked
 class PostLocal:
     """Agree after each step up to step `start`, then after every `every`-th (post-local SGD, arXiv:1808.07217)."""
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from manyhands.cadence.every import HELP, arrives_before_the_next, at_least_one, take_turns_within
+from manyhands.core.checked import checked
 from manyhands.core.config import option
 from manyhands.core.errors import UsageError
 
 
 @dataclass(frozen=True)
+@checked
 class Forecast:
     """Agree on the gradients of `every` steps; meanwhile each worker walks ahead on its own."""
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from manyhands.cadence.every import HELP, arrives_before_the_next, at_least_one, take_turns_within
+from manyhands.core.checked import checked
 from manyhands.core.config import option
 
 
 @dataclass(frozen=True)
+@checked
 class Staggered:
     """Each of `fragments` parts agrees after every `every`-th step, in turn, `delay` steps in flight."""
 

@@ -13,6 +13,8 @@ evaluated: the call form is read as a syntax tree of names and literals.
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -61,7 +63,7 @@ def from_text(kind: str, text: str, where: str = "value") -> Any:
 def _build_call(kind: str, call: Call, where: str) -> Any:
     maker = _maker(kind, call.name, where)
     if not isinstance(maker, type):  # a preset: a function from keywords to a value
-        return _call_preset(kind, maker, call, where)
+        return called(kind, maker, call, where)
     names = [f.name for f in dataclasses.fields(maker) if f.init]
     if len(call.args) > len(names):
         raise UsageError(
@@ -71,11 +73,12 @@ def _build_call(kind: str, call: Call, where: str) -> Any:
     return from_data(maker, data, where)
 
 
-def _call_preset(kind: str, maker: Any, call: Call, where: str) -> Any:
+def called(kind: str, maker: Any, call: Call, where: str) -> Any:
+    """What a function of the registry makes of a call. Raises `UsageError` for unknown keywords and wrong types."""
     import inspect
 
     parameters = inspect.signature(maker).parameters
-    hints = _hints(maker)
+    hints = hints_of(maker)
     if call.args:
         raise UsageError(
             f"{where}: {call.name}({', '.join(map(repr, call.args))})",
@@ -149,7 +152,7 @@ def to_data(value: Any, kind: str | None = None) -> Any:
 def from_data(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     """The dataclass that `data` describes. Raises `UsageError` for unknown keys and wrong types."""
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    hints: dict[str, Any] = _hints(cls)  # type: ignore[arg-type]
+    hints: dict[str, Any] = hints_of(cls)  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for raw_key, item in data.items():
         key = raw_key.replace("-", "_")
@@ -205,7 +208,8 @@ def from_choice(kind: str, item: Any, where: str) -> Any:
 
 
 @cache
-def _hints(thing: Any) -> dict[str, Any]:
+def hints_of(thing: Any) -> dict[str, Any]:
+    """The types of a class's fields, or of a function's parameters."""
     return typing.get_type_hints(thing)
 
 
@@ -285,11 +289,11 @@ def _coerce_scalar(hint: Any, value: Any, where: str) -> Any:
                 number = None
         if isinstance(number, float) and hint is int and number.is_integer():
             number = int(number)
-        if isinstance(number, (int, float)) and not isinstance(number, bool):
-            if hint is float:
+        if not isinstance(number, bool) and isinstance(number, numbers.Real):  # NumPy's, too
+            if hint is float and not math.isnan(number):
                 return float(number)
-            if isinstance(number, int):
-                return number
+            if hint is int and isinstance(number, numbers.Integral):
+                return int(number)
     rules = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
     rule = rules.get(hint, getattr(hint, "__name__", str(hint)))
     raise UsageError(f"{where}: {value!r}", f"it must be {rule}", "")

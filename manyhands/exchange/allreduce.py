@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from manyhands.core.checked import checked
 from manyhands.core.errors import UsageError
 from manyhands.core.request import Sum
 from manyhands.core.types import Agreed
@@ -22,6 +23,7 @@ Precision = Literal["as-is", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class AllReduce:
     """Add everybody's contribution.
 

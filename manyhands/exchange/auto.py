@@ -26,6 +26,7 @@ import time
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
+from manyhands.core.checked import checked
 from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.core.request import Gather
@@ -49,6 +50,7 @@ now = time.perf_counter
 
 
 @dataclass(frozen=True)
+@checked
 class Auto:
     """All-reduce, or `inner` where measurement says that it is faster.
 

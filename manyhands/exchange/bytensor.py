@@ -11,6 +11,7 @@ from copy import copy
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from manyhands.core.checked import checked
 from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.core.names import is_named
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+@checked
 class ByTensor:
     """`large` for tensors of at least `numel` values and `dims` dimensions that are not named `apart`, `small` for all others.
 

@@ -15,6 +15,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
 from manyhands.core import rng
+from manyhands.core.checked import checked
 from manyhands.core.config import choice
 from manyhands.core.errors import UsageError
 from manyhands.core.types import Exchange
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+@checked
 class Chain:
     """`first`, then `then` for what `first` left.
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from manyhands.core import rng
+from manyhands.core.checked import checked
 from manyhands.core.errors import UsageError
 from manyhands.core.request import Sum
 from manyhands.core.types import Agreed
@@ -49,6 +50,7 @@ def check(*, rows: int, compression: float, density: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class CountSketch:
     """Sum sketches, then the exact values of the entries that they point to.
 

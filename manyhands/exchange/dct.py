@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from manyhands.core.checked import checked
 from manyhands.core.errors import UsageError
 from manyhands.core.request import Gather, Where
 from manyhands.core.types import Agreed
@@ -48,6 +49,7 @@ class Grid(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class DctTopK:
     """Send the k largest DCT coefficients of each block.
 

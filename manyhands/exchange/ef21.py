@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from manyhands.core.checked import checked
 from manyhands.core.config import choice
 from manyhands.core.types import Agreed, Exchange
 from manyhands.exchange.combine import passed, protected, refuse
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+@checked
 class EF21:
     """Send compressed changes of the contribution; all keep the sum.
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from manyhands.core.checked import checked
 from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.core.types import Agreed, Exchange
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+@checked
 class ErrorFeedback:
     """Keep what was not sent and add it to the next contribution.
 

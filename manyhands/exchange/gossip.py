@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from manyhands.core.checked import checked
 from manyhands.core.errors import UsageError
 from manyhands.core.request import Swap
 from manyhands.core.types import Agreed
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class Gossip:
     """Average with one other worker, another in each round.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from manyhands.core.checked import checked
 from manyhands.exchange.codec import gathered, rounds
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class BF16:
     """Two bytes a value, relative error at most 2⁻⁸, the range of float32."""
 
@@ -34,6 +36,7 @@ class BF16:
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class FP16:
     """Two bytes a value, relative error at most 2⁻¹¹ within 6e-5 … 65,504; beyond that infinity, which all see."""
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
+from manyhands.core.checked import checked
 from manyhands.core.config import choice
 from manyhands.core.errors import UsageError
 from manyhands.core.request import ACROSS, NODE, Gather, Where
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+@checked
 class Hierarchical:
     """`within` each host, then `across` hosts by slices. Every host must have equally many workers.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from manyhands.core.checked import checked
 from manyhands.exchange import quantize
 from manyhands.exchange.codec import gathered, rounds
 from manyhands.exchange.quantize import Grid, Rounding
@@ -23,6 +24,7 @@ GRID = Grid(top=3, per=4)
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class Int2:
     """A quarter of a byte a value and two a block; error at most 33.6% of the block's largest (67.2% when stochastic).
 
@@ -39,7 +41,7 @@ class Int2:
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        quantize.validate(self.block, self.rounding)
+        quantize.validate(self.block)
 
     def encode(self, tensor: Tensor, key: int) -> Tensor:
         return quantize.encode(tensor, key, grid=GRID, block=self.block, rounding=self.rounding)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from manyhands.core.checked import checked
 from manyhands.exchange import quantize
 from manyhands.exchange.codec import gathered, rounds
 from manyhands.exchange.quantize import Grid, Rounding
@@ -21,6 +22,7 @@ GRID = Grid(top=254, per=1)
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class Int8:
     """One byte a value and two a block; error at most 0.4% of the block's largest magnitude (0.8% when stochastic).
 
@@ -36,7 +38,7 @@ class Int8:
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        quantize.validate(self.block, self.rounding)
+        quantize.validate(self.block)
 
     def encode(self, tensor: Tensor, key: int) -> Tensor:
         return quantize.encode(tensor, key, grid=GRID, block=self.block, rounding=self.rounding)

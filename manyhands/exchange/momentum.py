@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from manyhands.core.checked import checked
 from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.core.types import Agreed, Exchange
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+@checked
 class Momentum:
     """Accumulate velocities, send the largest, keep the rest. Use it with an optimizer without momentum.
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from manyhands.core import rng
+from manyhands.core.checked import checked
 from manyhands.exchange import quantize, quantize_gpu
 from manyhands.exchange.codec import gathered, rounds
 from manyhands.exchange.quantize import Rounding
@@ -29,6 +30,7 @@ NOT_FINITE = 255  # in place of a window's
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class Natural:
     """One byte a value, of any magnitude: unbiased rounding to powers of two, variance at most an eighth of the square.
 
@@ -44,7 +46,7 @@ class Natural:
     rounding: Rounding = "stochastic"
 
     def __post_init__(self) -> None:
-        quantize.validate(self.block, self.rounding)
+        quantize.validate(self.block)
 
     def encode(self, tensor: Tensor, key: int) -> Tensor:
         random = self.rounding == "stochastic"

@@ -11,9 +11,11 @@ the last place the node is its left half, so any number of leaves makes one tree
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from manyhands.core.checked import checked
 from manyhands.core.errors import Diverged, UsageError
 from manyhands.core.request import Gather
 from manyhands.core.types import Agreed
@@ -64,6 +66,7 @@ class Tree:
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class Ordered:
     """Add micro-batches in one fixed tree (`--reproducible`).
 
@@ -78,7 +81,7 @@ class Ordered:
     chunk_mb: float = 16.0
 
     def __post_init__(self) -> None:
-        if not self.chunk_mb > 0:
+        if not 0 < self.chunk_mb < math.inf:
             raise UsageError(
                 f"chunk_mb = {self.chunk_mb}", "a chunk holds at least one element", "give a positive size"
             )

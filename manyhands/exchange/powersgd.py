@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from manyhands.core import rng
+from manyhands.core.checked import checked
 from manyhands.core.errors import UsageError
 from manyhands.core.request import Sum
 from manyhands.core.types import Agreed
@@ -36,6 +37,7 @@ NOISE = 1e-5  # of the largest column: enough to fill a lost direction, too litt
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class PowerSGD:
     """Send matrices as factors of low rank.
 

@@ -56,15 +56,11 @@ class Grid(NamedTuple):
     per: int
 
 
-def validate(block: int, rounding: str = "nearest") -> None:
+def validate(block: int) -> None:
     """Raises `UsageError`."""
     if block < 0:
         raise UsageError(
             f"block = {block}", "a block holds at least one value", "give 256, or 0 for one block a tensor"
-        )
-    if rounding not in ("nearest", "stochastic"):
-        raise UsageError(
-            f"rounding = {rounding!r}", "values are rounded", "give 'nearest' or 'stochastic' (unbiased)"
         )
 
 

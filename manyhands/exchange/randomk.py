@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from manyhands.core import rng
+from manyhands.core.checked import checked
 from manyhands.core.errors import UsageError
 from manyhands.core.request import Sum, Where
 from manyhands.core.types import Agreed
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class RandomK:
     """Send a random share of the entries, the same on all workers.
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from manyhands.core.checked import checked
 from manyhands.exchange import pack, quantize, quantize_gpu
 from manyhands.exchange.codec import gathered, rounds
 
@@ -26,6 +27,7 @@ PER = 8  # signs in a byte
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class Sign:
     """One bit a value and two bytes a block; biased, so use it under error feedback.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from manyhands.core.checked import checked
 from manyhands.exchange import quantize
 from manyhands.exchange.codec import gathered, rounds
 from manyhands.exchange.quantize import Grid, Rounding
@@ -24,6 +25,7 @@ GRID = Grid(top=2, per=5)
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class Ternary:
     """A fifth of a byte a value and two a block; unbiased, error below the block's largest magnitude (half, by nearest).
 
@@ -39,7 +41,7 @@ class Ternary:
     rounding: Rounding = "stochastic"
 
     def __post_init__(self) -> None:
-        quantize.validate(self.block, self.rounding)
+        quantize.validate(self.block)
 
     @property
     def contracts(self) -> bool:

@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from manyhands.core.checked import checked
 from manyhands.core.errors import UsageError
 from manyhands.core.request import Where
 from manyhands.core.types import Agreed
@@ -32,6 +33,7 @@ HEADER_BYTES = 8  # the number of entries
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class Threshold:
     """Send the entries whose magnitude is at least `above` times a scale.
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from manyhands.core import rng
+from manyhands.core.checked import checked
 from manyhands.core.config import choice
 from manyhands.core.errors import UsageError
 from manyhands.core.request import Gather, Scatter, Where
@@ -37,6 +38,7 @@ UNEVEN_MOST = 32  # ... if a chunk is at least this many times as long
 
 
 @dataclass(frozen=True)
+@checked
 class TwoPhase:
     """Scatter encoded chunks, add, gather the encoded sums.
 

@@ -13,6 +13,7 @@ import dataclasses
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
+from manyhands.core.checked import checked
 from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.core.types import Agreed, Exchange
@@ -28,6 +29,7 @@ START_DENSITY = 0.25
 
 
 @dataclass(frozen=True)
+@checked
 class Warmup:
     """All-reduce for the first rounds, then `inner`.
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from manyhands.core.checked import checked
+
 
 @dataclass(frozen=True)
+@checked
 class Replicated:
     """Every worker holds parameters, gradients and optimizer state as a whole."""
 

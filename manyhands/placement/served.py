@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from manyhands.core.callform import Call
+from manyhands.core.checked import checked
 from manyhands.core.config import option
 from manyhands.core.errors import UsageError, nearest
 
@@ -27,6 +28,7 @@ Durability = Literal["each", "synced", "interval"]
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class Served:
     """Parameters and optimizer on servers; workers push gradients.
 
@@ -79,12 +81,6 @@ class Served:
             raise UsageError(f"discard = {self.discard}", "staleness is not negative", "give discard >= 0")
         if not 0 <= self.compensation < 1e9:
             raise UsageError(f"compensation = {self.compensation}", "λ is not negative", "0.04 is usual")
-        if self.durability not in ("each", "synced", "interval"):
-            raise UsageError(
-                f"durability = {self.durability!r}",
-                "it is each, synced or interval",
-                nearest(str(self.durability), ("each", "synced", "interval")),
-            )
         if bound == 0:
             self._check_sync()
         self._check_address()

@@ -24,6 +24,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from manyhands.core.checked import checked
 from manyhands.core.config import option
 from manyhands.core.errors import UsageError
 from manyhands.core.registry import name_of
@@ -45,6 +46,7 @@ PROBES = (4096, 8192)  # elements of buckets for which exchanges are asked what 
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class Sharded:
     """One model divided among the workers of a group; the groups replicate it.
 
@@ -80,12 +82,6 @@ class Sharded:
                 f"tensor_parallel = {self.tensor_parallel}",
                 "it is a number of workers",
                 "1 means that each computes whole layers",
-            )
-        if self.accumulate not in ("sharded", "whole"):
-            raise UsageError(
-                f"accumulate = {self.accumulate!r}",
-                "gradients of several passes are kept sharded or whole",
-                "give 'sharded' or 'whole'",
             )
         if self.stage == 1:
             self._check_first_stage()

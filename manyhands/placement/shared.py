@@ -9,8 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from manyhands.core.checked import checked
+
 
 @dataclass(frozen=True)
+@checked
 class SharedMemory:
     """The workers of one machine update one copy of the parameters in shared memory, lock-free."""
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from manyhands.core.checked import checked
 from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.core.types import Cadence, Exchange, Placement
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+@runtime_checkable
 class OptimizerSpec(Protocol):
     """An optimizer as a value; see `manyhands.strategy.optimizers`."""
 
@@ -31,6 +33,7 @@ class OptimizerSpec(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class Strategy:
     """How the replicas are kept in agreement.
 
@@ -52,6 +55,9 @@ class Strategy:
     keep_local: float = option(0.0, help="share of a worker's own parameters kept at an agreement")
 
     def __post_init__(self) -> None:
+        for part in ("placement", "cadence", "exchange", "outer"):
+            if getattr(self, part) is None:
+                raise UsageError(f"{part} = none", "a strategy has one", "leave it out for the default")
         if not 0 <= self.keep_local < 1:
             raise UsageError(
                 f"keep_local = {self.keep_local}", "it is a share that is kept", "give 0 <= keep_local < 1"

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
+from manyhands.core.checked import checked
 from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.strategy.optimizers import DECAY, RATE, SCHEDULE
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+@checked
 class DelayedNesterov:
     """Momentum that is renewed after every N-th update only (arXiv:2401.09135)."""
 

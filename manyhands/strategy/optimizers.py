@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
+from manyhands.core.checked import checked
 from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
 from manyhands.core.names import is_named
@@ -34,6 +35,7 @@ SCHEDULE = "how the rate changes over the run"
 
 
 @dataclass(frozen=True)
+@checked
 class SGD:
     """Stochastic gradient descent; with momentum, Polyak's or Nesterov's (Sutskever et al. 2013)."""
 
@@ -71,6 +73,7 @@ class SGD:
 
 
 @dataclass(frozen=True)
+@checked
 class Adam:
     """Adam (arXiv:1412.6980, algorithm 1); weight decay is added to the gradient (L2)."""
 
@@ -98,6 +101,7 @@ class Adam:
 
 
 @dataclass(frozen=True)
+@checked
 class AdamW:
     """Adam with decoupled weight decay (arXiv:1711.05101, algorithm 2)."""
 
@@ -119,6 +123,7 @@ class AdamW:
 
 
 @dataclass(frozen=True)
+@checked
 class Adagrad:
     """Rates divided by the root of all squares so far (Duchi, Hazan, Singer 2011)."""
 
@@ -143,6 +148,7 @@ class Adagrad:
 
 
 @dataclass(frozen=True)
+@checked
 class RMSprop:
     """Rates divided by the root of a running mean square (Hinton 2012, lecture 6e)."""
 
@@ -173,6 +179,7 @@ class RMSprop:
 
 
 @dataclass(frozen=True)
+@checked
 class Adafactor:
     """Second moments of matrices kept as a row and a column: O(rows + columns) memory (arXiv:1804.04235).
 
@@ -208,6 +215,7 @@ class Adafactor:
 
 
 @dataclass(frozen=True)
+@checked
 class Muon:
     """Orthogonalised momentum for hidden matrices (Jordan 2024), AdamW for embeddings, head, norms, biases.
 

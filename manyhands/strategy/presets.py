@@ -15,6 +15,7 @@ from manyhands.cadence.every import Every, EveryStep, PostLocal
 from manyhands.cadence.forecast import Forecast
 from manyhands.cadence.staggered import Staggered
 from manyhands.core.callform import parse
+from manyhands.core.checked import checked_call
 from manyhands.core.config import from_choice
 from manyhands.core.errors import UsageError
 from manyhands.exchange.allreduce import AllReduce, Precision
@@ -56,6 +57,7 @@ def _momentum(lr: float, momentum: float, *, nesterov: bool = False) -> SGD:
     return SGD(lr, momentum=momentum, nesterov=nesterov and momentum > 0)
 
 
+@checked_call
 def ddp(
     *,
     lr: float | None = None,
@@ -81,6 +83,7 @@ def ddp(
     )
 
 
+@checked_call
 def accumulate(
     *,
     every: int = 4,
@@ -98,6 +101,7 @@ def accumulate(
     )
 
 
+@checked_call
 def hierarchical(
     *,
     lr: float | None = None,
@@ -124,6 +128,7 @@ def hierarchical(
     return Strategy(exchange=exchange, outer=_optimizer(optimizer, lr, schedule, weight_decay))
 
 
+@checked_call
 def powersgd(
     *,
     lr: float | None = None,
@@ -141,6 +146,7 @@ def powersgd(
     )
 
 
+@checked_call
 def local_sgd(
     *,
     lr: float | None = None,
@@ -159,6 +165,7 @@ def local_sgd(
     )
 
 
+@checked_call
 def post_local_sgd(
     *,
     lr: float | None = None,
@@ -178,6 +185,7 @@ def post_local_sgd(
     )
 
 
+@checked_call
 def slowmo(
     *,
     lr: float | None = None,
@@ -202,6 +210,7 @@ def slowmo(
     )
 
 
+@checked_call
 def diloco(
     *,
     lr: float | None = None,
@@ -222,6 +231,7 @@ def diloco(
     )
 
 
+@checked_call
 def streaming_diloco(
     *,
     lr: float | None = None,
@@ -246,6 +256,7 @@ def streaming_diloco(
     )
 
 
+@checked_call
 def muloco(
     *,
     lr: float | None = None,
@@ -269,6 +280,7 @@ def muloco(
     )
 
 
+@checked_call
 def sparseloco(
     *,
     lr: float | None = None,
@@ -293,6 +305,7 @@ def sparseloco(
     )
 
 
+@checked_call
 def demo(
     *,
     lr: float | None = None,
@@ -313,6 +326,7 @@ def demo(
     )
 
 
+@checked_call
 def gossip(
     *,
     lr: float | None = None,
@@ -335,6 +349,7 @@ def gossip(
     )
 
 
+@checked_call
 def eager(
     *,
     lr: float | None = None,
@@ -352,6 +367,7 @@ def eager(
     )
 
 
+@checked_call
 def forecast(
     *,
     lr: float | None = None,
@@ -371,6 +387,7 @@ def forecast(
     )
 
 
+@checked_call
 def hogwild(
     *,
     lr: float | None = None,

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
+from manyhands.core.checked import checked
 from manyhands.core.config import option
 from manyhands.core.errors import UsageError
 
@@ -28,6 +29,7 @@ FLOOR = "the last factor"
 UNIT = "what is counted: steps or tokens"
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """How the rate changes over a run."""
 
@@ -40,6 +42,7 @@ class Schedule(Protocol):
 
 
 @dataclass(frozen=True)
+@checked
 class Constant:
     """Warm-up, then the full rate."""
 
@@ -56,6 +59,7 @@ class Constant:
 
 
 @dataclass(frozen=True)
+@checked
 class Linear:
     """Warm-up, then down to `floor` in a straight line."""
 
@@ -76,6 +80,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
+@checked
 class Cosine:
     """Warm-up, then down to `floor` along half a cosine (arXiv:1608.03983 eq. 5, without restarts)."""
 
@@ -97,6 +102,7 @@ class Cosine:
 
 
 @dataclass(frozen=True)
+@checked
 class WSD:
     """Warm-up, the full rate until the last `decay`, then a line down to `floor` (arXiv:2404.06395)."""
 
@@ -158,7 +164,3 @@ def _check(schedule: Constant | Linear | Cosine | WSD) -> None:
     floor = getattr(schedule, "floor", 0.0)
     if not 0 <= floor <= 1:
         raise UsageError(f"floor = {floor}", "it is a factor of the rate", "give 0 <= floor <= 1")
-    if schedule.unit not in ("steps", "tokens"):
-        raise UsageError(
-            f"unit = {schedule.unit!r}", "a schedule counts steps or tokens", "give one of the two"
-        )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from manyhands.core.checked import checked_call
 from manyhands.placement.served import Durability, Served
 from manyhands.strategy.base import Strategy
 
 
+@checked_call
 def parameter_server(
     *,
     consistency: Any = "sync",

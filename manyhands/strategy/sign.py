@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from manyhands.core.checked import checked
 from manyhands.core.config import choice, option
 from manyhands.strategy.optimizers import DECAY, RATE, SCHEDULE, _check, _full
 from manyhands.strategy.schedules import Schedule
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+@checked
 class SignSGD:
     """θ ← θ − lr·sign(m), m ← β m + (1 − β) g; where m is 0 nothing moves. The outer optimizer of DeMo."""
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from manyhands.core.checked import checked_call
 from manyhands.placement.sharded import Sharded
 from manyhands.strategy.base import Strategy
 
 
+@checked_call
 def zero1(
     *,
     lr: float | None = None,
@@ -33,6 +35,7 @@ def zero1(
     )
 
 
+@checked_call
 def zero2(
     *,
     lr: float | None = None,
@@ -62,6 +65,7 @@ def zero2(
     )
 
 
+@checked_call
 def zero3(
     *,
     lr: float | None = None,
