@@ -14,7 +14,7 @@ import torch
 from test_exactness import SEQ, N, Rows, assert_close, make, plain_run, summed
 
 from manyhands.core import config, registry
-from manyhands.core.errors import UsageError
+from manyhands.core.errors import ModelError, UsageError
 from manyhands.core.membership import Seat
 from manyhands.data.sample import Order
 from manyhands.exchange.half import BF16
@@ -262,6 +262,32 @@ def test_more_fragments_than_tensors_are_refused() -> None:
     strategy = presets.streaming_diloco(every=64, fragments=50)
     with pytest.raises(UsageError, match="fragments <= "):
         Replica(make(), strategy, Solo(), targets_per_row=SEQ)
+
+
+class LookUp(torch.nn.Module):
+    """A table whose gradient is sparse, and whose layer does not say so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.ones(5, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.embedding(x, self.table, sparse=True)
+
+
+def test_sparse_gradients_are_refused_before_an_update() -> None:
+    says = torch.nn.Sequential(torch.nn.Embedding(5, 2, sparse=True), torch.nn.Linear(2, 1))
+    for name in registry.entries("strategies"):
+        with pytest.raises(ModelError, match=r"parameter '0.weight' gets sparse gradients.*sparse=False"):
+            Replica(says, config.from_text("strategies", name), Solo())
+    says[0].requires_grad_(False)  # frozen it has none
+    Replica(says, presets.ddp(), Solo()).close()
+    part = Part(0, [(0, {"x": torch.tensor([1, 2])})], 1, 2, 0)
+    for strategy in (presets.ddp(), presets.diloco(every=1), presets.zero1()):
+        model = LookUp()
+        with pytest.raises(ModelError, match=r"parameter 'table' gets sparse gradients"):
+            Replica(model, strategy, Solo()).step(part, lambda m, b: (m(b["x"]).sum(), 2))
+        assert bool((model.table == 1).all())
 
 
 def test_hogwild_over_sockets_is_refused(fleets: Any) -> None:

@@ -204,6 +204,8 @@ class FlatGradients:
         def arrived(param: Tensor) -> None:
             view = self._views[i]
             if param.grad is not view and param.grad is not None:
+                if param.grad.layout is not torch.strided:
+                    raise _sparse(self.names[i])
                 view.copy_(param.grad)
                 param.grad = view
             self.used[i] = self._fresh[i] = True
@@ -220,3 +222,19 @@ class FlatGradients:
         position = self._next
         self._next += 1
         self._on_bucket(position, self.buckets[position])
+
+
+def refuse_sparse(model: nn.Module) -> None:
+    """Raises `ModelError` where a layer is made to hand over sparse gradients; others' are found as they come."""
+    for name, module in model.named_modules():
+        embedding = module if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) else None
+        if embedding is not None and embedding.sparse and embedding.weight.requires_grad:
+            raise _sparse(f"{name}.weight" if name else "weight")
+
+
+def _sparse(name: str) -> ModelError:
+    return ModelError(
+        f"parameter {name!r} gets sparse gradients",
+        "gradients are exchanged and clipped as dense tensors",
+        "make its layer with sparse=False (an exchange such as topk or threshold sends few entries, if that is what it was for)",
+    )

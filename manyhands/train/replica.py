@@ -23,6 +23,7 @@ from manyhands.core.events import Emit, ignore
 from manyhands.core.membership import SUMS
 from manyhands.core.registry import resolve_target
 from manyhands.train.carried import fetch_s
+from manyhands.train.gradients import refuse_sparse
 from manyhands.train.header import Unsound, Wishes, Work
 from manyhands.train.leftout import Heard, LeftOut, Note
 from manyhands.train.memory import Fits
@@ -110,6 +111,7 @@ class Replica:
         self.notes: deque[Note] = deque(maxlen=1000)
         self._skipped_in_a_row = 0
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        refuse_sparse(model)
         for _, param in self.named:  # their gradients are, and fused optimizers go through both alike
             if not param.is_contiguous():
                 param.data = param.detach().contiguous()
