@@ -11,9 +11,12 @@ from test_methods import NEUTRAL, make, method_run
 
 from manyhands.core.errors import UsageError
 from manyhands.core.request import Sum
+from manyhands.exchange.bytensor import ByTensor
 from manyhands.exchange.combine import named
 from manyhands.strategy import presets
-from manyhands.strategy.optimizers import SGD
+from manyhands.strategy.optimizers import SGD, Muon
+from manyhands.train.replica import Replica
+from manyhands.wire.solo import Solo
 
 
 def test_tensors_go_by_size_and_dimension_and_small_ones_together() -> None:
@@ -67,6 +70,20 @@ def test_who_chooses_by_name_says_so_where_nobody_tells_it_names() -> None:
         exchange.init([torch.zeros(5000)])
     codec = _value("error-feedback(bf16)")
     assert named(codec, ["wte"]) is codec
+
+
+def test_patterns_that_choose_nothing_are_refused() -> None:
+    for pattern, remedy in (("transformer.wte", "give 'wte'"), ("", "for example"), (".", "for example")):
+        with pytest.raises(UsageError, match=rf"apart.*one part of a parameter's name.*{remedy}"):
+            ByTensor(apart=(pattern,))
+    with pytest.raises(UsageError, match=r"adamw.*give 'head'"):
+        Muon(adamw=("lm.head",))
+    ddp = presets.ddp(exchange="warmup(error-feedback(by-tensor(int8, apart=['embedd', 'wte'])), rounds=1)")
+    with pytest.raises(
+        UsageError, match=r"\['embedd', 'wte'\] match no parameter.*the parts embed, weight, hidden"
+    ):
+        Replica(make(), ddp, Solo())
+    Replica(make(), presets.ddp(exchange="by-tensor(int8, apart=['embed', 'wte'])"), Solo()).close()
 
 
 FAMILIES: dict[str, Any] = {

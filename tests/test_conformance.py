@@ -341,6 +341,9 @@ def test_bytes_are_what_the_formula_says(text: str) -> None:
             decoded = codec.decode(payload, numel, dtype)
             assert decoded.shape == (numel,)
             assert decoded.dtype is dtype
+        behind = torch.cat([payload.new_zeros(1), payload])[1:]  # a part of a longer message, at an odd place
+        decoded = codec.decode(behind, numel, torch.float32)
+        assert torch.equal(decoded, codec.decode(payload, numel, torch.float32))
         requested = _bytes_of(codec, numel, world=3)
         assert set(requested) <= {codec.size_bytes(numel)}
 

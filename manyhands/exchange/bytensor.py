@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from manyhands.core.checked import checked
 from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
-from manyhands.core.names import is_named
+from manyhands.core.names import check_patterns, check_some_match, is_named
 from manyhands.core.types import Agreed, Exchange
 from manyhands.exchange.combine import (
     flush,
@@ -76,9 +76,14 @@ class ByTensor:
     def __post_init__(self) -> None:
         refuse("by-tensor", "large", self.large)
         refuse("by-tensor", "small", self.small)
+        check_patterns("by-tensor(apart)", self.apart)
         for name in ("numel", "dims"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} = {getattr(self, name)}", "it is not negative", "give 0 or more")
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raises `UsageError` where `apart` sets none of all the model's parameters apart."""
+        check_some_match("by-tensor(apart)", self.apart, names)
 
     def named(self, names: Sequence[str]) -> ByTensor:
         """This, for the tensors of parameters `names`."""

@@ -20,7 +20,7 @@ from manyhands.core.config import choice
 from manyhands.core.errors import UsageError
 from manyhands.core.types import Exchange
 from manyhands.exchange.codec import Codec, gathered, rounds, wide
-from manyhands.exchange.combine import passed, refuse
+from manyhands.exchange.combine import passed, refuse, trait
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,11 @@ class Chain:
     first: Exchange = choice("exchanges", "topk", help="sends what it can")
     _: KW_ONLY
     then: Exchange = choice("exchanges", "int4", help="sends what is left")
+
+    @property
+    def selects(self) -> bool:
+        """Whether entries are left out by both."""
+        return bool(trait(self.first, "selects") and trait(self.then, "selects"))
 
     def __post_init__(self) -> None:
         for field in ("first", "then"):

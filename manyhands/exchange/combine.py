@@ -170,6 +170,16 @@ def named(exchange: Any, names: Sequence[str]) -> Any:
     return changed(exchange, told) if any(told[n] is not inner[n] for n in told) else exchange
 
 
+def check_names(exchange: Any, names: Sequence[str]) -> None:
+    """Raises `UsageError` where somebody inside would choose by name and none of all the model's has it."""
+    if hasattr(exchange, "check_names"):
+        exchange.check_names(names)
+    if dataclasses.is_dataclass(exchange) and not isinstance(exchange, type):
+        for field in dataclasses.fields(exchange):
+            if hasattr(inner := getattr(exchange, field.name), "talk"):
+                check_names(inner, names)
+
+
 def changed(exchange: Any, fields: Mapping[str, Any]) -> Any:
     """`exchange` with other `fields`, which keeps the names that it was told."""
     found = dataclasses.replace(exchange, **fields)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from manyhands.core.checked import checked
 from manyhands.exchange.codec import gathered, rounds
+from manyhands.exchange.quantize import checked as whole
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ class BF16:
         return _encode(tensor, "bfloat16")
 
     def decode(self, payload: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-        return _decode(payload, dtype, "bfloat16")
+        return _decode(payload, numel, dtype, "bfloat16")
 
     def size_bytes(self, numel: int) -> int:
         return 2 * numel
@@ -47,7 +48,7 @@ class FP16:
         return _encode(tensor, "float16")
 
     def decode(self, payload: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-        return _decode(payload, dtype, "float16")
+        return _decode(payload, numel, dtype, "float16")
 
     def size_bytes(self, numel: int) -> int:
         return 2 * numel
@@ -59,8 +60,11 @@ def _encode(tensor: Tensor, name: str) -> Tensor:
     return tensor.to(getattr(torch, name)).view(torch.uint8)
 
 
-def _decode(payload: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def _decode(payload: Tensor, numel: int, dtype: torch.dtype, name: str) -> Tensor:
     import torch
 
+    payload = whole(payload, 2 * numel)
+    if payload.storage_offset() % 2:  # a part of a longer message need not be where a number may be
+        payload = payload.clone()
     half: Tensor = payload.view(getattr(torch, name))
     return half.to(dtype)

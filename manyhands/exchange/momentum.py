@@ -11,7 +11,7 @@ selects has no entries that were sent and others that were not. There u is plain
 With ``nesterov``: uᵢ ← m (uᵢ + gᵢ), vᵢ ← vᵢ + uᵢ + gᵢ, as in the authors' code.
 
 Conserved is the sum of *velocities*: Σₜ qᵢ + vᵢ = Σₜ uᵢₜ (``conserves`` is False: it is not the sum of gᵢ, of which each
-counts up to 1/(1−m) times). u and v are linear in g but for the mask, so only their sums over workers matter.
+counts 1/(1−m) times in the end, but for the mask). u and v are linear in g but for that, so only their sums over workers matter.
 """
 
 from __future__ import annotations
@@ -96,6 +96,9 @@ class Momentum:
         return Agreed(agreed.mean, agreed.sent, {"residual": residual, "inner": agreed.state["inner"]})
 
     def flush(self, state: Any, like: Tensors) -> tuple[list[Tensor | None], Any]:
-        """What is owed, to be sent without loss with the next contribution, and the state after that."""
-        held = state["residual"]
-        return list(held["unsent"]), {**state, "residual": {**held, "unsent": zeros(like)}}
+        """What earlier contributions would still bring, v + (m + m² + …) u, to be sent without loss, and the state after that."""
+        held, share = state["residual"], self.momentum / (1.0 - self.momentum)
+        owed: list[Tensor | None] = [
+            v.add(u, alpha=share) for u, v in zip(held["velocity"], held["unsent"], strict=True)
+        ]
+        return owed, {**state, "residual": {"velocity": zeros(like), "unsent": zeros(like)}}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from manyhands.core.checked import checked
 from manyhands.core.config import choice, option
 from manyhands.core.errors import UsageError
-from manyhands.core.names import is_named
+from manyhands.core.names import check_patterns, is_named
 from manyhands.strategy.schedules import Constant, Schedule
 
 if TYPE_CHECKING:
@@ -239,6 +239,7 @@ class Muon:
 
     def __post_init__(self) -> None:
         _check(self, shares=("momentum", "betas"))
+        check_patterns("muon(adamw)", self.adamw)
         if not 1 <= self.ns_steps < 100:
             raise UsageError(f"ns_steps = {self.ns_steps}", "the iteration takes 1 to 99 steps", "5 is usual")
 

@@ -57,8 +57,10 @@ def _torch_class() -> Any:
                         continue
                     direction = param.grad
                     if beta:
-                        kept = self.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
-                        direction = kept.lerp_(param.grad, 1.0 - beta)
+                        state = self.state[param]
+                        if not state:
+                            state["momentum_buffer"] = torch.zeros_like(param)
+                        direction = state["momentum_buffer"].lerp_(param.grad, 1.0 - beta)
                     if group["weight_decay"]:
                         param.mul_(1.0 - lr * group["weight_decay"])
                     param.add_(direction.sign(), alpha=-lr)

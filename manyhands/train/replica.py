@@ -22,6 +22,7 @@ from manyhands.core.errors import ManyhandsError
 from manyhands.core.events import Emit, ignore
 from manyhands.core.membership import SUMS
 from manyhands.core.registry import resolve_target
+from manyhands.exchange.combine import check_names
 from manyhands.train.carried import fetch_s
 from manyhands.train.gradients import refuse_sparse
 from manyhands.train.header import Unsound, Wishes, Work
@@ -112,6 +113,7 @@ class Replica:
         self._skipped_in_a_row = 0
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         refuse_sparse(model)
+        check_names(strategy.exchange, [n for n, _ in model.named_parameters(remove_duplicate=False)])
         for _, param in self.named:  # their gradients are, and fused optimizers go through both alike
             if not param.is_contiguous():
                 param.data = param.detach().contiguous()
