@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from manyhands.data import bytelevel, formats, stream, tokenize
 from manyhands.data.source import DataSpec, SourceFile, Span
@@ -72,6 +72,41 @@ def test_a_special_token_in_the_text_is_the_librarys_affair(library: Any, tmp_pa
     expected = [one.ids for one in library.encode_batch(["plain", text], add_special_tokens=False)]
     assert flat.tolist() == list(itertools.chain(*expected))
     assert counts.tolist() == [len(ids) for ids in expected]
+
+
+def test_numbers_with_gaps_keep_their_type_and_added_tokens_their_bytes(library: Any, tmp_path: Path) -> None:
+    state = json.loads(library.to_str())
+    state["model"]["vocab"]["Ġx"] = 70_000
+    state["model"]["merges"].append(["Ġ", "x"])
+    told = state["added_tokens"][0]
+    for content, special in (("<|user|>", True), ("    ", False)):
+        state["added_tokens"].append(
+            {**told, "id": len(state["model"]["vocab"]) + len(state["added_tokens"]) - 1}
+            | {"content": content, "special": special}
+        )
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokenize.END}))
+    encoder = tokenize.Encoder(tmp_path)
+    assert encoder.vocab_size == 70_001
+    for texts in (["a x", "many x x"], ["one<|user|>two", "if x:\n    y"]):
+        flat, _ = encoder(texts)
+        assert 70_000 in flat
+        expected = [one.ids for one in encoder._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        assert flat.tolist() == list(itertools.chain(*expected))
+        lengths = encoder.byte_lengths()
+        assert lengths is not None
+        spelt = "".join(texts).replace("<|user|>", "")
+        assert lengths[flat].sum() == len(spelt)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_added_tokens_of_a_tokenizer_of_bytes_are_found(special: bool, tmp_path: Path) -> None:
+    tokenize.train("byte", [], tmp_path / "byte")
+    made = Tokenizer.from_file(str(tmp_path / "byte" / "tokenizer.json"))
+    made.add_tokens([AddedToken("<|user|>", special=special)])
+    made.save(str(tmp_path / "byte" / "tokenizer.json"))
+    flat, counts = tokenize.Encoder(tmp_path / "byte")(["a<|user|>b", "c"])
+    assert (flat.tolist(), counts.tolist()) == ([97, 257, 98, 99], [3, 1])
 
 
 def _changed(change: Callable[[dict[str, Any]], None], library: Any) -> Any:

@@ -63,6 +63,8 @@ def identity(path: Path, encoder: Encoder) -> str:
     Padding and truncation, which are not used, do not matter.
     """
     digest = hashlib.sha256(f"{encoder.end_id}/".encode())
+    if encoder.has_gaps:  # of these an early release kept numbers in too small a type
+        digest.update(f"{encoder.vocab_size}/".encode())
     if (path / "tokenizer.json").is_file():
         state = json.loads((path / "tokenizer.json").read_bytes())
         digest.update(json.dumps({**state, "padding": None, "truncation": None}, sort_keys=True).encode())
@@ -182,7 +184,9 @@ class Encoder:
     """Encodes batches of texts with a tokenizer directory.
 
     Attributes:
-        vocab_size: tokens in all.
+        vocab_size: tokens in all, those that no text has among them: one more than the highest, for there may be gaps
+            (in front of added tokens, usually).
+        has_gaps: some numbers below it stand for nothing.
         end_id: the token between documents.
         unknown_id: the token of what is in no other; None where there is none.
         dtype: the smallest unsigned type that holds every token.
@@ -190,13 +194,19 @@ class Encoder:
 
     def __init__(self, directory: Path) -> None:
         self._tokenizer, self.end_id = _load(directory)
-        self.vocab_size = self._tokenizer.get_vocab_size()
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.has_gaps = self.vocab_size > self._tokenizer.get_vocab_size(with_added_tokens=True)
         unknown = getattr(self._tokenizer.model, "unk_token", None)
         self.unknown_id: int | None = (
             self._tokenizer.token_to_id(unknown) if isinstance(unknown, str) else None
         )
         self.dtype: type[np.unsignedinteger[Any]] = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         self._table = self._lookup()
+        self._added = [
+            token.content
+            for token in self._tokenizer.get_added_tokens_decoder().values()
+            if token.content not in (END, UNKNOWN, PAD)
+        ]
         self._words = bytelevel.build(self._tokenizer) if self._table is None else None
 
     def __call__(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -211,7 +221,7 @@ class Encoder:
         return _joined([np.concatenate(each) for each in encoded], self.dtype)
 
     def _encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        if self._table is not None:
+        if self._table is not None and not any(token in text for token in self._added for text in texts):
             return _joined([self._table(text) for text in texts], self.dtype)
         if self._words is not None and self._words.knows(texts):
             flat, counts = self._words(texts)
@@ -221,17 +231,25 @@ class Encoder:
         return _joined([np.array(one.ids, dtype=self.dtype) for one in encoded], self.dtype)
 
     def byte_lengths(self) -> NDArray[np.int64] | None:
-        """UTF-8 bytes of each token, where all but the unknown one (0) stand for a fixed piece of text; None otherwise."""
+        """UTF-8 bytes of each token, where all but the unknown one (0) stand for a fixed piece of text; None otherwise.
+
+        Special tokens stand between texts, other added ones (runs of blanks, usually) for what they spell.
+        """
         state = json.loads(self._tokenizer.to_str())
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        special = {t["content"] for t in state["added_tokens"]}
-        lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+        added = {t["content"]: t for t in state["added_tokens"]}
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
         byte_level = '"ByteLevel"' in json.dumps(state.get("decoder"))
         if not byte_level and (state.get("decoder") or {}).get("type") != "Fuse":
             return None
         for token, number in vocabulary.items():
-            if token not in special:
+            told = added.get(token)
+            if told is None:
                 lengths[number] = len(token) if byte_level else len(token.encode())
+            elif not told["special"]:
+                if told["lstrip"] or told["rstrip"]:  # and blanks beside it, however many
+                    return None
+                lengths[number] = len(token.encode())
         return lengths
 
     def _lookup(self) -> Callable[[str], NDArray[Any]] | None:
