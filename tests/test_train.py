@@ -230,16 +230,19 @@ def test_a_signal_saves_and_the_run_goes_on_later(
     assert sorted(losses(output))[-2:] == [step + 1, step + 2]
 
 
-def test_a_signal_while_evaluating_saves(corpus: Path, tmp_path: Path) -> None:
+def test_what_is_trained_is_saved_before_it_is_scored(corpus: Path, tmp_path: Path) -> None:
+    """So a signal, or anything else, in the last evaluation costs no step."""
     output = tmp_path / "run"
     big = tmp_path / "big.txt"
     big.write_text((corpus / "0.txt").read_text() * 400)
     process = _started(output, "--data", corpus, "--eval-data", big, *TINY, "--steps", 3, "--workers", 2)
     _until(process, "evaluate:")
+    _until(process, "saved ")
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 143, out + err
     assert [p.name for p in output.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert summary(output)["eval"] == {}  # it was not done
 
 
 def test_a_signal_while_preparing_leaves_no_half_shard(tmp_path: Path) -> None:

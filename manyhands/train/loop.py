@@ -104,7 +104,7 @@ class Loop:
                     self._advance()
                 elif not self.closing:
                     self.closing = True
-                    self._set_chores(["meet", "evaluate", "save", "wait"])
+                    self._set_chores(["meet", "save", "evaluate", "wait"])
                 else:
                     return "done"
             except PeerLost as lost:
@@ -143,14 +143,14 @@ class Loop:
             return
         if result.check or (every.check_every and done % every.check_every == 0):
             chores.append("check")
-        if every.eval_every and done % every.eval_every == 0 and done < every.total_steps:
-            chores.append("evaluate")
         if result.save or (every.save_every and done % every.save_every == 0):
             self._save_due = True
         rests = self.replica.at_rest or not self.replica.method.comes_to_rest
         whole = done >= self.division.open_until  # else some have done steps beyond this one
         if self._save_due and rests and whole:
-            chores += ["meet", "save"]
+            chores += ["meet", "save"]  # first: an evaluation that fails takes no step along
+        if every.eval_every and done % every.eval_every == 0 and done < every.total_steps:
+            chores.append("evaluate")
         if result.change:
             chores += ["meet", "change"] if getattr(self.replica.method, "meets_first", False) else ["change"]
         self._set_chores(chores)
