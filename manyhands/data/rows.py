@@ -59,6 +59,11 @@ class TokenRows:
         inputs[inputs == IGNORED] = self._prepared.end_id
         return {"input_ids": torch.from_numpy(inputs), "targets": torch.from_numpy(targets)}
 
+    @property
+    def lacking(self) -> int:
+        """How many targets the last row has less than the others."""
+        return max(0, self._part.stop * self._length - (self._total - 1)) if len(self) else 0
+
     @functools.cached_property
     def bytes_per_target(self) -> float:
         """UTF-8 bytes of text per target of this part; exact for byte-level and character tokens, else the data's mean.

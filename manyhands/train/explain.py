@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from manyhands.core import compute
+from manyhands.data.sample import Order
 from manyhands.train.plan import shares_in_words
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def explain(
     held = len(material.evaluation) if material.evaluation is not None else 0
     model = job.model if job.model != "auto" else material.default_model
     skipped = f", {material.skipped:,} broken rows skipped" if material.skipped else ""
-    target = plan.steps * job.global_batch * material.targets_per_row
+    targets, exact = targets_of(material, job.global_batch, plan.steps)
     kind = {"solo": "one worker", "shared memory": "shared memory", "nccl": "NCCL", "gloo": "gloo"}[
         world.kind
     ]
@@ -90,7 +91,7 @@ def explain(
     rows += [
         (
             "length",
-            f"{plan.steps:,} steps, {target:,} targets",
+            f"{plan.steps:,} steps, {'' if exact else 'at most '}{targets:,} targets",
             origin("steps" if job.epochs is None else "epochs", plan.reasons["steps"]),
         ),
         ("precision", plan.precision, origin("precision", plan.reasons["precision"])),
@@ -104,6 +105,17 @@ def explain(
         ("output", job.output, origin("output")),
     ]
     return [row for row in rows if row[0]]
+
+
+def targets_of(material: Material, global_batch: int, steps: int) -> tuple[int, bool]:
+    """How many targets the rows of `steps` steps have, and whether that is exact: it is not where a part of an epoch may hold
+    the last row of a text, which has fewer.
+    """
+    rows = material.train
+    seen = Order(len(rows), global_batch, seed=0).seen(steps)
+    epochs, rest = divmod(seen, len(rows))
+    lacking = getattr(rows, "lacking", 0)
+    return seen * material.targets_per_row - epochs * lacking, not (rest and lacking)
 
 
 def _strategy_in_words(job: Job) -> str:
