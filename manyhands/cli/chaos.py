@@ -57,7 +57,9 @@ def main(arguments: Sequence[str]) -> int:
     rates = {KINDS[name]: getattr(given, name) for name in HELP if getattr(given, name) is not None}
     faults = schedule(given.chaos_seed, rates or {"kill": 30.0}, until_s=MOST_S)
     output = Path(given.output)
-    job, _ = train.assemble(options.parse(train.parser(), [*base, "--output", str(output / "disturbed")]))
+    job, origins = train.assemble(
+        options.parse(train.parser(), [*base, "--output", str(output / "disturbed")])
+    )
     if job.workers == 1 and any(f.kind in ("kill", "stop") for f in faults):
         raise UsageError("workers = 1", "somebody must be left to go on", "give --workers 2 or more")
     for name in ("disturbed", "undisturbed"):
@@ -76,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
         if code:
             raise WorkerFailed(f"the undisturbed run ended with exit code {code}", "", f"see {plain}/logs")
     options.say("the run with faults:")
-    more = [] if any(word.startswith("--restarts") for word in base) else ["--restarts", "1000000"]
+    more = [] if "restarts" in origins or job.elastic == "off" else ["--restarts", "1000000"]
     code, injected = _train(
         [*base, *more, "--output", str(output / "disturbed")], output / "disturbed", faults
     )

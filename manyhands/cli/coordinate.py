@@ -58,7 +58,17 @@ def main(arguments: Sequence[str]) -> int:
             "without TLS only this machine is served",
             "leave out --plain, or listen on 127.0.0.1",
         )
+    if given.plain and (given.tls_cert or given.tls_key):
+        raise UsageError("--plain with --tls-cert", "a certificate is for TLS", "leave out one of them")
+    if not 0 <= given.replace_s < float("inf"):
+        raise UsageError(f"--replace-s {given.replace_s}", "it is a time in seconds", "")
     job, origins = train.assemble(given)
+    if given.accumulate is not None and job.workers is None:
+        raise UsageError(
+            f"--gradient-accumulation-steps {given.accumulate} without --workers",
+            "the global batch is then a product with the workers, whose number only joining tells",
+            "give --global-batch, or --workers N",
+        )
     output = Path(job.output)
     if not (output / JOURNAL).exists():
         job = placed(job, origins)

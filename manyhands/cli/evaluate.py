@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import sys
@@ -19,7 +20,7 @@ FIELDS = (
     *("launcher", "workers", "device", "threads", "transport", "precision", "cache"),
 )
 
-
+READING = ("format", "encoding", "document", "quoting")
 TRAINING = (  # how the run trained says nothing of how it is scored
     *("strategy", "reproducible", "min_workers", "restarts", "hang_s", "stuck_s", "elastic", "lost_round"),
     *("inner_steps", "on_divergence", "check_every", "balance", "micro_batch"),
@@ -29,6 +30,21 @@ TRAINING = (  # how the run trained says nothing of how it is scored
 
 def _of_scoring(data: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in data.items() if name not in TRAINING}
+
+
+def _check_used(given: argparse.Namespace) -> None:
+    """With data of their own. Raises `UsageError` for an option that would say nothing of them."""
+    if given.data is None:
+        return
+    if given.eval_fraction is not None:
+        raise UsageError(
+            f"--eval-fraction {given.eval_fraction} with --data",
+            "all of the data that are given is scored",
+            "leave out --eval-fraction",
+        )
+    from manyhands.data.source import check_used
+
+    check_used(given.data, {name: getattr(given, name) for name in READING})
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -57,6 +73,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     stack = options.layers(given, FIELDS)
     run = run_of(given.run)
+    _check_used(given)
     with tempfile.TemporaryDirectory(prefix="manyhands-") as scratch:
         own = [(name, _of_scoring(data)) for name, data in resumed_layer([("", {"resume": given.run})])]
         layers = [*own, *stack]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,24 +29,16 @@ def main(arguments: Sequence[str]) -> int:
     p.add_argument(
         "--temperature", type=float, default=0.8, metavar="X", help="0: the likeliest token (default 0.8)"
     )
-    p.add_argument("--top-p", "--top_p", type=float, default=0.95, metavar="X", help="nucleus (default 0.95)")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
-    p.add_argument("--count", type=int, default=1, metavar="N", help="continuations to write (default 1)")
+    p.add_argument("--top-p", "--top_p", type=float, metavar="X", help="nucleus (default 0.95)")
+    p.add_argument("--seed", type=int, metavar="N", help="of the sampling (default 0)")
+    p.add_argument("--count", type=int, metavar="N", help="continuations to write (default 1)")
     p.add_argument(
         "--trust",
         action="store_true",
         help="call the module:function that the checkpoint names as its model's maker",
     )
     given = options.parse(p, arguments)
-    for name, value, least in (("max-new-tokens", given.max_new_tokens, 1), ("count", given.count, 1)):
-        if value < least:
-            raise UsageError(f"--{name} {value}", f"it is at least {least}", "")
-    if given.temperature < 0 or not 0 < given.top_p <= 1:
-        raise UsageError(
-            f"--temperature {given.temperature} --top-p {given.top_p}",
-            "temperature >= 0 and 0 < top-p <= 1",
-            "",
-        )
+    top_p, seed, count = _sampling(given)
     from manyhands.models.build import load_model
     from manyhands.train import checkpoint
     from manyhands.train.generate import continuation
@@ -56,15 +50,36 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError(
             f"{path} holds a {type(model).__name__}", "it does not continue text", "give a language model"
         )
-    for i in range(given.count):
-        rng.seed_torch(given.seed, i)
+    for i in range(count):
+        rng.seed_torch(seed, i)
         text = continuation(
             model,
             path,
             given.prompt,
             new_tokens=given.max_new_tokens,
             temperature=given.temperature,
-            top_p=given.top_p,
+            top_p=top_p,
         )
         options.say(given.prompt + text)
     return 0
+
+
+def _sampling(given: argparse.Namespace) -> tuple[float, int, int]:
+    """(top-p, seed, count). Raises `UsageError`."""
+    for name, value in (("max-new-tokens", given.max_new_tokens), ("count", given.count)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}", "it is at least 1", "")
+    if not 0 <= given.temperature < math.inf:
+        raise UsageError(f"--temperature {given.temperature}", "it is at least 0, and finite", "")
+    if given.top_p is not None and not 0 < given.top_p <= 1:
+        raise UsageError(f"--top-p {given.top_p}", "it is a share: above 0, at most 1", "")
+    if given.temperature == 0:
+        for name in ("top-p", "seed", "count"):
+            if (value := getattr(given, name.replace("-", "_"))) is not None:
+                raise UsageError(
+                    f"--{name} {value} with --temperature 0",
+                    "the likeliest token is taken each time: nothing is drawn, and all continuations are the same",
+                    f"leave out --{name}, or give a temperature above 0",
+                )
+    top_p = 0.95 if given.top_p is None else given.top_p
+    return top_p, given.seed or 0, given.count or 1

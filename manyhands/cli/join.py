@@ -30,6 +30,13 @@ def main(arguments: Sequence[str]) -> int:
     began = ""  # where the job was started, if that is on this machine
     logs = None if given.output is None else Path(given.output).absolute()
     if contact.exists():  # on the same machine
+        for option in ("token_file", "fingerprint"):
+            if (value := getattr(given, option)) is not None:
+                raise UsageError(
+                    f"--{option.replace('_', '-')} {value} with {given.job}",
+                    f"{contact} says how to reach that job",
+                    "leave it out, or give HOST:PORT",
+                )
         found = json.loads(contact.read_text(encoding="utf-8"))
         address, token_file, fingerprint = (found[n] for n in ("address", "token_file", "fingerprint"))
         began = found.get("directory", "")
@@ -66,7 +73,14 @@ def main(arguments: Sequence[str]) -> int:
     restarts = given.restarts if given.restarts is not None else job.restarts
     elastic = Elastic(restarts=restarts, hang_s=job.hang_s, warm=WARM)
     print(f"manyhands: {workers} workers join {address}; logs: {output}/logs", file=sys.stderr, flush=True)
-    threads = 1 if job.reproducible else given.threads
+    if job.reproducible and given.threads not in (None, 1):
+        raise UsageError(
+            f"--threads {given.threads} for a reproducible job",
+            "the order of additions inside a kernel depends on how many threads there are: each worker has one",
+            "leave out --threads",
+        )
+    threads = 1 if job.reproducible else given.threads or job.threads
+    argument = dataclasses.replace(order, job=dataclasses.replace(job, threads=threads)).to_json()
     return launch(
         ENTRY, argument, workers=workers, output=output, threads=threads, elastic=elastic, remote=remote
     )
@@ -102,7 +116,10 @@ def _parser() -> options.Parser:
     )
     p.add_argument("--workers", type=int, metavar="N", help="default: one per core or GPU")
     p.add_argument(
-        "--threads", type=int, metavar="N", help="of each worker; default: the cores divided among them"
+        "--threads",
+        type=int,
+        metavar="N",
+        help="of each worker; default: the job's, else the cores divided among them",
     )
     p.add_argument(
         "--restarts", type=int, metavar="N", help="replacements for each lost worker; default: the job's"

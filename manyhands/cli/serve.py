@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -28,8 +29,11 @@ def main(arguments: Sequence[str]) -> int:
     from manyhands.placement.served import local
     from manyhands.serve.server import Server
 
+    state = Path(given.state) if given.state else None
+    plain = given.plain or given.listen.startswith("unix:")
+    _check_used(given, kept=state is not None, plain=plain)
     for name in ("interval", "lease"):
-        if not getattr(given, name) > 0:
+        if getattr(given, name) is not None and not 0 < getattr(given, name) < float("inf"):
             raise UsageError(f"--{name} {getattr(given, name)}", "it is a positive time in seconds", "")
     if given.threads < 1:
         raise UsageError(f"--threads {given.threads}", "it is at least 1", "")
@@ -40,15 +44,13 @@ def main(arguments: Sequence[str]) -> int:
             "leave out --plain, or listen on 127.0.0.1",
         )
     torch.set_num_threads(given.threads)
-    state = Path(given.state) if given.state else None
-    plain = given.plain or given.listen.startswith("unix:")
     server = Server(
         listen=given.listen,
         token=token_in(given.token_file),
         identity=None if plain else known_identity(given, state),
         state=state,
-        durability=given.durability,
-        interval_s=given.interval,
+        durability=given.durability or "each",
+        interval_s=given.interval or 60.0,
         lease_s=given.lease,
         log=_log,
     )
@@ -68,6 +70,22 @@ def main(arguments: Sequence[str]) -> int:
     server.stop()
     _log("stopped" + (f"; {state} has the state" if state else ""))
     return 0
+
+
+def _check_used(given: argparse.Namespace, *, kept: bool, plain: bool) -> None:
+    """Raises `UsageError` for an option that would do nothing."""
+    for name in ("durability", "interval"):
+        if getattr(given, name) is not None and not kept:
+            raise UsageError(
+                f"--{name} {getattr(given, name)} without --state",
+                "nothing is kept anywhere then",
+                f"give --state DIR, or leave out --{name}",
+            )
+    if plain and (given.tls_cert or given.tls_key):
+        what = "--plain" if given.plain else f"--listen {given.listen}"
+        raise UsageError(
+            f"{what} with --tls-cert", "a certificate is for TLS, which is not used", "leave out one of them"
+        )
 
 
 def _parser() -> options.Parser:
@@ -96,11 +114,10 @@ def _parser() -> options.Parser:
     p.add_argument(
         "--durability",
         choices=("each", "synced", "interval"),
-        default="each",
         help="what survives the server's death: each acknowledged push; also after a loss of power (synced); "
         "the last snapshot (interval) (default each)",
     )
-    p.add_argument("--interval", type=float, default=60.0, metavar="S", help="between snapshots (default 60)")
+    p.add_argument("--interval", type=float, metavar="S", help="between snapshots (default 60)")
     p.add_argument(
         "--lease",
         type=float,

@@ -50,7 +50,7 @@ def assemble(given: argparse.Namespace) -> tuple[Job, config.Origins]:
     names = [f.name for f in dataclasses.fields(Job)]
     lines = options.layers(given, names)
     if given.bf16 or given.fp16:
-        if given.precision is not None or (given.bf16 and given.fp16):
+        if any("precision" in data for _, data in lines) or (given.bf16 and given.fp16):
             raise UsageError("precision is given twice", "it is said once", "leave out --bf16 and --fp16")
         lines.append(("--bf16", {"precision": "bf16"}) if given.bf16 else ("--fp16", {"precision": "fp16"}))
     file: list[tuple[str, Mapping[str, Any]]] = []
@@ -59,6 +59,12 @@ def assemble(given: argparse.Namespace) -> tuple[Job, config.Origins]:
     stack = continued([*file, *lines])
     below = [*lowest_layers(stack), *stack[: len(file)]]
     job, origins = config.assemble(Job, told_once(below, stack[len(file) :]))
+    if job.eval_data and job.eval_fraction and origins.get("eval_fraction", "").startswith("--"):
+        raise UsageError(  # also of the default, which the job itself lets pass: a run's config.toml has it
+            f"eval_fraction = {job.eval_fraction} with eval_data",
+            "held-out rows come from one of them",
+            "leave out --eval-fraction",
+        )
     if given.accumulate is not None:
         twice = origins.get("global_batch", "").startswith(("--global-batch", "--set "))
         if twice or job.device_batch is None:

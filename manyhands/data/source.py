@@ -6,12 +6,14 @@ the number of processes, so the prepared stream is the same for any number of th
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -119,6 +121,54 @@ class Span:
 
 
 Piece = tuple[Span, ...]
+
+
+# option -> the formats that it says nothing of, and why
+_COLUMNS = {"jsonl", "json", "parquet", "arrow", "hf"}
+_SILENT: dict[str, tuple[set[str], str]] = {
+    "format": ({"hf"}, "a Hugging Face data set knows its own form"),
+    "encoding": ({"parquet", "arrow", "hf"}, "they say themselves how their text is encoded"),
+    "document": ({*_COLUMNS, "csv", "tsv"}, "only of plain text it is a question what a document is"),
+    "quoting": ({*_COLUMNS, "text"}, "only CSV and TSV have quotes that may hold a delimiter"),
+    "text": ({"text"}, "plain text has no columns"),
+}
+_USUAL = {"format": "auto", "encoding": "utf-8", "document": "file", "quoting": "auto", "text": "text"}
+
+
+def check_used(data: Sequence[str], given: Mapping[str, str | None]) -> None:
+    """Options that would be read and do nothing: of these data none has what they speak of.
+
+    Args:
+        given: values of "format", "encoding", "document", "quoting" or "text" (column); None, and the default, says nothing.
+
+    Raises:
+        UsageError: such an option. DataError: a name matches nothing.
+    """
+    said = {name: value for name, value in given.items() if value is not None and value != _USUAL[name]}
+    with contextlib.suppress(LookupError):
+        if codecs.lookup(said.get("encoding", "")).name == "utf-8":
+            del said["encoding"]
+    if not said:
+        return
+    kinds = _kinds(data, said.get("format", "auto"))
+    for name, value in said.items():
+        silent, rule = _SILENT[name]
+        if kinds <= silent:
+            what = f"{name} = {value!r} with data of {', '.join(sorted(kinds))} alone"
+            raise UsageError(what, rule, f"leave out {name}")
+
+
+def _kinds(data: Sequence[str], given: str) -> set[str]:
+    """The formats of data, by their names alone."""
+    found: set[str] = set()
+    for name in data:
+        if name.startswith("hf:"):
+            found.add("hf")
+        elif given != "auto":
+            found.add(given)
+        else:
+            found.update(SUFFIXES.get(_suffixes(path)[0], "text") for path in _expand(name)[1])
+    return found
 
 
 def find_files(spec: DataSpec, cache: Path) -> list[SourceFile]:

@@ -24,10 +24,16 @@ def sample(loop: Loop, job: Job, material: Material, interrupts: Interrupts, emi
     from manyhands.train.generate import continuation
 
     model = loop.replica.model
-    if getattr(loop.replica.method, "share", None) is not None:  # no worker computes alone
+    if not job.needs.continues or job.prompt == "":
         return
-    generates = getattr(model, "can_generate", lambda: False)()  # Transformers' own, not any `generate`
-    if not job.needs.continues or job.prompt == "" or not generates:
+    why = ""
+    if getattr(loop.replica.method, "share", None) is not None:
+        why = "several workers compute one forward pass; manyhands generate continues a prompt"
+    elif not getattr(model, "can_generate", lambda: False)():  # Transformers' own, not any `generate`
+        why = f"a {type(model).__name__} does not generate as Transformers' models do"
+    if why:
+        if job.prompt is not None and loop.world.rank == 0:  # somebody has asked for one
+            emit(Warned(message=f"no sample: {why}", where="generate"))
         return
     prompt = job.prompt if job.prompt is not None else material.default_prompt
     with loop.replica.agreed():

@@ -318,6 +318,12 @@ class Job:
                 "a micro-batch is a part of the global batch",
                 f"give micro_batch <= {self.global_batch}",
             )
+        if self.micro_batch is not None and self.micro_batch > (self.device_batch or self.micro_batch):
+            raise UsageError(
+                f"micro_batch = {self.micro_batch} with device_batch = {self.device_batch}",
+                "a micro-batch is computed in one forward pass",
+                "give a smaller --micro-batch, or leave it out",
+            )
         if self.shares is not None:
             if self.workers is not None and len(self.shares) != self.workers:
                 raise UsageError(

@@ -110,6 +110,7 @@ def prepare_job(job: Job, *, processes: int, emit: Emit = ignore) -> tuple[Prepa
 
     cache = cache_directory(job)
     spec = tokenizer_for(job)
+    _check_used(job)
     train = prepare(data_spec(job, job.data, spec), cache=cache, processes=processes, emit=emit)
     held_out = None
     if job.eval_data:
@@ -117,6 +118,16 @@ def prepare_job(job: Job, *, processes: int, emit: Emit = ignore) -> tuple[Prepa
             data_spec(job, job.eval_data, str(train.tokenizer)), cache=cache, processes=processes, emit=emit
         )
     return train, held_out
+
+
+def _check_used(job: Job) -> None:
+    """Data options that speak of none of the data. Raises `UsageError`."""
+    from manyhands.data.source import check_used
+
+    given = {name: getattr(job, name) for name in ("format", "encoding", "document", "quoting")}
+    if not job.needs.labelled:  # else text without columns is refused where it is read
+        given["text"] = getattr(job.task, "text", "text")
+    check_used((*job.data, *job.eval_data), given)
 
 
 def gather_material(job: Job, world: World, emit: Emit, *, labels: Sequence[str] | None = None) -> Material:

@@ -94,9 +94,12 @@ def derive(job: Job, facts: Facts) -> Plan:
             "give --precision bf16, or leave out --residual",
         )
     one_pass = not (facts.draws_random or job.reproducible)
-    micro = job.micro_batch or min(job.global_batch, unit_rows(job.global_batch, one_pass=one_pass))
+    unit = min(job.global_batch, unit_rows(job.global_batch, one_pass=one_pass))
+    micro = job.micro_batch or min(unit, job.device_batch or unit)
     if job.micro_batch:
         reasons["micro_batch"] = "given"
+    elif micro < unit:
+        reasons["micro_batch"] = "one is a forward pass, of at most device_batch rows"
     elif one_pass:
         reasons["micro_batch"] = "nothing in a forward pass is random: any number of rows may share one"
     else:
@@ -114,6 +117,8 @@ def derive(job: Job, facts: Facts) -> Plan:
     weights = job.shares or (1.0,) * facts.world_size
     balance, reasons["balance"] = _balance(job, facts)
     device_batch, reasons["device_batch"] = _device_batch(job, facts)
+    if device_batch < micro:
+        device_batch, reasons["device_batch"] = micro, "one micro-batch, which is not cut"
     compiled, reasons["compile"] = _compile(job, facts, steps)
     return Plan(
         steps=steps,
