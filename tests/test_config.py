@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyhands.cadence.every import EveryStep
@@ -47,6 +47,7 @@ exchanges = st.one_of(
 strategies = st.builds(Strategy, exchange=exchanges, outer=optimizers, cadence=st.just(EveryStep()))
 
 
+@settings(deadline=None)  # the first example imports
 @given(strategy=strategies)
 def test_a_strategy_survives_every_spelling(
     strategy: Strategy, tmp_path_factory: pytest.TempPathFactory

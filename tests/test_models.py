@@ -414,6 +414,16 @@ def test_the_tutorial_classifier_is_remade_without_trust(tmp_path: Path) -> None
     save_model(model, tmp_path)
     assert same(load_model(tmp_path), model)
     assert same(make(str(tmp_path), "classify"), model)
+    sizes: dict[str, int] = {"vocab_size": 50, "seq_len": 16, "n_labels": 2}
+    two = build("tutorial(width=12)", task="classify", **sizes)
+    save_model(two, tmp_path / "two")
+    assert same(build(str(tmp_path / "two"), task="classify", **sizes), two)
+    for name, value, words in (
+        ("vocab_size", 51, "made for 50 tokens"),
+        ("n_labels", 3, "made for 2 classes"),
+    ):
+        with pytest.raises(ModelError, match=words):
+            build(str(tmp_path / "two"), task="classify", **{**sizes, name: value})
     with pytest.raises(UsageError, match="loaded as it was made"):
         make(f"{tmp_path}(width=3)", "classify")
 

@@ -25,7 +25,15 @@ from manyhands.core.errors import ModelError, UsageError, nearest
 from manyhands.core.needs import needs_of
 from manyhands.models import custom, store
 from manyhands.models.describe import Description, describe, draws_random
-from manyhands.models.fit import Fit, check_fit, check_keys, check_loaded, check_padding, special_tokens
+from manyhands.models.fit import (
+    Fit,
+    check_fit,
+    check_keys,
+    check_loaded,
+    check_padding,
+    check_recipe,
+    special_tokens,
+)
 from manyhands.models.presets import Preset
 from manyhands.models.store import load_model, load_weights, save_model
 
@@ -178,6 +186,7 @@ def _from_directory(path: Path, changes: dict[str, Any], fit: Fit) -> nn.Module:
                 "it is loaded as it was made",
                 "leave them out",
             )
+        check_recipe(store.read_config(path)["manyhands"].get("arguments") or {}, fit, str(path))
         return load_model(path)
     with _as_model_error(f"{path}"):
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)

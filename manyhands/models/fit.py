@@ -61,6 +61,23 @@ def check_fit(config: Any, fit: Fit, name: str) -> None:
         )
 
 
+def check_recipe(arguments: Mapping[str, Any], fit: Fit, name: str) -> None:
+    """The same of a saved model of another kind, as far as what it was made with tells."""
+    vocab, labels = arguments.get("vocab_size"), arguments.get("n_labels")
+    if isinstance(vocab, int) and vocab < fit.vocab_size:
+        raise ModelError(
+            f"{name} was made for {vocab:,} tokens, the tokenizer has {fit.vocab_size:,}",
+            "each token needs a row of the embedding",
+            f"use its own tokenizer (--tokenizer {name}), or a fresh model",
+        )
+    if isinstance(labels, int) and fit.n_labels is not None and labels != fit.n_labels:
+        raise ModelError(
+            f"{name} was made for {labels} classes, the data have {fit.n_labels}",
+            "a saved model is loaded as it was made",
+            "correct the label column, or train a fresh model",
+        )
+
+
 def check_loaded(model: Any, loading: Mapping[str, Any], path: Path, fit: Fit) -> None:
     """Only a classifier's head (and a pooler) may be fresh in a loaded model."""
     missing = sorted(loading.get("missing_keys", ()))
