@@ -70,10 +70,10 @@ class State:
         """A worker (re)connects; `holding` is the epoch that it takes part in. Raises `Refused`."""
         member = self.members.get(seat.id)
         anew = self.epoch is None and holding is not None and holding.number <= self.number
+        self.coming.came(seat.id, now)
         if anew and self.ended is None:  # nor does the job depend on what becomes of it
             self.lose(seat.id, how="left", detail="it took part before the job began anew", now=now)
         judge.admit(seat, member, self.gone.get(seat.id), version=version, ended=self.ended, anew=anew)
-        self.coming.came(seat.id, now)
         if self.rules.shared and (refusal := judge.apart(seat, self.members.values())) is not None:
             self.order = [id for id in self.order if id != seat.id]  # the first epoch does not wait for it
             raise refusal

@@ -109,7 +109,8 @@ class Crew:
             mine["MANYHANDS_PASS_ROWS"] = str(self._pass_rows[rank])
         if self.control is not None or rank == 0:  # any worker may become the first
             mine["MANYHANDS_CONSOLE"] = str(self.console)
-        begin = log.stat().st_size if log.exists() else 0
+        log = place.writable(log)
+        begin = log.stat().st_size
         process = self._nursery.wake(mine, log) if self._nursery is not None else None
         if process is None:
             with log.open("ab") as sink:
@@ -245,7 +246,7 @@ class Crew:
             _, worker, detail, then = held
             worker.survived, worker._end = True, dataclasses.replace(worker.end(), survived=True)
             if "takes its place" in then:
-                self.start(worker.rank, self._variables[worker.rank], worker.generation + 1)
+                then = self._replace(worker) or then
             self._known[worker.id] = (detail, then)
             self._clear(worker)
             if self._without:  # who else would say it
@@ -255,6 +256,17 @@ class Crew:
                     flush=True,
                 )
             self._say_lost(worker)
+
+    def _replace(self, worker: Worker) -> str:
+        """Start its successor; why that cannot be: the others go on all the same."""
+        assert self.control is not None
+        try:
+            self.start(worker.rank, self._variables[worker.rank], worker.generation + 1)
+        except OSError as error:  # no memory, no process
+            successor = self.name(worker.rank, worker.generation + 1)
+            self.control.lost(successor, how="failed", detail=f"it cannot be started: {error}")
+            return f"{successor} cannot be started: {error}"
+        return ""
 
     def _succession(self, worker: Worker, hopeless: bool, starved: bool) -> str:
         """Whether it gets a successor, which is then expected; in words. `starved`: it was killed for memory."""

@@ -59,7 +59,10 @@ class Nursery:
         now = time.monotonic()
         self._since_s = self._since_s or now
         if now >= self._again_s and (urgent or now - self._since_s >= after_s) and affordable():
-            self._make(variables, urgent=urgent)
+            try:
+                self._make(variables, urgent=urgent)
+            except OSError:  # no memory, no process: the job goes on without
+                self._again_s = now + self._wait_s
 
     def wake(self, variables: Mapping[str, str], log: Path) -> Process | None:
         """A worker with these variables, writing to `log`; None: there is nothing to make it from."""
@@ -89,7 +92,7 @@ class Nursery:
             variables,
             flags=place.flags(),
             files=self._files,
-            log=self._log,
+            log=place.writable(self._log),
             urgent=urgent,
             forks=can_fork(),
         )

@@ -57,6 +57,16 @@ def make_logs(output: Path, *, keep: bool = False) -> Path:
     return logs
 
 
+def writable(log: Path) -> Path:
+    """This log, made where it is absent; or nowhere, where it cannot be (somebody has removed the directory, the disk is full)."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.open("ab").close()
+    except OSError:
+        return Path(os.devnull)
+    return log
+
+
 @contextlib.contextmanager
 def scratch() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A private directory, and the process that clears up should this one be killed."""

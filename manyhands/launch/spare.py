@@ -119,17 +119,23 @@ class Spare:
         line, self._lifeline = os.pipe()  # never written to: it breaks when the launcher ends
         keep_from_forks(self._lifeline)
         words = [entry, "0" if urgent else str(NICE), str(line) if forks else "", *modules]
-        with log.open("ab") as sink:
-            self.process = subprocess.Popen(
-                [sys.executable, *flags, "-c", BOOT, os.pathsep.join(sys.path), *words],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=sink,
-                env=dict(variables),
-                pass_fds=[*files, line],
-                start_new_session=True,
-            )
-        os.close(line)
+        try:
+            with log.open("ab") as sink:
+                self.process = subprocess.Popen(
+                    [sys.executable, *flags, "-c", BOOT, os.pathsep.join(sys.path), *words],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=sink,
+                    env=dict(variables),
+                    pass_fds=[*files, line],
+                    start_new_session=True,
+                )
+        except OSError:
+            forget_fork(self._lifeline)
+            os.close(self._lifeline)
+            raise
+        finally:
+            os.close(line)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self._orders, self._answers = self.process.stdin.fileno(), self.process.stdout.fileno()
