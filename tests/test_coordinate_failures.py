@@ -192,6 +192,16 @@ def test_a_job_whose_state_nobody_holds_has_ended() -> None:
     assert "holds the job's state" in play.state.ended[1]
 
 
+def test_whoever_waits_for_others_when_the_job_is_to_stop_goes_on_alone_and_saves() -> None:
+    play = Play("w0", "w1", min_workers=2)
+    play.state.expect(["w1-1"], play.now)
+    play.state.lose("w1", how="death", detail="SIGKILL", now=play.now)
+    play.ready("w0")
+    assert play.epoch.number == 1
+    play.state.stop(play.now)
+    assert ids(play.epoch) == ["w0"]
+
+
 def test_losses_while_stopping_are_no_failure() -> None:
     play = Play("w0", "w1")
     play.state.stop(play.now)

@@ -98,6 +98,7 @@ def test_a_reason_that_does_not_come_is_not_awaited() -> None:
     (lost,) = play.happenings("lost")
     assert lost.loss is not None
     assert "it has not come back" in lost.loss.detail
+    assert [happening.seat_id for happening in play.happenings("evict")] == ["w1"]  # should it run still
 
 
 def test_who_comes_back_in_time_is_in_the_epoch_still() -> None:

@@ -18,6 +18,7 @@ from runs import TINY, command, environment, events
 from manyhands.cli.main import main
 from manyhands.coordinate.server import Coordinator
 from manyhands.core import tls
+from manyhands.core.errors import ManyhandsError
 from manyhands.launch import control, local
 from manyhands.launch.chaos import workers_of
 from manyhands.launch.control import CONTACT
@@ -273,6 +274,20 @@ def test_who_comes_when_the_job_is_done_has_nothing_to_do(
     assert main(["join", coordinator.address, "--token-file", str(tmp_path / "token")]) == 0
     assert "the job is done" in capfd.readouterr().err
     coordinator.stop()
+
+
+def test_a_job_whose_coordinator_goes_before_it_has_begun_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coordinator = Coordinator(token="a token of the tests, long enough")
+    coordinator.start()
+    tls.private(tmp_path / "token", b"a token of the tests, long enough")
+    told = control.Joined(control.Remote(address=coordinator.address, token_file=str(tmp_path / "token")))
+    coordinator.stop()  # killed: it says nothing
+    monkeypatch.setattr(control, "REACH_S", 0.1)
+    with pytest.raises(ManyhandsError, match="cannot be reached"):
+        told.fact("job", "order")
+    told.close()
 
 
 def test_a_coordinator_that_nobody_joins_ends_at_once(tmp_path: Path, start: Start) -> None:
