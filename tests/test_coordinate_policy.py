@@ -165,7 +165,7 @@ def test_a_newcomer_that_waits_ends_a_long_step_where_that_costs_nobodys_work() 
     assert over["losses"] == []
     play.ready("w1", "w0")
     assert ids(play.epoch) == ["w0", "w1", "n"]
-    assert play.state._suspicions == []
+    assert play.state._suspicions.rounds == []
     play.step(5, "w0", "w1", phase=SUMS)
     play.wait(2 * judge.ENTER_S)
     play.beat()

@@ -6,6 +6,7 @@ import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from runs import TINY, events, summary
 from manyhands.core.errors import ManyhandsError
 from manyhands.launch.chaos import Chaos, Fault, flip
 from manyhands.train.division import remaining, spans_of
+from manyhands.train.job import Job as Options
 from manyhands.train.standing import Position, conclude
 from manyhands.train.tally import LOSS_STEPS
+from manyhands.train.worker import _Run
 
 
 def test_survivors_finish_the_same_steps_to_the_bit(corpus: Path, tmp_path: Path) -> None:
@@ -42,6 +45,28 @@ def test_survivors_finish_the_same_steps_to_the_bit(corpus: Path, tmp_path: Path
     assert "every sample once" in warm.manyhands("ledger", killed)
     evaluations = [[e["step"] for e in events(run, "evaluated")] for run in (quiet, killed)]
     assert evaluations[0] == evaluations[1]
+
+
+def test_the_first_rank_has_summed_up_before_it_says_that_it_has_nothing_left_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its failure in that would be told to nobody who could fail the job."""
+    said: list[str] = []
+    run = _Run.__new__(_Run)
+    run.job, run.parts, run.world_sizes, run.started = (
+        Options(),
+        SimpleNamespace(facts=0, plan=0, material=0),
+        [2],
+        0.0,
+    )
+    run.crew = SimpleNamespace(membership=SimpleNamespace(leave=said.append))
+    run.output, run.emit = tmp_path, lambda event: None
+    monkeypatch.setattr("manyhands.train.summary.summarize", lambda *args, **options: {})
+    for rank, told in ((0, ["summed up", "done"]), (1, ["done"])):
+        monkeypatch.setattr("manyhands.train.ending.tell", lambda *args: said.append("summed up") or {})
+        run._finish(SimpleNamespace(world=SimpleNamespace(rank=rank)), "done", collective=True)
+        assert said == told
+        said.clear()
 
 
 def test_a_replacement_gets_the_state_from_a_peer(corpus: Path, tmp_path: Path) -> None:

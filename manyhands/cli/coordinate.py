@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 JOURNAL = "coordinator.jsonl"  # in the output directory
 LINGER_S = 2.0  # so that everybody hears how the job ended
+AS_GIVEN = "the job goes on as it was given; of this command only where to listen and --replace-s count"
 STOP_S = 600.0  # for the workers to save, after a signal
 
 
@@ -99,12 +100,15 @@ def _coordinate(
     if before is None:
         make_fresh(output, job.resume, job.sinks)
     listen, awaited = given.listen, job
+    if (
+        before is not None and listen == default_listen
+    ):  # where its workers look for us, to go on or to be turned away
+        listen = _address_of(output / CONTACT) or listen
     if before is not None and job.resume is not None and not auto:
         _log("the job begins anew from its checkpoint; whoever still runs it is turned away")
-    elif before is not None and "order" in before:  # its workers know an address and rules
-        _log("the job goes on as it was given; of this command only where to listen and --replace-s count")
+    elif before is not None and "order" in before:  # its workers know its rules
+        _log("the job had not ended: its workers are awaited" if auto else AS_GIVEN)
         awaited = Order.from_json(before["order"]).job
-        listen = _address_of(output / CONTACT) or listen if listen == default_listen else listen
     token_file = given.token_file or str(output / "coordinator.token")
     asked: list[int] = []
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -132,7 +136,9 @@ def _coordinate(
         return served
 
     coordinator = serve(awaited, calling=auto and before is not None)
-    if auto and before is not None and not _called_back(coordinator, asked):
+    if auto and before is not None and _called_back(coordinator, asked):
+        _log(AS_GIVEN)
+    elif auto and before is not None:
         _log("none of its workers has come back: the job begins anew from its checkpoint, where it has one")
         coordinator.stop()
         unfinished(journal, end=True)

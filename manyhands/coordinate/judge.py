@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from manyhands.coordinate.messages import VERSION, Refused
@@ -10,14 +9,13 @@ from manyhands.coordinate.words import BEGINNING, Member, Rules
 from manyhands.core.membership import SUMS, Epoch, Loss, Seat
 
 ENTER_S = 1.5  # for a newcomer to wait for the end of a step; to re-form costs about half a second
-SUSPICIONS = 3  # epochs that end by suspicion, one after the other without a step, until somebody is evicted
 PATIENCE = 5  # times the longest step so far, before a worker counts as stuck
-UNNAMED = 6  # the same where nobody is suspected by name: the job fails
 SLOW = frozenset(
     {"start", "prepare", "build", "compile", "fetch", "evaluate", "generate", "save", "finish"}
 )  # phases that may take long: who stands still in one is not stuck, for so many times as long:
 SLOWLY = 6
 RETURN_S = 3.0  # for workers to find a coordinator that is back, however soon silence counts as a hang
+BEFORE = "it took part before the job began anew"
 GUESS = frozenset({"prepare", "build"})  # before the first step nobody knows how long these may take
 
 
@@ -163,21 +161,6 @@ def still(member: Member, now: float) -> str:
     return f"its main thread has stood still{where} for {now - member.moved_s:.0f} s"
 
 
-def most_suspected(
-    rounds: Sequence[Mapping[str, str]], members: Mapping[str, Member], epoch: Epoch | None
-) -> str | None:
-    """The id of the member that is most often the reason of failed collectives, once there are enough of them.
-
-    Args:
-        rounds: of each failed epoch since the last step: who suspected whom ("": nobody by name).
-    """
-    blamed = Counter(name for found in rounds for name in found.values() if name in members)
-    if len(rounds) < SUSPICIONS or not blamed or epoch is None:
-        return None
-    ranks = {seat.id: rank for rank, seat in enumerate(epoch.seats)}
-    return max(blamed, key=lambda id: (blamed[id], ranks.get(id, -1)))
-
-
 def finished(
     members: Iterable[Member], gone: Mapping[str, Loss], epoch: Epoch | None
 ) -> tuple[str, int] | None:
@@ -220,11 +203,3 @@ def shortage(alive: int, rules: Rules, gone: Sequence[Loss] = (), *, stateless: 
             "the job had not made its first step: see the logs of those that were lost, and start it again"
         )
     return f"{value}. {rule}. {remedy}"
-
-
-def unreachable(times: int, detail: str) -> str:
-    """That nobody in particular is to blame for collectives that fail."""
-    return (
-        f"collectives failed {times} times in a row: {detail}. The workers are alive, but cannot reach each other. "
-        "See to the network between them"
-    )

@@ -11,9 +11,9 @@ any clock in seconds that does not jump (`shift` moves it on where the whole mac
    back after `BACK_S`.
 3. A ready newcomer, or a member that wants to leave, is announced (`wanted`); the members end the epoch at a step of theirs.
    A newcomer that has waited for `judge.ENTER_S` ends it in the middle of a step where that costs nobody's work.
-4. A worker unheard of for `hang_s` is evicted. So is one that stands still for `stuck_s` (or five times the longest step,
-   if that is more) while the others passed it or wait for it, or, where all stand still, the one that did so first; in a
-   phase that may take long (evaluate, save, compile, …) six times as long. One that is started and says nothing: `arrivals`.
+4. A worker unheard of for `hang_s` is evicted, as is one that is started and says nothing (`arrivals`). So is one that stands
+   still for `stuck_s` (or five times the longest step, if that is more) while the others passed it or wait for it, or, where all
+   stand still, the one that did so first; in a phase that may take long (evaluate, save, compile, …) six times as long.
 5. A step that `faults` workers die of by themselves (or `kills` of any cause) fails the job, as does a collective that
    cannot be completed again and again without anybody to blame; else whoever is suspected most is evicted.
 6. Where fewer than `min_workers` are alive and no replacement comes, or nobody is left who holds the state, it fails.
@@ -28,6 +28,7 @@ from typing import Any
 from manyhands.coordinate import judge
 from manyhands.coordinate.arrivals import Arrivals
 from manyhands.coordinate.messages import FACTS, Garbage, epoch_to
+from manyhands.coordinate.suspicions import Suspicions
 from manyhands.coordinate.words import Happening, Member, Note, Rules, Say
 from manyhands.core.membership import Epoch, Loss, Seat
 
@@ -61,7 +62,7 @@ class State:
     _top_s: float | None = None  # when it was reached; before: when the first epoch began
     _longest_s: float = 0.0  # between two steps
     _since_step: list[Loss] = field(default_factory=list)
-    _suspicions: list[dict[str, str]] = field(default_factory=list)  # of each epoch since the last step
+    _suspicions: Suspicions = field(default_factory=Suspicions)
     _short_s: float | None = None
 
     # -- from workers
@@ -71,8 +72,8 @@ class State:
         member = self.members.get(seat.id)
         anew = self.epoch is None and holding is not None and holding.number <= self.number
         self.coming.came(seat.id, now)
-        if anew and self.ended is None:  # nor does the job depend on what becomes of it
-            self.lose(seat.id, how="left", detail="it took part before the job began anew", now=now)
+        if anew and self.ended is None:  # the job does not depend on what becomes of it
+            self.lose(seat.id, how="left", detail=judge.BEFORE, now=now)
         judge.admit(seat, member, self.gone.get(seat.id), version=version, ended=self.ended, anew=anew)
         if self.rules.shared and (refusal := judge.apart(seat, self.members.values())) is not None:
             self.order = [id for id in self.order if id != seat.id]  # the first epoch does not wait for it
@@ -124,11 +125,14 @@ class State:
         name = current.seats[rank].id if known and rank is not None else ""
         if not self.over:
             self.over = True
-            self._suspicions.append({})
+            self._suspicions.begin()
             self._tell_over(self._living())
-        if self._suspicions and id not in self._suspicions[-1]:
-            self._suspicions[-1][id] = name
-        self._judge(detail, now)
+        self._suspicions.add(id, name)
+        worst, words = self._suspicions.verdict(self.members, self.epoch, detail)
+        if worst is not None:
+            self._evict(worst, words, now)
+        elif words:
+            self.end(words)
 
     def leaving(self, id: str, *, detail: str, now: float) -> None:
         """It will end in an orderly way; "done": because the job is done."""
@@ -247,10 +251,9 @@ class State:
         """What time brings about; to be called some times a second."""
         if self.ended is not None:
             return
-        for id, since in list(self._unexplained.items()):
-            if now - since >= EXPLAIN_S:
-                self._explain(id, now)
-                self._form(now)
+        for id in [id for id, since in self._unexplained.items() if now - since >= EXPLAIN_S]:
+            self._explain(id, now)
+            self._form(now)
         departed = self._departed is not None and now - self._departed >= LEFT_S
         if not self.over and (departed or judge.let_in(self._staying(), self._newcomers(), now)):
             self.over = True
@@ -291,8 +294,7 @@ class State:
 
     def _newcomers(self) -> list[Member]:
         """Ready workers that take part in no epoch yet, as they came."""
-        found = [m for id, m in self.members.items() if not self._inside(id)]
-        return [m for m in found if m.ready and m.leaving is None]
+        return [m for id, m in self.members.items() if m.ready and m.leaving is None and not self._inside(id)]
 
     def _stepped(self, member: Member, step: int, now: float) -> None:
         member.step = max(member.step, step)
@@ -301,7 +303,7 @@ class State:
                 self._longest_s = max(self._longest_s, now - self._top_s)
             self._top, self._top_s = member.step, now
             self._since_step.clear()
-            self._suspicions.clear()
+            self._suspicions.rounds.clear()
             if not self.began:
                 self.began = True
                 self.out.append(Note({"kind": "began"}))
@@ -387,15 +389,6 @@ class State:
         self._say(id, "evicted", detail=detail)
         self.out.append(Happening(kind="evict", seat_id=id, detail=detail))
         self.lose(id, how="hang", detail=detail, now=now, explained=False)
-
-    def _judge(self, detail: str, now: float) -> None:
-        times = len(self._suspicions)
-        worst = judge.most_suspected(self._suspicions, self.members, self.epoch)
-        if worst is not None:
-            self._suspicions.clear()
-            self._evict(worst, f"collectives failed {times} times in a row because of it: {detail}", now)
-        elif times >= judge.UNNAMED:
-            self.end(judge.unreachable(times, detail))
 
     def _enough(self, now: float) -> None:
         """Rule 6."""
