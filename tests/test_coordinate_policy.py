@@ -231,6 +231,18 @@ def test_the_end_of_a_job() -> None:
     assert play.state.ended == (0, "done")
 
 
+def test_who_ends_in_the_middle_without_a_word_is_missed_though_its_exit_code_is_0() -> None:
+    play = Play("w0", "w1")
+    play.state.lose("w1", how="left", detail="done", now=play.now)  # so says its launcher
+    assert play.heard("w0", "over")
+    play.ready("w0")
+    assert ids(play.epoch) == ["w0"]
+    play.step(9)
+    play.state.leaving("w0", detail="done", now=play.now)
+    play.state.cut("w0", play.now)
+    assert play.state.ended == (0, "done")
+
+
 @pytest.mark.parametrize("how", ["death", "failed", "hang"])
 def test_the_end_of_a_job_whose_first_rank_is_lost_before_it_has_summed_up(how: str) -> None:
     """The others have nothing left to do, and say so; whether they are gone yet or not."""

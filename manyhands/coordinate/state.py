@@ -219,7 +219,7 @@ class State:
         self.out.append(Note({"kind": "lost", "loss": asdict(self.gone[id])}))
         if inside:
             self._losses.append(id)
-            if how == "left" and self.began:
+            if how == "left" and self.began and (detail != "done" or member.leaving):
                 if not self.over and detail != "done" and self._departed is None:
                     self._departed = now
             else:
@@ -289,8 +289,8 @@ class State:
     def _staying(self) -> list[Member]:
         """Members of the epoch that are alive and go on, in rank order."""
         seats = self.epoch.seats if self.epoch is not None else ()
-        found = [self.members[seat.id] for seat in seats if seat.id in self.members]
-        return [member for member in found if member.leaving is None]
+        found = (self.members.get(seat.id) for seat in seats)
+        return [member for member in found if member is not None and member.leaving is None]
 
     def _newcomers(self) -> list[Member]:
         """Ready workers that take part in no epoch yet, as they came."""
@@ -353,8 +353,7 @@ class State:
             losses=tuple(self.gone[id] for id in self._losses),
         )
         self.over, self._departed, self._wanted = False, None, False
-        self._top_s = now if self._top_s is None else self._top_s
-        self._losses = []
+        self._top_s, self._losses = now if self._top_s is None else self._top_s, []
         told = epoch_to(self.epoch)
         self.out.append(Note({"kind": "epoch", **told}))
         for id in ids:
@@ -416,5 +415,6 @@ class State:
             for id in self._living():
                 self._say(id, "ended", code=code, detail=words)
             self.out.append(Happening(kind="failed" if code else "done", detail=words))
-            for id in () if code else (*self.coming, *self.members):  # too late, whatever they prepare
-                self.out.append(Happening(kind="evict", seat_id=id, detail=words))
+            for id in () if code else (*self.coming, *self.members):
+                if not self._inside(id):  # too late, whatever it prepares
+                    self.out.append(Happening(kind="evict", seat_id=id, detail=words))

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from manyhands.launch import guard
+from manyhands.launch import guard, place
 from manyhands.launch.verdict import Verdict, read_tail
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class ServerProcesses:
             *("--durability", placement.durability, "--interval", placement.interval_s),
             *("--lease", placement.lease_s),
         ]
-        with self._log(server).open("ab") as sink:
+        with place.writable(self._log(server)).open("ab") as sink:
             begin = sink.seek(0, os.SEEK_END)
             process = subprocess.Popen(
                 [
