@@ -198,10 +198,19 @@ def test_a_full_disk_under_the_logs_ends_nobody_and_hides_nothing(
     assert (tmp_path / "logs" / "rank-0.log").stat().st_size == 5000
 
 
+READY = "import sys; open(sys.argv[sys.argv.index('--ready') + 1], 'w').close(); "
+
+
+@pytest.mark.parametrize(("ready", "starts"), [("", 2), (READY, 4)], ids=["never", "for a while"])
 def test_a_server_that_does_not_stay_up_ends_the_job_with_its_last_words(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    ready: str,
+    starts: int,
 ) -> None:
-    monkeypatch.setattr(served, "BOOT", "raise SystemExit('there is no room left')")
+    monkeypatch.setattr(served, "BOOT", ready + "raise SystemExit('there is no room left')")
+    monkeypatch.setattr(served, "FUTILE", 2)
     monkeypatch.setattr(served, "RESTARTS", 3)
     os.mkfifo(tmp_path / "fifo")
     heard = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
@@ -210,9 +219,9 @@ def test_a_server_that_does_not_stay_up_ends_the_job_with_its_last_words(
     assert launch(entry, fifo, workers=1, output=tmp_path, servers=servers) == 1
     os.close(heard)
     said = capfd.readouterr().err
-    assert said.count("parameter server 0 ended (exit code 1); starting it again") == 3
+    assert said.count("parameter server 0 ended (exit code 1); starting it again") == starts - 1
     assert said.endswith(
-        "manyhands: parameter server 0 ended (exit code 1); it was started 4 times, and is not started again\n"
+        f"manyhands: parameter server 0 ended (exit code 1); it was started {starts} times, and is not started again\n"
         "  its last words:\n    there is no room left\n"
         f"  log: {tmp_path}/logs/server-0.log\n"
     )

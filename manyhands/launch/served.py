@@ -29,6 +29,7 @@ BOOT = (
     "from manyhands.cli.main import main; sys.exit(main())"
 )
 RESTARTS = 20  # of one server, one soon after the other
+FUTILE = 5  # lives of a server that end before it serves, one after the other: the next would, too
 HEALTHY_S = 600.0  # of life, after which a server's restarts are counted anew
 END_S = 10.0
 LONGEST_SOCKET = 100  # bytes of a socket file's path that every system takes
@@ -39,13 +40,17 @@ class _Running:
     """One life of a server's process.
 
     Attributes:
-        restarts: that came before it, each soon after the last.
         log_begin: where its part of the log begins.
+        restarts: that came before it, each soon after the last.
+        futile: how many of those before it have ended before they served, without one that did.
+        before: how the last one ended.
     """
 
     process: subprocess.Popen[bytes]
-    restarts: int
     log_begin: int
+    restarts: int = 0
+    futile: int = 0
+    before: str = ""
     since_s: float = field(default_factory=time.monotonic)
 
 
@@ -86,7 +91,8 @@ class ServerProcesses:
             self._tell(f"ended {life.process.pid}")
             how = _how(life.process.returncode)
             restarts = life.restarts if time.monotonic() - life.since_s < HEALTHY_S else 0
-            if restarts >= RESTARTS:
+            futile = 0 if self._ready(server).exists() else life.futile + 1
+            if restarts >= RESTARTS or futile >= FUTILE:
                 self.failed = self._words(server, life, how)
                 continue
             print(
@@ -94,7 +100,14 @@ class ServerProcesses:
                 file=sys.stderr,
                 flush=True,
             )
-            self._running[server] = self._launch(server, restarts + 1)
+            last = read_tail(self._log(server), life.log_begin).rpartition("\n")[2].strip()
+            again = self._launch(server)
+            again.restarts, again.futile, again.before = (
+                restarts + 1,
+                futile,
+                f"{how}: {last}" if last else how,
+            )
+            self._running[server] = again
         return not self.failed
 
     def end(self) -> None:
@@ -119,32 +132,37 @@ class ServerProcesses:
             return Verdict(1, self.failed)
         words = verdict.words
         for server, life in enumerate(self._running) if words else ():
-            if life.restarts:
-                words += (
-                    f"\n  parameter server {server} had ended {life.restarts} times; log: {self._log(server)}"
-                )
+            if life.restarts and time.monotonic() - life.since_s < HEALTHY_S:
+                times = f"{life.restarts} time{'s' if life.restarts > 1 else ''}"
+                words += f"\n  parameter server {server} had ended {times}, at last by {life.before}"
+                words += f"\n  log: {self._log(server)}"
         return Verdict(verdict.exit_code, words)
 
     def _words(self, server: int, life: _Running, how: str) -> str:
         tail = read_tail(self._log(server), life.log_begin)
         said = f"\n  its last words:\n{tail}" if tail else ""
-        rule = f"it was started {RESTARTS + 1} times, and is not started again"
+        rule = f"it was started {life.restarts + 1} times, and is not started again"
         return f"manyhands: parameter server {server} ended ({how}); {rule}{said}\n  log: {self._log(server)}"
 
     def _log(self, server: int) -> Path:
         return self.output / "logs" / f"server-{server}.log"
 
-    def _launch(self, server: int, restarts: int = 0) -> _Running:
+    def _ready(self, server: int) -> Path:
+        """Where a server says that it serves."""
+        return Path(self._store) / f"server-{server}.json"
+
+    def _launch(self, server: int) -> _Running:
         store, placement = Path(self._store), self.placement
         socket = store / f"server-{server}.sock"
         fits = len(os.fsencode(socket)) < LONGEST_SOCKET
         arguments: list[Any] = [
             *("--listen", f"unix:{socket}" if fits else "127.0.0.1:0"),
-            *("--token-file", store / "token", "--ready", store / f"server-{server}.json"),
+            *("--token-file", store / "token", "--ready", self._ready(server)),
             *("--state", self.output / "servers" / f"server-{server}"),
             *("--durability", placement.durability, "--interval", placement.interval_s),
             *("--lease", placement.lease_s),
         ]
+        self._ready(server).unlink(missing_ok=True)  # the last one's
         with place.writable(self._log(server)).open("ab") as sink:
             begin = sink.seek(0, os.SEEK_END)
             process = subprocess.Popen(
@@ -159,7 +177,7 @@ class ServerProcesses:
                 start_new_session=True,  # a Ctrl-C is the launcher's; servers end after the workers
             )
         self._tell(f"started {process.pid}")
-        return _Running(process, restarts, begin)
+        return _Running(process, begin)
 
 
 def _how(code: int) -> str:
