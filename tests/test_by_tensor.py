@@ -10,7 +10,7 @@ from test_combinators import _round, _value
 from test_methods import NEUTRAL, make, method_run
 
 from manyhands.core.errors import UsageError
-from manyhands.core.request import Sum
+from manyhands.core.request import Gather, Sum
 from manyhands.exchange.bytensor import ByTensor
 from manyhands.exchange.combine import named
 from manyhands.strategy import presets
@@ -41,10 +41,12 @@ def test_tensors_go_by_size_and_dimension_and_small_ones_together() -> None:
 
 
 def test_blocks_that_end_with_tensors_leave_zeros_alone() -> None:
-    exchange = _value("error-feedback(by-tensor(int2, numel=0))")
+    exchange, asked = presets.muloco().exchange, []
     deltas = [[torch.zeros(7), torch.ones(30), torch.zeros(3, 4)] for _ in range(2)]
-    agreed = _round(exchange, deltas, [exchange.init(d) for d in deltas])
+    states = [exchange.init(d) for d in deltas]
+    agreed = _round(exchange, deltas, states, tap=lambda r, q: asked.append(q) if r == 0 else None)
     assert [bool(mean.any()) for mean in agreed[0].mean] == [False, True, False]
+    assert [q.tensor.numel() for q in asked if isinstance(q, Gather)] == [3 * 2 + 2 + 8 + 3]  # one message
 
 
 def test_names_set_tensors_apart_however_large_and_however_deep_inside() -> None:

@@ -51,16 +51,22 @@ def rounds(self: Any, like: Tensors) -> dict[str, Tensor]:
 
 
 def gathered(self: Codec, delta: Tensors, state: Any) -> Talk:
-    """`Exchange.talk` of a codec: gather everybody's bytes, decode, add in rank order."""
+    """`Exchange.talk` of a codec: gather everybody's bytes (of several tensors one message), decode, add in rank order."""
+    import torch
+
     rank, size = yield Where()
     turn = int(state["round"])
+    payloads = [self.encode(t.detach().reshape(-1), rng.key(turn, i, rank)) for i, t in enumerate(delta)]
+    everyones = [payloads]
+    if size > 1 and payloads:
+        message = payloads[0] if len(payloads) == 1 else torch.cat(payloads)
+        lengths = [p.numel() for p in payloads]
+        everyones = [list(torch.split(m, lengths)) for m in (yield Gather(message, even=True))]
     mean, sent = [], []
-    for i, tensor in enumerate(delta):
-        flat = tensor.detach().reshape(-1)
-        payload = self.encode(flat, rng.key(turn, i, rank))
-        parts = [payload] if size == 1 else (yield Gather(payload, even=True))
-        own = self.decode(payload, flat.numel(), tensor.dtype)
-        mean.append(total(self, parts, flat.numel(), tensor.dtype, (rank, own)).reshape(tensor.shape))
+    for i, (tensor, payload) in enumerate(zip(delta, payloads, strict=True)):
+        own = self.decode(payload, tensor.numel(), tensor.dtype)
+        whole = total(self, [each[i] for each in everyones], tensor.numel(), tensor.dtype, (rank, own))
+        mean.append(whole.reshape(tensor.shape))
         sent.append(own.reshape(tensor.shape))
     return Agreed(mean, sent, {"round": state["round"] + 1})
 
