@@ -124,6 +124,14 @@ def test_values_come_back_within_their_bound(kind: str, count: int) -> None:
         assert (result * group >= 0).all()
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4", "int2"])
+def test_the_smallest_numbers_do_not_come_back_larger(kind: str) -> None:
+    values = _normal(300).double().mul(1e-39).float()
+    packed = sparse.pack_values(values, kind)  # type: ignore[arg-type]
+    left = values.double() - sparse.unpack_values(packed, 300, kind, torch.float64)  # type: ignore[arg-type]
+    assert left.norm() < values.double().norm()
+
+
 def test_two_bits_are_the_means_of_the_smaller_and_the_larger() -> None:
     values = torch.tensor([1.0, -1.0, 3.0, -3.0] * 32)
     packed = sparse.pack_values(values, "int2")

@@ -184,7 +184,9 @@ def pack_values(values: Tensor, kind: Values) -> Tensor:
     else:
         ends = torch.stack([size.amin(1), size.amax(1)], 1).to(torch.bfloat16)
         low, high = ends.float().unsqueeze(2).unbind(1)  # [groups, 1]
-        code = ((size - low) * (levels / (high - low))).nan_to_num(0.0).round_().clamp_(0, levels)
+        # finite also where the range is denormal: else all would come out as the largest, and what is held back would grow
+        per_level = (levels / (high - low)).clamp_(max=torch.finfo(torch.float32).max)
+        code = ((size - low) * per_level).nan_to_num(0.0).round_().clamp_(0, levels)
     codes = code.to(torch.int64) | (groups < 0).to(torch.int64) << (bits - 1)
     return torch.cat([ends.view(torch.uint8).view(-1), pack_bits(codes.view(-1)[:count], bits)])
 
