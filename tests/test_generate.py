@@ -9,8 +9,10 @@ import pytest
 from torch import nn
 
 from manyhands.cli.main import main
+from manyhands.data import tokenize
 from manyhands.models import build
 from manyhands.train import checkpoint
+from manyhands.train.generate import continuation
 
 
 class Own(nn.Module):
@@ -33,3 +35,14 @@ def test_a_model_that_continues_no_text_says_so(
     out, err = capsys.readouterr()
     assert "holds a Own. it does not continue text" in err
     assert out == ""
+
+
+def test_what_is_drawn_is_drawn_from_all_that_is_asked_for(tmp_path: Path) -> None:
+    """Not from the fifty likeliest, which is Transformers' own default."""
+    tokenize.train("byte", [], tmp_path / "byte")
+    model: Any = build.build("gpt2-nano", task="pretrain", vocab_size=257, seq_len=32)
+    given: list[Any] = []
+    inner = model._get_logits_processor
+    model._get_logits_processor = lambda *args, **options: given.append(inner(*args, **options)) or given[-1]
+    continuation(model, tmp_path / "byte", "a", new_tokens=1, temperature=0.5, top_p=0.5)
+    assert [type(each).__name__ for each in given[0]] == ["TemperatureLogitsWarper", "TopPLogitsWarper"]

@@ -40,6 +40,10 @@ def continuation(
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     if ids.numel() == 0:
+        if tokenizer.eos_token_id is None:
+            raise UsageError(
+                "an empty prompt", "this tokenizer has no end-of-text token to begin with", "give a prompt"
+            )
         ids = torch.tensor([[tokenizer.eos_token_id]])
     limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     if ids.shape[1] >= limit:
@@ -51,7 +55,12 @@ def continuation(
     new_tokens = min(new_tokens, limit - ids.shape[1])
     ids = ids.to(next(model.parameters()).device)
     sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        {
+            "do_sample": True,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": 0,  # all: Transformers' own default is 50
+        }
         if temperature > 0
         else {"do_sample": False}
     )
