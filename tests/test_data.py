@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyhands.core.errors import DataError, UsageError
-from manyhands.data import formats, shards, source, tokenize
+from manyhands.data import formats, hub, shards, source, tokenize
 from manyhands.data.prepare import Prepared, _label_order, prepare
 from manyhands.data.rows import LabelledRows, TokenRows
 from manyhands.data.source import DataSpec, SourceFile, Span
@@ -104,7 +105,7 @@ def test_text_by_files_lines_globs_urls_and_hidden_files(tmp_path: Path) -> None
     )
 
 
-def test_hugging_face_data_sets_by_path(tmp_path: Path) -> None:
+def test_hugging_face_data_sets_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
@@ -112,6 +113,21 @@ def test_hugging_face_data_sets_by_path(tmp_path: Path) -> None:
     assert (prepared.rows, prepared.labels) == (7, ("a", "b"))
     with pytest.raises(DataError, match="hf:"):
         prepare(DataSpec(data=(f"hf:{tmp_path}/nothing",)), cache=tmp_path / "cache")
+    with pytest.raises(DataError, match="without splits"):
+        prepare(DataSpec(data=(f"hf:{tmp_path}/saved:test",)), cache=tmp_path / "cache")
+    asked: list[Any] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: asked.append((path, split)))
+    hub.load("some/where:train[:10%]")
+    assert asked == [("some/where", "train[:10%]")]
+
+
+def test_what_the_web_says_of_a_file_tells_its_content(tmp_path: Path) -> None:
+    web = SimpleNamespace(protocol=("http", "https"), ukey=lambda path: "of the address alone")
+    known = [
+        source._remote_identity(web, "https://x/a.txt", info)
+        for info in ({"size": 3, "ETag": "a"}, {"size": 4, "ETag": "a"}, {"size": 3, "ETag": "b"})
+    ]
+    assert len(set(known)) == 3
 
 
 def test_a_row_that_nobody_has_labelled_is_no_class_of_its_own(tmp_path: Path) -> None:

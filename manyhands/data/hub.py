@@ -26,7 +26,7 @@ def load(name: str) -> Any:
         ) from None
     path, split = name, "train"
     if not os.path.exists(name) and ":" in name:
-        path, _, split = name.rpartition(":")
+        path, _, split = name.partition(":")  # a split may hold one: train[:10%]
     try:
         if os.path.isfile(os.path.join(path, "state.json")) or os.path.isfile(
             os.path.join(path, "dataset_dict.json")
@@ -40,6 +40,12 @@ def load(name: str) -> Any:
                         f"give hf:{path}:SPLIT",
                     )
                 found = found[split]
+            elif path != name:
+                raise DataError(
+                    f"hf:{name}: {path} is one data set without splits",
+                    "all of it is read",
+                    f"give hf:{path}",
+                )
             return found
         return datasets.load_dataset(path, split=split)
     except DataError:

@@ -182,7 +182,8 @@ class LabelledRows:
         import json
 
         if not hasattr(self, "_pad_id"):
-            settings = json.loads((self._prepared.tokenizer / "tokenizer_config.json").read_text())
+            file = self._prepared.tokenizer / "tokenizer_config.json"
+            settings = json.loads(file.read_text(encoding="utf-8"))
             name = settings.get("pad_token")
             name = name.get("content") if isinstance(name, dict) else name
             from tokenizers import Tokenizer

@@ -268,13 +268,24 @@ def _describe(fs: Any, path: str, spec: DataSpec, index: _Identities, *, explici
             if spec.format == "auto" and suffix not in SUFFIXES and compression is None:
                 _refuse_binary(path)
         else:
-            identity = hashlib.sha256(str(fs.ukey(path)).encode()).hexdigest()
+            identity = hashlib.sha256(_remote_identity(fs, path, info).encode()).hexdigest()
             url = fs.unstrip_protocol(path)
         return SourceFile(url, kind, compression, int(info.get("size") or 0), identity)
     except OSError as error:
         raise DataError(
             f"{path}: {error.strerror or error}", "it must be readable", "check its rights"
         ) from error
+
+
+def _remote_identity(fs: Any, path: str, info: Mapping[str, Any]) -> str:
+    """What fsspec knows a file's content by; of the web that is the address alone, whatever has come to be there."""
+    known = str(fs.ukey(path))
+    if "http" not in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+        return known
+    told = {key.lower(): value for key, value in info.items()}
+    return str(
+        [known, *(told.get(key) for key in ("size", "etag", "content-md5", "digest", "last-modified"))]
+    )
 
 
 def _refuse_binary(path: str) -> None:

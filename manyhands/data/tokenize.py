@@ -331,7 +331,7 @@ def _load(directory: Path) -> tuple[Any, int]:
     name: Any = None
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         try:
-            settings = json.loads((directory / file).read_text())
+            settings = json.loads((directory / file).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         name = name or settings.get("eos_token") or settings.get("sep_token")
