@@ -148,6 +148,13 @@ class Hands:
                 "the data are passed over so often",
                 "give a number, and leave the loop when done",
             )
+        if micro_batch is not None and device_batch is not None and micro_batch > device_batch:
+            raise UsageError(
+                f"micro_batch = {micro_batch} with device_batch = {device_batch}",
+                "a micro-batch is computed in one forward pass",
+                "give a smaller micro_batch, or leave it out",
+            )
+        unit = unit_rows(global_batch, one_pass=not self._draws_random)
         rows = dataset if hasattr(dataset, "bytes_per_target") else _MapRows(dataset)
         order = Order(len(rows), global_batch, seed, drop_last)
         for name, given in (("micro_batch", micro_batch), ("device_batch", device_batch)):
@@ -164,7 +171,7 @@ class Hands:
             order=order,
             rank=self.rank,
             weights=weights if weights is not None else [1.0] * self.size,
-            micro_batch=micro_batch or unit_rows(global_batch, one_pass=not self._draws_random),
+            micro_batch=micro_batch or min(unit, device_batch or unit),
             device_batch=device_batch or global_batch,
             coalesce=not self._draws_random,
             device=self.device,

@@ -99,3 +99,7 @@ def test_a_part_of_a_pass_is_at_least_a_step_as_on_the_command_line() -> None:
     for name in ("micro_batch", "device_batch"):
         with pytest.raises(UsageError, match=f"{name} = 0"):
             next(hands.share(Augmented(), global_batch=6, **{name: 0}))
+    with pytest.raises(UsageError, match="micro_batch = 3 with device_batch = 2"):
+        next(hands.share(Augmented(), global_batch=6, micro_batch=3, device_batch=2))
+    for part in hands.share(Augmented(), global_batch=6, device_batch=2):
+        assert all(len(next(iter(batch.values()))) <= 2 for _, batch in part.micro_batches)

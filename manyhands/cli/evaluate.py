@@ -96,10 +96,10 @@ def main(arguments: Sequence[str]) -> int:
             code = begin("manyhands.train.scoring:main", argument, job)
         if code == 0 and result.exists():
             scores = json.loads(result.read_text())
+            for name, value in scores.items():
+                options.say(f"{name:<16} {value:.6g}" if isinstance(value, float) else f"{name:<16} {value}")
             if given.json_file:
                 from manyhands.train.durable import write_json
 
                 write_json(Path(given.json_file), scores)
-            for name, value in scores.items():
-                options.say(f"{name:<16} {value:.6g}" if isinstance(value, float) else f"{name:<16} {value}")
     return code

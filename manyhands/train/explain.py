@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from manyhands.core import compute
@@ -49,6 +49,7 @@ def explain(
             f"{', '.join(job.data)}: {material.documents:,} documents, {material.tokens:,} tokens{skipped}",
             origin("data"),
         ),
+        ("classes", _classes_in_words(material.labels), origin("task")) if material.labels else ("", "", ""),
         (
             "held out",
             f"{held:,} of {held + len(material.train):,} rows" if held else "nothing",
@@ -67,7 +68,11 @@ def explain(
             kind,
             origin("transport", "all workers are CPUs of one host" if world.kind == "shared memory" else ""),
         ),
-        ("global batch", f"{job.global_batch} rows × {job.seq_len} tokens", origin("global_batch")),
+        (
+            "global batch",
+            f"{job.global_batch} rows {'of up to' if material.labels else '×'} {job.seq_len} tokens",
+            origin("global_batch"),
+        ),
         (
             "who computes what",
             shares_in_words(job, plan, world.size)
@@ -105,6 +110,11 @@ def explain(
         ("output", job.output, origin("output")),
     ]
     return [row for row in rows if row[0]]
+
+
+def _classes_in_words(labels: Sequence[str]) -> str:
+    shown = [name if len(name) <= 20 else f"{name[:19]}…" for name in labels[:8]]
+    return f"{len(labels)}: {', '.join(shown)}{', …' if len(labels) > 8 else ''}"
 
 
 def targets_of(material: Material, global_batch: int, steps: int) -> tuple[int, bool]:

@@ -77,7 +77,7 @@ def choose_steps(job: Job, steps_per_epoch: int) -> tuple[int, str]:
     if job.epochs is not None:
         return max(
             1, math.ceil(job.epochs * steps_per_epoch - 1e-9)
-        ), f"{job.epochs:g} epochs of {steps_per_epoch} steps"
+        ), f"{job.epochs:g} epoch{'s' if job.epochs != 1 else ''} of {steps_per_epoch} steps"
     return steps_per_epoch, "one epoch"
 
 

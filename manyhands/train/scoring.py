@@ -48,6 +48,8 @@ def score(job: Job, *, held_out: bool, trust: bool) -> dict[str, float | int | s
     from manyhands.train.sinks import Terminal, fan_out
 
     assert job.resume is not None
+    if job.threads is not None:  # under others' launchers nobody else has set them
+        torch.set_num_threads(job.threads)
     path = checkpoint.resolve_resume(job.resume, Path(job.resume))
     world, device = session.connect_from_environment(device=job.device, transport=job.transport)
     terminal = Terminal(console()) if world.rank == 0 else None

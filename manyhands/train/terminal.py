@@ -81,10 +81,12 @@ class Terminal:
         self._console.print(table)
 
     def _preparing(self, event: e.Preparing) -> None:
-        total = event.total_bytes
-        self._progress(
-            "prepare", event.phase, event.done_bytes, total, [(0, f"{event.tokens:,} tokens")], bytes_=True
-        )
+        total, known = event.total_bytes, event.done_bytes or event.tokens or event.total_bytes is not None
+        if not self._live and not known:  # a tokenizer that is trained: nobody knows how far it is
+            self._say(f"{event.phase} …")
+            return
+        figures = [(0, f"{event.tokens:,} tokens")] if known else []
+        self._progress("prepare", event.phase, event.done_bytes, total, figures, bytes_=True)
 
     def _prepareddata(self, event: e.PreparedData) -> None:
         self._stop()
