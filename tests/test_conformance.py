@@ -469,3 +469,13 @@ def test_what_is_given_from_python_is_taken_as_from_the_command_line() -> None:
         AllReduce(precision="bf-16")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="exchange = none"):
         Strategy(exchange=None)  # type: ignore[arg-type]
+
+
+def test_a_subclass_may_have_fields_of_its_own() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Patient(Every):
+        patience: object = 3
+
+    assert Patient(4, patience="much").patience == "much"
+    with pytest.raises(UsageError, match=r"Every\.every"):
+        Patient("many")  # type: ignore[arg-type]

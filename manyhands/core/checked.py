@@ -27,7 +27,8 @@ def checked(cls: type[T]) -> type[T]:
 
     def __post_init__(self: Any) -> None:
         hints: dict[str, Any] = hints_of(cls)  # type: ignore[arg-type]
-        for field in (f for f in dataclasses.fields(self) if f.init):
+        # a subclass's own fields are its own matter
+        for field in (f for f in dataclasses.fields(self) if f.init and f.name in hints):
             value, hint = getattr(self, field.name), hints[field.name]
             where = f"{cls.__name__}.{field.name}"
             kind = field.metadata.get("choice")
