@@ -14,6 +14,7 @@ from facts import facts
 from manyhands.cli.main import main
 from manyhands.core.events import Warned, ignore
 from manyhands.launch import control, local
+from manyhands.launch.job import resumed_layer
 from manyhands.tasks.classify import Classify
 from manyhands.train import ending
 from manyhands.train.explain import targets_of
@@ -92,6 +93,13 @@ def test_a_pass_has_at_most_the_rows_that_are_given() -> None:
     assert derive(dataclasses.replace(job, device_batch=None), dropout).micro_batch == 8
     found = derive(Job(global_batch=64, micro_batch=32, seq_len=1024), facts())
     assert (found.device_batch, found.reasons["device_batch"]) == (32, "one micro-batch, which is not cut")
+
+
+def test_a_run_of_an_early_release_whose_passes_were_larger_than_it_said_is_resumed(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "config.toml").write_text("global_batch = 64\nmicro_batch = 8\ndevice_batch = 4\n")
+    ((_, data),) = resumed_layer([("--resume", {"resume": str(tmp_path)})])
+    assert (data["micro_batch"], data["device_batch"]) == (8, 8)
 
 
 def test_who_asks_for_a_sample_hears_why_there_is_none() -> None:

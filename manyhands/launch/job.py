@@ -246,6 +246,8 @@ def resumed_layer(layers: Sequence[Layer]) -> list[Layer]:
     if data.get("device") == "mixed":  # each worker derives for its device what these say of the first one's
         for name in BY_DEVICE:
             data.pop(name, None)
+    if data.get("device_batch") and data.get("micro_batch", 0) > data["device_batch"]:
+        data["device_batch"] = data["micro_batch"]  # what an early release's passes had, whatever it said
     data["output"] = str(output)
     return [(f"{output}/config.toml", data)]
 

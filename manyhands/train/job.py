@@ -322,7 +322,7 @@ class Job:
             raise UsageError(
                 f"micro_batch = {self.micro_batch} with device_batch = {self.device_batch}",
                 "a micro-batch is computed in one forward pass",
-                "give a smaller --micro-batch, or leave it out",
+                f"give a --micro-batch of at most {self.device_batch}, or a larger --device-batch",
             )
         if self.shares is not None:
             if self.workers is not None and len(self.shares) != self.workers:
