@@ -95,6 +95,14 @@ def test_verdict(
         )
 
 
+def test_the_end_of_a_launch_whose_last_one_was_late() -> None:
+    """It came, or fell, when the job was done: whoever it had replaced is no reason any more."""
+    late = dataclasses.replace(survivor(end(0, -9, 9)), late=True)
+    for ends in ([late], [survivor(end(0, 1, 4, FAILED)), late]):
+        assert judge(ends, stopped_by=None, told_s=None).exit_code == 0
+    assert judge([end(1, 1, 4, FAILED), late], stopped_by=None, told_s=None).exit_code == 1
+
+
 def test_memory_is_named() -> None:
     assert "ran out of memory" in judge([end(0, -9)], stopped_by=None, told_s=None, out_of_memory=True).words
     assert "SIGKILL (by hand" in judge([end(0, -9)], stopped_by=None, told_s=None).words

@@ -77,9 +77,9 @@ def judge(
         own = any(end.record is not None and end.record["message"] == ended[1] for end in ends)
         if losses or own:  # the job's own failure, told by a worker for all
             return Verdict(ended[0], f"manyhands: {ended[1]}")
-    if all(end.late for end in ends):
+    late, ends = any(end.late for end in ends), [end for end in ends if not end.late]
+    if late and all(end.survived for end in ends):  # it was a successor's turn
         return Verdict(0, "manyhands: the job was done already")
-    ends = [end for end in ends if not end.late]
     ends = [end for end in ends if not end.survived] or sorted(ends, key=lambda end: end.since_s)[-1:]
     bad = sorted((end for end in ends if end.code != 0), key=lambda end: end.since_s)
     kinds = [_kind(end, stopped_by is not None, told_s) for end in bad]
