@@ -318,6 +318,17 @@ def test_one_that_came_and_stands_still_before_it_is_ready_is_given_up(phase: st
         assert [happening.seat_id for happening in play.happenings("evict")] == (["n"] if given_up else [])
 
 
+def test_who_has_come_may_take_as_long_to_import_as_who_has_not() -> None:
+    play = Play(stuck_s=2.0, start_s=60.0)
+    play.state.expect(["n"], play.now)
+    play.come("n")
+    while play.now < 60.0:
+        assert not play.happenings("evict")
+        play.beat("n", phase="start")
+        play.wait(5.0)
+    assert play.happenings("evict")
+
+
 def test_silence_is_a_hang_and_its_time_is_told() -> None:
     play = Play("w0", "w1")
     play.wait(6.0)

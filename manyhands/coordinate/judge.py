@@ -144,7 +144,8 @@ def silent(member: Member, rules: Rules, now: float, *, inside: bool) -> str:
         what = "no sign of life" if member.connected else "it has not come back since the restart"
         return f"{what} for {silent_s:.1f} s"
     idle = not (inside or member.ready or member.leaving is not None or member.phase in GUESS)
-    return still(member, now) if idle and now - member.moved_s >= SLOWLY * rules.stuck_s else ""
+    limit_s = max(rules.start_s, SLOWLY * rules.stuck_s)  # what it begins with, imports, takes its time, too
+    return still(member, now) if idle and now - member.moved_s >= limit_s else ""
 
 
 def let_in(inside: Sequence[Member], newcomers: Sequence[Member], now: float) -> bool:

@@ -178,8 +178,7 @@ class State:
 
     def cut(self, id: str, now: float) -> None:
         """Its connection has ended: it has left, it is dead, or it comes back."""
-        member = self.members.get(id)
-        if member is None:
+        if (member := self.members.get(id)) is None:
             return
         if member.leaving is not None:
             self.lose(id, how="left", detail=member.leaving, now=now)
@@ -334,9 +333,8 @@ class State:
             if self.epoch is None:
                 everybody |= set(self.order) - set(self.gone)
             ready = {member.seat.id for member in (*staying, *newcomers) if member.ready}
-            if self.coming or self._unexplained or not ready or ready != everybody:
-                return
-            if self.epoch is None and len(ready) < self.rules.awaited:
+            few = self.epoch is None and len(ready) < self.rules.awaited
+            if self.coming or self._unexplained or not ready or ready != everybody or few:
                 return
             if self.epoch is None:
                 newcomers.sort(key=lambda m: (*self.order, m.seat.id).index(m.seat.id))
@@ -357,8 +355,7 @@ class State:
         told = epoch_to(self.epoch)
         self.out.append(Note({"kind": "epoch", **told}))
         for id in ids:
-            self.members[id].ready = False
-            self.members[id].moved_s = now
+            self.members[id].ready, self.members[id].moved_s = False, now
             self._say(id, "epoch", **told)
         self.out.append(Happening(kind="epoch", epoch=self.epoch))
         self._want()
@@ -379,8 +376,7 @@ class State:
             return
         if loss.rank >= 0:
             self._since_step.append(loss)
-        words = judge.deadly(self._since_step, self._top + 1, self.rules)
-        if words:
+        if words := judge.deadly(self._since_step, self._top + 1, self.rules):
             self.end(words)
         self._enough(now)
 
@@ -391,9 +387,8 @@ class State:
 
     def _enough(self, now: float) -> None:
         """Rule 6."""
-        if self.ended is not None or self.stopping or self._unexplained:
-            return
-        if self.epoch is None and not self.order:  # nobody is expected by name
+        unnamed = self.epoch is None and not self.order  # nobody is expected by name
+        if self.ended is not None or self.stopping or self._unexplained or unnamed:
             return
         gone = tuple(self.gone.values())
         if any(m.leaving == "done" for m in self.members.values()) or any(x.detail == "done" for x in gone):
