@@ -313,6 +313,11 @@ def test_a_job_that_was_ended_to_begin_anew_turns_its_workers_away(tmp_path: Pat
     state.tick(1.0)
     assert (state.ended, len(state.coming)) == (None, 0)
     state.hello(Seat(id="w1", host="h"), holding=None, step=0, version=VERSION, now=0.0)
+    state.ready("w1", epoch=0, step=0, now=0.0)
+    assert state.epoch is not None
+    with pytest.raises(Refused, match="begun anew"):  # nor does it lead the others to where it stands, later
+        state.hello(Seat(id="w2", host="h"), holding=play.epoch, step=3, version=VERSION, now=0.0)
+    assert (state.epoch.number, list(state.members), state.began) == (2, ["w1"], False)
 
 
 def test_a_journal_with_a_torn_line_and_one_that_is_damaged(tmp_path: Path) -> None:

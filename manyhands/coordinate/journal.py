@@ -129,7 +129,7 @@ def restore(records: Iterable[Mapping[str, Any]], rules: Rules, now: float) -> S
             elif kind == "began":
                 state.began = True
             elif kind == "ended":
-                state = State(rules, number=state.number)
+                state = State(rules, number=state.number, before=state.number)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"a record of the journal lacks {error}",

@@ -43,6 +43,7 @@ class State:
 
     rules: Rules
     number: int = 0
+    before: int = 0  # epochs up to this one were a job's that was ended
     epoch: Epoch | None = None
     over: bool = False
     began: bool = False  # the job has committed a step
@@ -70,9 +71,9 @@ class State:
     def hello(self, seat: Seat, *, holding: Epoch | None, step: int, version: int, now: float) -> None:
         """A worker (re)connects; `holding` is the epoch that it takes part in. Raises `Refused`."""
         member = self.members.get(seat.id)
-        anew = self.epoch is None and holding is not None and holding.number <= self.number
+        anew = holding is not None and holding.number <= self.before
         self.coming.came(seat.id, now)
-        if anew and self.ended is None:  # the job does not depend on what becomes of it
+        if anew and self.ended is None and member is None:  # the job does not depend on what becomes of it
             self.lose(seat.id, how="left", detail=judge.BEFORE, now=now)
         judge.admit(seat, member, self.gone.get(seat.id), version=version, ended=self.ended, anew=anew)
         if self.rules.shared and (refusal := judge.apart(seat, self.members.values())) is not None:
@@ -121,13 +122,12 @@ class State:
         current = self.epoch
         if current is None or epoch != current.number or not self._inside(id):
             return
-        known = rank is not None and rank < len(current.seats) and current.seats[rank].id != id
-        name = current.seats[rank].id if known and rank is not None else ""
+        name = current.seats[rank].id if rank is not None and rank < len(current.seats) else ""
         if not self.over:
             self.over = True
             self._suspicions.begin()
             self._tell_over(self._living())
-        self._suspicions.add(id, name)
+        self._suspicions.add(id, name if name != id else "")
         worst, words = self._suspicions.verdict(self.members, self.epoch, detail)
         if worst is not None:
             self._evict(worst, words, now)
