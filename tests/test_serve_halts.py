@@ -155,6 +155,37 @@ def test_a_halt_wakes_those_who_wait_for_a_round(serve: Any) -> None:
     assert server.shard.step == 0
 
 
+@pytest.mark.parametrize("silent", [False, True], ids=["left", "silent"])
+@pytest.mark.parametrize("n_servers", [1, 2])
+def test_a_round_of_a_job_is_one_of_all_its_workers(
+    serve: Any, tmp_path: Path, n_servers: int, silent: bool
+) -> None:
+    """One fails, or is silent for too long, before it pushes: its samples would be in no update."""
+    places = [tmp_path / str(i) for i in range(n_servers)]
+    servers = [serve(state=place) for place in places]
+    a, b = serve.workers(servers, 2)
+    begun([a, b], consistency="sync", whole=True)
+    payloads = [torch.zeros(layout.size_bytes, dtype=torch.uint8) for layout in a.servers.layouts]
+
+    def go() -> None:
+        for server in servers:
+            with server.shard.cond:
+                assert server.shard.cond.wait_for(lambda s=server: "worker-0" in s.shard.pending, WAIT_S)
+                if silent:
+                    server.shard.members["worker-1"].seen -= 2 * server.shard.lease_s
+                    server.shard.expire()
+        if not silent:
+            b.servers.close()
+
+    used = dict.fromkeys(SHAPES, True)
+    answer, _ = together(lambda: a.servers.push(HEADER, used, payloads, a.out), go)
+    assert answer == {"halted": True, "lost": "worker-1"}
+    for server, place in zip(servers, places, strict=True):
+        vanish(server)
+        again = serve(state=place)  # nor does one that continues make the round
+        assert (again.shard.version, again.shard.halted) == (0, True)
+
+
 def second_half(worker: Worker, server: int, staleness: int, step: int = 0) -> dict[str, Any]:
     ask = {**HEADER, **worker.servers._who("agree"), "step": step, "staleness": staleness}
     return worker.servers._links[server].call(ask).header

@@ -136,6 +136,30 @@ def test_without_staleness_it_is_all_reduce(
         assert all(seconds > 0 for step in found[0]["busy"] for seconds, *_ in step)
 
 
+def fail_before_a_push(world: Any, placement: Served) -> tuple[int, int, float] | None:
+    """Rank 1 ends after two steps, and rank 0 goes on: whom it misses, its steps, and how far they have taken it."""
+    model = torch.nn.Linear(2, 1).double()
+    for param in model.parameters():
+        torch.nn.init.zeros_(param)
+    replica = Replica(model, Strategy(placement=placement, outer=SGD(1.0)), world.wire)
+    lost = None
+    try:
+        for step in range(2 if world.rank else 3):
+            part = Part(step, [(world.rank, {"x": torch.ones(1, 2).double()})], 2, 2, 0)
+            replica.step(part, lambda m, batch: (m(batch["x"]).sum() + m(batch["x"]).sum(), 1))
+    except PeerLost as error:
+        lost = error.rank
+    found = lost, replica.steps, float(model.weight.detach().sum())
+    replica.close()
+    return found if world.rank == 0 else None
+
+
+@pytest.mark.parametrize("n_servers", [1, 2])
+def test_no_round_is_made_without_a_workers_samples(fleets: Any, serving: Any, n_servers: int) -> None:
+    (found, _) = fleets(2).run(fail_before_a_push, serving(n_servers, consistency="sync"))
+    assert found == (1, 2, -8.0)
+
+
 @pytest.mark.parametrize("consistency", ["sync", "bounded(3)", "async"])
 def test_one_worker_is_plain_training(serving: Any, consistency: str) -> None:
     case = {"optimizer": AdamW(0.01), "steps": 5}

@@ -45,7 +45,8 @@ class Served:
         durability: what survives the server's death: each acknowledged push, each also after a loss of power
             (synced), or the last snapshot (interval).
         interval_s: seconds between snapshots.
-        lease_s: a worker that is silent for so long is no longer waited for.
+        lease_s: a worker that is silent for so long is no longer waited for; of ``sync`` it counts as lost, since a round
+            is one of all workers or of none.
         patience_s: how long a worker tries to reach a server that is gone.
     """
 

@@ -142,7 +142,7 @@ class Servers:
 
         Returns:
             The first server's answer; `applied` in it is a list: whether each server has used its payload. ``{"halted":
-            True}``: the job's workers meet anew, and the push counts for nothing.
+            True, "lost": WHO}``: the job's workers meet anew, and the push counts for nothing; because of whom, if known.
         """
 
         def one(server: int) -> Answer:
@@ -151,12 +151,12 @@ class Servers:
             return self._links[server].call(full, [protocol.view(payloads[server])], out=out[server])
 
         answers = self._all(one)
-        if any(a.header.get("halted") for a in answers):
-            return {"halted": True}
-        if any("version" not in a.header for a in answers):  # all of several servers have it
+        halted = any(a.header.get("halted") for a in answers)
+        if not halted and any("version" not in a.header for a in answers):  # all of several servers have it
             answers = self._agree(answers, header, out, one)
-            if any(a.header.get("halted") for a in answers):
-                return {"halted": True}
+            halted = any(a.header.get("halted") for a in answers)
+        if halted:
+            return {"halted": True, **{k: v for a in answers for k, v in a.header.items() if k == "lost"}}
         return {**answers[0].header, "applied": [bool(a.header.get("applied")) for a in answers]}
 
     def pull(self, out: Sequence[Tensor], *, flush: bool = False) -> dict[str, Any]:

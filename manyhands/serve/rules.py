@@ -29,6 +29,7 @@ class Rules:
         optimizer: an `OptimizerSpec`.
         codec: of pushes, or None for raw numbers.
         alone: no other server keeps a part, so the norm of the whole gradient is known here.
+        whole: sync: a round is one of all workers, or of none: when one leaves, or falls silent, the others meet anew.
     """
 
     bound: int | None
@@ -40,6 +41,7 @@ class Rules:
     optimizer: Any
     codec: Any
     alone: bool
+    whole: bool
 
     @staticmethod
     def read(data: Any) -> Rules:
@@ -61,6 +63,7 @@ class Rules:
             optimizer=config.from_choice("optimizers", data.get("optimizer"), "optimizer"),
             codec=read,
             alone=bool(data.get("alone", True)),
+            whole=bool(data.get("whole", False)),
         )
 
     @property

@@ -106,7 +106,13 @@ class Server:
     # -- how
 
     def _expire(self) -> None:
-        while not self._ended.wait(min(1.0, self._lease_s / 4)):
+        every_s = min(1.0, self._lease_s / 4)
+        looked_s = time.monotonic()
+        while not self._ended.wait(every_s):
+            before_s, looked_s = looked_s, time.monotonic()
+            if looked_s - before_s > every_s + self._lease_s / 2:
+                self.shard.hear_all()  # it was this process that stood still
+                continue
             with contextlib.suppress(ManyhandsError):  # a full disk: said when it is met by a push
                 self.shard.expire()
 

@@ -67,6 +67,7 @@ class Shard:
         self.left: dict[str, int] = {}  # the clocks of those who are no longer waited for
         self.unused: dict[str, list[int]] = {}  # by member: the steps of its pushes that `discard` dropped
         self.halted = False  # no push is taken until the job begins anew
+        self.lost = ""  # whose end has halted it
         self.version, self.earlier = 0, 0  # updates applied since the job began, and when it had begun before
         self.step = steps  # sync: the round that is being gathered
         self.progress = float(steps) if progress is None else progress  # in global batches
@@ -201,8 +202,10 @@ class Shard:
         """
         with self.cond:
             store = self.ready(header)
-            if self.halted or self.stale(header):
+            if self.stale(header):
                 return {"halted": True}, None
+            if self.halted:
+                return self.halts, None
             member = self.entered(push.member, push.step)
             member.seen = time.monotonic()
             self.wishes.hear(push.step, stop=push.stop, save=push.save, change=push.change)
@@ -221,7 +224,7 @@ class Shard:
             step = integer(header, "step")
             if step >= self.step:
                 if self.halted and not header.get("finish"):
-                    return {"halted": True}, None
+                    return self.halts, None
                 gather(self)
                 if self.partial is None:  # this server has lost the pushes in a restart
                     return {"again": True}, None
@@ -264,6 +267,12 @@ class Shard:
             for who in [n for n, m in self.members.items() if now - m.seen > self.lease_s]:
                 self._drop(who, f"silent for {self.lease_s:g} s")
 
+    def hear_all(self) -> None:
+        """Nobody could be heard for a while: all are given their time anew."""
+        with self.cond:
+            for member in self.members.values():
+                member.seen = time.monotonic()
+
     def close(self) -> None:
         """Write what is not yet written."""
         with self.cond:
@@ -303,6 +312,8 @@ class Shard:
         """It has no part in the work any more; how far it came is kept."""
         if who in self.members:
             self.left[who] = self.members.pop(who).clock
+        if self.store is not None and self.store.rules.sync and self.store.rules.whole:
+            self.halted, self.lost = True, self.lost or who
         if self.store is not None and who not in self.pending:
             self.store.backups.pop(who, None)
 
@@ -355,6 +366,11 @@ class Shard:
     def record_push(self, op: str, push: Push, payload: Tensor) -> None:
         """With what has been decided of the workers' wishes: it depends on what was answered by then."""
         self.record({"op": op, **push.header(), "wishes": {**vars(self.wishes)}}, "push", payload)
+
+    @property
+    def halts(self) -> Answer:
+        """The answer to whoever pushes after a halt."""
+        return {"halted": True, **({"lost": self.lost} if self.lost else {})}
 
     @property
     def settled(self) -> bool:

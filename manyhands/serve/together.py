@@ -32,7 +32,7 @@ def take_part(
     shard.wait(lambda: shard.step > push.step or shard.partial is not None or shard.halted, member, alive)
     if shard.step <= push.step:
         if shard.halted:
-            return {"halted": True}, None
+            return shard.halts, None
         return {"norm_sq": shard.partial, "step": push.step}, None
     return answer_together(shard, push.member, push.step), shard.pulled(push.member)
 

@@ -329,6 +329,7 @@ class Served:
             "consistency": placement.consistency,
             "accumulate": placement.accumulate,
             "compensation": placement.compensation,
+            "whole": True,
             "optimizer": config.to_data(replica.strategy.outer, "optimizers"),
         }
         if placement.discard is not None:
@@ -366,6 +367,10 @@ class Served:
         traffic: Any = self._replica.wire.traffic
         before, start = self._servers.traffic, time.perf_counter()
         answer = self._unless_lost(lambda: self._servers.push(header, used, payloads, self._params))
+        lost = answer.get("lost")
+        if lost in self._members:  # a server has noticed first
+            whom = None if lost == self._servers.member else self._members.index(lost)
+            raise PeerLost(whom, "push", "it has left, or was silent for too long")
         if answer.get("halted"):  # another worker knows already that somebody was lost
             if self._replica.over is not None:
                 self._replica.over.wait(self._placement.patience_s)
