@@ -203,7 +203,7 @@ class Terminal:
         )
         if event.load:
             self._say("load it with:")
-            self._say(f"  {event.load}")
+            self._say(f"  {event.load}", whole=True)
 
     # -- how
 
@@ -291,10 +291,12 @@ class Terminal:
             self._bar.stop()
             self._bar, self._kind = None, ""
 
-    def _say(self, text: str, style: str | None = None) -> None:
+    def _say(self, text: str, style: str | None = None, *, whole: bool = False) -> None:
+        """A line; `whole`: to be copied, so the terminal alone breaks it."""
         from rich.text import Text
 
-        self._console.print(Text(self._clean(text), style=style or "" if self._live else ""))
+        shown = Text(self._clean(text), style=style or "" if self._live else "")
+        self._console.print(shown, soft_wrap=whole or None)
 
     def _clean(self, text: str) -> str:
         """What this console can show: a model's or file's text steers no terminal and needs no other encoding."""
