@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from facts import facts
 
+from manyhands.cli import chaos
 from manyhands.cli.main import main
 from manyhands.core.events import Warned, ignore
 from manyhands.launch import control, local
@@ -85,6 +86,26 @@ def test_who_joins_has_the_threads_of_the_job_or_its_own(
     ((argument, options),) = asked
     assert options["threads"] == threads
     assert Order.from_json(argument).job.threads == threads  # a worker sets what its job says
+
+
+@pytest.mark.parametrize(
+    ("said", "words", "more"),
+    [
+        ("restarts = 3", [], ["--restarts", "1000000"]),  # the default, as a run's config.toml has it
+        ("restarts = 4", [], []),
+        ("", ["--restarts", "3"], []),
+        ('elastic = "off"', [], []),
+    ],
+)
+def test_lost_workers_are_replaced_under_chaos_as_often_as_is_said_or_always(
+    said: str, words: list[str], more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "job.toml").write_text(f'data = "a.txt"\n{said}\n')
+    asked: list[list[str]] = []
+    monkeypatch.setattr(chaos, "_train", lambda words, *rest: asked.append(words) or (0, []))
+    monkeypatch.setattr(chaos, "report", lambda *found: 0)
+    assert main(["chaos", str(tmp_path / "job.toml"), "--output", str(tmp_path / "out"), *words]) == 0
+    assert asked[1][:-2] == [*asked[0][:-2], *more]
 
 
 def test_a_pass_has_at_most_the_rows_that_are_given() -> None:

@@ -78,7 +78,9 @@ def main(arguments: Sequence[str]) -> int:
         if code:
             raise WorkerFailed(f"the undisturbed run ended with exit code {code}", "", f"see {plain}/logs")
     options.say("the run with faults:")
-    more = [] if "restarts" in origins or job.elastic == "off" else ["--restarts", "1000000"]
+    # a run's config.toml says the default, too
+    told = origins.get("restarts", "").startswith("--") or job.restarts != type(job).restarts
+    more = [] if told or job.elastic == "off" else ["--restarts", "1000000"]
     code, injected = _train(
         [*base, *more, "--output", str(output / "disturbed")], output / "disturbed", faults
     )
