@@ -156,9 +156,7 @@ def known_identity(given: Any, state: Path | None) -> Identity:
         try:
             return tls.kept(state)
         except OSError as error:
-            raise UsageError(
-                f"--state {state}: {error.strerror}", "a server keeps its state there", ""
-            ) from None
+            raise UsageError(f"{state}: {error.strerror}", "certificate and key are kept there", "") from None
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(given.tls_cert, given.tls_key, password="")
         return tls.Identity(Path(given.tls_cert).read_bytes(), Path(given.tls_key).read_bytes())
