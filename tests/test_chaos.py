@@ -207,13 +207,17 @@ def test_a_kill_spares_the_last_worker(victim: Victim, monkeypatch: pytest.Monke
     under.stop()
     assert under.injected[0].outcome == "left out: it was the last one"
     program = "import sys, time; f = open(sys.argv[1], 'ab'); print('ready', flush=True); time.sleep(60)"
-    second = subprocess.Popen(
-        [sys.executable, "-c", program, victim.output / "ledger" / "w1.jsonl"], stdout=subprocess.PIPE
-    )
+    ledger = victim.output / "ledger"
+    second = subprocess.Popen([sys.executable, "-c", program, ledger / "w1.jsonl"], stdout=subprocess.PIPE)
     assert second.stdout is not None
     second.stdout.readline()
     pids = {"w0": victim.process.pid, "w1": second.pid}
     monkeypatch.setattr(chaos, "workers_of", lambda output: pids)  # a dying one may still be seen
+    (ledger / "w0.jsonl").write_text('{"ledger": 1}\n')
+    under = victim.suffer(Fault("kill", 0.0, 0.99))  # the other one has come, and holds nothing yet
+    under.stop()
+    assert [each.outcome for each in under.injected] == ["left out: it was the last one"]
+    (ledger / "w0.jsonl").write_text('{"ledger": 1}\n{"step": 7}\n')
     under = victim.suffer(Fault("kill", 0.0, 0.99), Fault("kill", 0.0, 0.99))
     under.stop()
     assert [each.outcome for each in under.injected] == ["done", "left out: it was the last one"]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from manyhands.launch.chaos import Fault, Injected
 
 HELP = {
-    "kills": "a SIGKILL (never of the last worker)",
+    "kills": "a SIGKILL (never of the last worker that holds the job's state)",
     "stops": "a SIGSTOP for a while",
     "slows": "a slowdown to half the speed for a while",
     "cuts": "a connection shut down",

@@ -107,6 +107,14 @@ def workers_of(output: Path) -> dict[str, int]:
     return found
 
 
+def _holds(ledger: Path) -> bool:
+    """Whether a worker has told of a step in its ledger, and so holds the job's state; a newcomer may still be fetching it."""
+    try:
+        return ledger.read_bytes().count(b"\n") > 1  # the first line says whose it is
+    except OSError:
+        return False
+
+
 @dataclass
 class Chaos:
     """Brings a schedule about on the workers of one job, in a thread of its own, until `stop`.
@@ -179,10 +187,11 @@ class Chaos:
         if not there:
             self.injected.append(Injected(fault, time.time(), "", 0, "nobody is there"))
             return
-        if fault.kind in DEADLY and len(there) == 1:  # with the last one the job's state would go
-            self.injected.append(Injected(fault, time.time(), *there[0], "left out: it was the last one"))
-            return
         seat, pid = there[int(fault.victim * len(there))]
+        others = (self.output / "ledger" / f"{other}.jsonl" for other, _ in there if other != seat)
+        if fault.kind in DEADLY and not any(map(_holds, others)):  # the job's state would go with it
+            self.injected.append(Injected(fault, time.time(), seat, pid, "left out: it was the last one"))
+            return
         at = time.time()
         try:
             outcome = getattr(self, f"_{fault.kind}")(seat, pid, fault)
