@@ -1,4 +1,4 @@
-"""Processes for tests/test_checkpoint.py that die, or run out of room, while they save. Run as ``python FILE NAME DIR``."""
+"""Small checkpoints, and processes for tests/test_saving.py that die, or run out of room. Run as ``python FILE NAME DIR``."""
 
 from __future__ import annotations
 
@@ -29,6 +29,18 @@ def taken(step: int, width: int = 8) -> checkpoint.Snapshot:
     return checkpoint.snapshot(
         model, step=step, state={"step": step}, optimizer=state, exchange=state, tokenizer_dir=None
     )
+
+
+def saved(output: Path, *steps: int, keep: int = 9) -> list[Path]:
+    return [checkpoint.save(taken(step), output, keep=keep) for step in steps]
+
+
+def names(output: Path) -> list[str]:
+    return [path.name for path in checkpoint.checkpoints(output)]
+
+
+def hidden(output: Path) -> list[str]:
+    return [path.name for path in output.iterdir() if path.name.startswith(".")]
 
 
 def whole(path: Path) -> int:
