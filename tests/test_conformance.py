@@ -34,6 +34,7 @@ from manyhands.exchange.feedback import ErrorFeedback
 from manyhands.exchange.int8 import Int8
 from manyhands.exchange.ordered import Tree
 from manyhands.strategy.base import Strategy
+from manyhands.strategy.optimizers import SGD
 from manyhands.train import exchange_state
 
 EXCHANGES = sorted(registry.REGISTRY["exchanges"])
@@ -463,6 +464,7 @@ def test_what_is_given_from_python_is_taken_as_from_the_command_line() -> None:
     assert ErrorFeedback("int8", decay=1) == ErrorFeedback(Int8(), decay=1.0)  # type: ignore[arg-type]
     assert ByTensor(apart="wte").apart == ("wte",)  # type: ignore[arg-type]  # not the letters w, t and e
     assert Every(np.int64(4)) == Every(4)  # type: ignore[arg-type]
+    assert SGD(0.1, nesterov=np.False_) == SGD(torch.tensor(0.1, dtype=torch.float64))  # type: ignore[arg-type]
     with pytest.raises(
         UsageError, match=r"AllReduce.precision: 'bf-16'.*one of 'as-is'.*did you mean 'bf16'"
     ):

@@ -270,6 +270,8 @@ def _coerce_sequence(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any
 
 
 def _coerce_scalar(hint: Any, value: Any, where: str) -> Any:
+    if getattr(value, "shape", None) == ():  # a number of NumPy's or PyTorch's
+        value = value.item()
     if hint is str:
         if isinstance(value, str):
             return value

@@ -65,6 +65,8 @@ def identity(path: Path, encoder: Encoder) -> str:
     digest = hashlib.sha256(f"{encoder.end_id}/".encode())
     if encoder.has_gaps:  # of these an early release kept numbers in too small a type
         digest.update(f"{encoder.vocab_size}/".encode())
+    if encoder.finds_added:  # an early release did not find them
+        digest.update(b"added/")
     if (path / "tokenizer.json").is_file():
         state = json.loads((path / "tokenizer.json").read_bytes())
         digest.update(json.dumps({**state, "padding": None, "truncation": None}, sort_keys=True).encode())
@@ -187,6 +189,7 @@ class Encoder:
         vocab_size: tokens in all, those that no text has among them: one more than the highest, for there may be gaps
             (in front of added tokens, usually).
         has_gaps: some numbers below it stand for nothing.
+        finds_added: bytes or characters, with tokens of the user's among them.
         end_id: the token between documents.
         unknown_id: the token of what is in no other; None where there is none.
         dtype: the smallest unsigned type that holds every token.
@@ -207,6 +210,7 @@ class Encoder:
             for token in self._tokenizer.get_added_tokens_decoder().values()
             if token.content not in (END, UNKNOWN, PAD)
         ]
+        self.finds_added = self._table is not None and bool(self._added)
         self._words = bytelevel.build(self._tokenizer) if self._table is None else None
 
     def __call__(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
