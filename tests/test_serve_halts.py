@@ -186,6 +186,22 @@ def test_a_round_of_a_job_is_one_of_all_its_workers(
         assert (again.shard.version, again.shard.halted) == (0, True)
 
 
+def test_who_has_not_heard_of_its_last_round_is_told_though_another_has_left(
+    serve: Any, tmp_path: Path
+) -> None:
+    """It asks again after its connection has failed; the other one had nothing left to do."""
+    server = serve(state=tmp_path / "state")
+    a, b = serve.workers([server], 2)
+    begun([a, b], consistency="sync", whole=True)
+    together(lambda: a.push(0, gradient(0, 0)), lambda: b.push(0, gradient(0, 1)))
+    b.servers.close()
+    assert a.push(0, gradient(0, 0))["applied"] == [True]
+    assert server.shard.version == 1
+    server.stop(0)
+    again = serve(state=tmp_path / "state")  # and who pushes on hears whom it misses
+    assert again.shard.halts == {"halted": True, "lost": "worker-1"}
+
+
 def second_half(worker: Worker, server: int, staleness: int, step: int = 0) -> dict[str, Any]:
     ask = {**HEADER, **worker.servers._who("agree"), "step": step, "staleness": staleness}
     return worker.servers._links[server].call(ask).header

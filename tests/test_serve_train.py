@@ -160,6 +160,24 @@ def test_no_round_is_made_without_a_workers_samples(fleets: Any, serving: Any, n
     assert found == (1, 2, -8.0)
 
 
+def test_one_worker_alone_goes_on_after_any_silence(tmp_path: Path) -> None:
+    """It was stopped for a while: no round was made without it."""
+    (tmp_path / "token").write_text(TOKEN)
+    server = Server(listen=f"unix:{tmp_path}/1", token=TOKEN, lease_s=1000.0)
+    server.start()
+    placement = Served(address=server.address, token_file=str(tmp_path / "token"), lease_s=1000.0)
+    replica = Replica(torch.nn.Linear(2, 1), Strategy(placement=placement, outer=SGD(1.0)), alone().wire)
+    for step in range(2):
+        part = Part(step, [(0, {"x": torch.ones(1, 2)})], 1, 1, 0)
+        replica.step(part, lambda m, batch: (m(batch["x"]).sum(), 1))
+        server.shard.members["worker-0"].seen -= 2 * server.shard.lease_s
+        server.shard.expire()
+        assert server.shard.members == {}
+    assert server.shard.version == 2
+    replica.close()
+    server.stop(0)
+
+
 @pytest.mark.parametrize("consistency", ["sync", "bounded(3)", "async"])
 def test_one_worker_is_plain_training(serving: Any, consistency: str) -> None:
     case = {"optimizer": AdamW(0.01), "steps": 5}

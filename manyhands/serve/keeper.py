@@ -39,6 +39,7 @@ FIGURES = (
     "left",
     "earlier",
     "halted",
+    "lost",
     "unused",
     "judged",
     "unsound",

@@ -204,7 +204,8 @@ class Shard:
             store = self.ready(header)
             if self.stale(header):
                 return {"halted": True}, None
-            if self.halted:
+            told_again = store.rules.sync and push.step < self.step  # its round is made: the answer was lost
+            if self.halted and not told_again:
                 return self.halts, None
             member = self.entered(push.member, push.step)
             member.seen = time.monotonic()

@@ -329,7 +329,7 @@ class Served:
             "consistency": placement.consistency,
             "accumulate": placement.accumulate,
             "compensation": placement.compensation,
-            "whole": True,
+            "whole": replica.wire.size > 1,  # one alone misses nobody, however long it is silent
             "optimizer": config.to_data(replica.strategy.outer, "optimizers"),
         }
         if placement.discard is not None:
