@@ -243,6 +243,21 @@ def test_who_ends_in_the_middle_without_a_word_is_missed_though_its_exit_code_is
     assert play.state.ended == (0, "done")
 
 
+def test_too_few_that_wait_for_others_end_the_job_though_somebody_has_ended_as_if_it_were_done() -> None:
+    play = Play("w0", "w1", min_workers=2, patience_s=3.0)
+    play.state.lose("w1", how="left", detail="done", now=play.now)
+    for _ in range(2):
+        play.wait(2.0)
+        play.beat()
+    assert play.state.ended is None  # it does what is left to do, for all that is known
+    play.ready("w0")
+    for _ in range(3):
+        play.wait(2.0)
+        play.beat()
+    assert play.state.ended is not None
+    assert "min_workers = 2" in play.state.ended[1]
+
+
 @pytest.mark.parametrize("how", ["death", "failed", "hang"])
 def test_the_end_of_a_job_whose_first_rank_is_lost_before_it_has_summed_up(how: str) -> None:
     """The others have nothing left to do, and say so; whether they are gone yet or not."""

@@ -391,7 +391,8 @@ class State:
         if self.ended is not None or self.stopping or self._unexplained or unnamed:
             return
         gone = tuple(self.gone.values())
-        if any(m.leaving == "done" for m in self.members.values()) or any(x.detail == "done" for x in gone):
+        done = "done" in [*(m.leaving for m in self.members.values()), *(loss.detail for loss in gone)]
+        if done and not any(m.ready for m in self._staying()):  # they do what is left to do at the end
             return
         alive = sum(1 for m in self.members.values() if m.leaving is None)
         stateless = self.began and not any(m.step >= 1 for m in self.members.values())
