@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import pty
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from manyhands.core import events as e
-from manyhands.train.sinks import fan_out
+from manyhands.train.sinks import Terminal, fan_out
 
 HERE = Path(__file__).parent
 START = """
@@ -87,6 +88,17 @@ def test_what_is_printed_to_the_same_terminal_stands_above_the_bar(tmp_path: Pat
     assert shell.end() == 0, (tmp_path / "err").read_text()
     assert "\x1b[2Ksaid beside\r\n" in said.replace("\r\x1b[2K\r", "\r")
     assert said.index("loss 10.8231") < said.index("said beside") < said.rindex("loss 10.8231")
+
+
+def test_a_log_is_told_once_of_what_nobody_knows_the_extent_of() -> None:
+    """Compressed files, until their first piece is done: progress is looked at four times a second."""
+    shown = io.StringIO()
+    terminal = Terminal(shown)
+    for phase in ("train tokenizer", *["tokenize"] * 3):
+        terminal(e.Preparing(done_bytes=0, total_bytes=None, tokens=0, phase=phase))
+    terminal(e.Preparing(done_bytes=5, total_bytes=None, tokens=1))
+    assert shown.getvalue().splitlines()[:2] == ["train tokenizer …", "tokenize …"]
+    assert len(shown.getvalue().splitlines()) == 3
 
 
 def test_a_kill_leaves_the_shells_cursor(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ class Terminal:
         self._task: Any = None
         self._kind = ""
         self._said = self._drawn = 0.0
+        self._begun = ""  # the phase of preparing that was named last
         self._loads: list[tuple[str, str]] = []  # lines below the bar: (text, style)
         self._shares: tuple[object, ...] = ()  # as said last
         self._shares_at = -math.inf
@@ -82,8 +83,10 @@ class Terminal:
 
     def _preparing(self, event: e.Preparing) -> None:
         total, known = event.total_bytes, event.done_bytes or event.tokens or event.total_bytes is not None
-        if not self._live and not known:  # a tokenizer that is trained: nobody knows how far it is
-            self._say(f"{event.phase} …")
+        if not self._live and not known:  # a tokenizer is trained, or no piece is done yet
+            if event.phase != self._begun:
+                self._begun = event.phase
+                self._say(f"{event.phase} …")
             return
         figures = [(0, f"{event.tokens:,} tokens")] if known else []
         self._progress("prepare", event.phase, event.done_bytes, total, figures, bytes_=True)
