@@ -119,6 +119,9 @@ def test_hugging_face_data_sets_by_path(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(datasets, "load_dataset", lambda path, split: asked.append((path, split)))
     hub.load("some/where:train[:10%]")
     assert asked == [("some/where", "train[:10%]")]
+    (tmp_path / "at 10:30").mkdir()  # nor is any colon of a path the one before a split
+    hub.load(f"{tmp_path}/at 10:30:test")
+    assert asked[1:] == [(f"{tmp_path}/at 10:30", "test")]
 
 
 def test_what_the_web_says_of_a_file_tells_its_content(tmp_path: Path) -> None:

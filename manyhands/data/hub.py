@@ -26,7 +26,9 @@ def load(name: str) -> Any:
         ) from None
     path, split = name, "train"
     if not os.path.exists(name) and ":" in name:
-        path, _, split = name.partition(":")  # a split may hold one: train[:10%]
+        path, _, split = name.rpartition(":")
+        if not os.path.exists(path):
+            path, _, split = name.partition(":")  # a split may hold one: train[:10%]
     try:
         if os.path.isfile(os.path.join(path, "state.json")) or os.path.isfile(
             os.path.join(path, "dataset_dict.json")
