@@ -10,8 +10,8 @@
 A schedule is a pure function of its seed. Times are seconds from the moment when the job's first step was committed, and
 a victim is a number in [0, 1) that picks one of the workers that are there then.
 
-The last worker that is there is neither killed nor cut off nor without a disk. Workers are found by what they hold open:
-``OUTPUT/ledger/SEAT.jsonl``, so also those that others' launchers have started.
+The last worker that holds the job's state is neither killed nor cut off nor without a disk. Workers are found by what they hold
+open: ``OUTPUT/ledger/SEAT.jsonl``, so also those that others' launchers have started.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def workers_of(output: Path) -> dict[str, int]:
     return found
 
 
-def _holds(ledger: Path) -> bool:
+def holds(ledger: Path) -> bool:
     """Whether a worker has told of a step in its ledger, and so holds the job's state; a newcomer may still be fetching it."""
     try:
         return ledger.read_bytes().count(b"\n") > 1  # the first line says whose it is
@@ -189,7 +189,7 @@ class Chaos:
             return
         seat, pid = there[int(fault.victim * len(there))]
         others = (self.output / "ledger" / f"{other}.jsonl" for other, _ in there if other != seat)
-        if fault.kind in DEADLY and not any(map(_holds, others)):  # the job's state would go with it
+        if fault.kind in DEADLY and not any(map(holds, others)):  # the job's state would go with it
             self.injected.append(Injected(fault, time.time(), seat, pid, "left out: it was the last one"))
             return
         at = time.time()
