@@ -6,6 +6,7 @@ import math
 import threading
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pushers
@@ -14,6 +15,8 @@ import torch
 from pushers import SHAPES, WAIT_S, Worker, close_to, gradient, initial, plain, together, vanish
 
 from manyhands.serve import protocol
+from manyhands.serve.members import Member
+from manyhands.serve.shard import Shard
 from manyhands.strategy.optimizers import SGD
 
 serve = pushers.serve  # the fixture
@@ -184,6 +187,23 @@ def test_a_round_of_a_job_is_one_of_all_its_workers(
         vanish(server)
         again = serve(state=place)  # nor does one that continues make the round
         assert (again.shard.version, again.shard.halted) == (0, True)
+
+
+def test_nobody_is_silent_while_the_server_cannot_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update of a large model takes longer than a lease."""
+    at, asked = [100.0], threading.Event()
+    monkeypatch.setattr("manyhands.serve.shard.time", SimpleNamespace(monotonic=lambda: asked.set() or at[0]))
+    shard = Shard(lease_s=30.0)
+    shard.members["worker-0"] = Member(0, seen=100.0)
+    janitor = threading.Thread(target=shard.expire)
+    with shard.cond:
+        janitor.start()
+        assert asked.wait(WAIT_S)
+        at[0] += 40.0
+    janitor.join()
+    assert set(shard.members) == {"worker-0"}
+    shard.expire()
+    assert shard.members == {}
 
 
 def test_who_has_not_heard_of_its_last_round_is_told_though_another_has_left(

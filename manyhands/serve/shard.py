@@ -261,8 +261,8 @@ class Shard:
 
     def expire(self, leaver: str = "") -> None:
         """Stop waiting for members whose lease has run out, and for one that leaves."""
+        now = time.monotonic()  # before it waits for a long update, in which nobody can be heard
         with self.cond:
-            now = time.monotonic()
             if leaver:
                 self._drop(leaver, "left")
             for who in [n for n, m in self.members.items() if now - m.seen > self.lease_s]:
