@@ -115,6 +115,7 @@ def test_hugging_face_data_sets_by_path(tmp_path: Path, monkeypatch: pytest.Monk
         prepare(DataSpec(data=(f"hf:{tmp_path}/nothing",)), cache=tmp_path / "cache")
     with pytest.raises(DataError, match="without splits"):
         prepare(DataSpec(data=(f"hf:{tmp_path}/saved:test",)), cache=tmp_path / "cache")
+    assert len(hub.load(f"{tmp_path}/saved:train")) == len(ROWS)
     asked: list[Any] = []
     monkeypatch.setattr(datasets, "load_dataset", lambda path, split: asked.append((path, split)))
     hub.load("some/where:train[:10%]")

@@ -101,7 +101,11 @@ class ServerProcesses:
                 flush=True,
             )
             last = read_tail(self._log(server), life.log_begin).rpartition("\n")[2].strip()
-            again = self._launch(server)
+            try:
+                again = self._launch(server)
+            except OSError as error:  # no memory, no process
+                self.failed = self._words(server, life, f"{how}; it cannot be started again: {error}")
+                continue
             again.restarts, again.futile, again.before = (
                 restarts + 1,
                 futile,
