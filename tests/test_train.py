@@ -336,7 +336,7 @@ BAD_VALUES: list[tuple[list[str], str]] = [
     (["--warmup-steps", "0.5"], "whole number"),
     (["--warmup-ratio", "0.1", "--warmup-steps", "3"], "both given"),
     (["--epochs", "inf"], "and ends"),
-    (["--max-grad-norm", "nan"], "finite"),
+    (["--max-grad-norm", "nan"], "must be a number"),
     (["--report-to", "tensorbord"], "did you mean 'tensorboard'"),
     (["--model", "json:dmps"], "did you mean 'dump"),
     (["--format", "parket"], "did you mean 'parquet'"),
