@@ -51,7 +51,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(corpus: Path, tmp_path: Path, st
 @pytest.mark.parametrize(
     ("strategy", "warns"),
     [
-        ("diloco(lr=3e-3, every=4)", ""),
         ("forecast(lr=3e-3, every=3, delay=1, exchange=error-feedback(int4))", ""),
         ("zero3(lr=3e-3, shard=2, exchange=error-feedback(int4))", "groups of 3"),
     ],
@@ -116,7 +115,6 @@ def test_sigterm_between_agreements_is_heard_at_the_next_one(corpus: Path, tmp_p
 @pytest.mark.parametrize(
     "strategy",
     [
-        "streaming-diloco(lr=3e-3, every=4, fragments=2, delay=1)",
         "eager(lr=3e-3)",
         "forecast(lr=3e-3, every=4, delay=2, exchange=error-feedback(int4))",
         "hogwild(lr=0.1, every=3)",
