@@ -192,7 +192,6 @@ def test_a_process_group_is_formed_anew(corpus: Path, tmp_path: Path, strategy: 
         "ddp(exchange='error-feedback(int4)')",
         "gossip(lr=0.003, every=3)",
         "parameter-server(exchange=error-feedback(int4))",
-        "parameter-server(consistency=async)",
     ],
 )
 def test_one_that_is_asked_to_leave_leaves_alone(corpus: Path, tmp_path: Path, strategy: str) -> None:

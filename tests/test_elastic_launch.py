@@ -551,6 +551,10 @@ def test_the_verdict_knows_what_was_survived() -> None:
     verdict = judge([end(0, -9, survived=True), end(1, -15)], ended=(1, "nobody is left"), **quiet)
     assert (verdict.exit_code, verdict.words) == (1, "manyhands: nobody is left")
     assert judge([end(0, 0), end(1, -9)], **quiet).exit_code == 1
+    first = end(0, -15, kind="failed")  # ended with the others, when it had said what was wrong
+    assert first.record is not None
+    first.record["code"] = 2
+    assert judge([first, end(1, 2, kind="failed")], stopped_by=None, told_s=0.5).exit_code == 2
 
 
 def test_which_ends_would_meet_a_successor_too() -> None:

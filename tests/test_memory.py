@@ -331,11 +331,7 @@ def _held() -> dict[int, int]:
 STATE = {
     "ddp": 16,
     "powersgd": 20.25,
-    "demo": 12,
-    "local_sgd": 20,
-    "slowmo": 24,
     "diloco": 24,
-    "muloco": 24,
     "gossip": 24,
     "eager": 36,
     "forecast": 36,

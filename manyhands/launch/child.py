@@ -134,6 +134,7 @@ def _record(error: BaseException, path: Path) -> None:
         "message": str(error),
         "ours": isinstance(error, ManyhandsError),
         "final": isinstance(error, FINAL),
+        "code": error.exit_code if isinstance(error, ManyhandsError) else 1,
         "kind": "stopped"
         if isinstance(error, (Stopped, KeyboardInterrupt))
         else "peer-lost"

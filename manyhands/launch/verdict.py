@@ -40,6 +40,11 @@ class End:
     late: bool = False
 
     @property
+    def meant(self) -> int:
+        """Its exit code, though a signal that ends the others may have come before it had left."""
+        return int(self.record.get("code", self.code)) if self.record else self.code
+
+    @property
     def since_s(self) -> float:
         return float(self.record["time_s"]) if self.record else self.time_s
 
@@ -85,7 +90,7 @@ def judge(
     kinds = [_kind(end, stopped_by is not None, told_s) for end in bad]
     failed = [end for end, kind in zip(bad, kinds, strict=True) if kind == "failed"]
     if failed:
-        return Verdict(2 if failed[0].code == 2 else 1, describe(failed[0], out_of_memory))
+        return Verdict(2 if failed[0].meant == 2 else 1, describe(failed[0], out_of_memory))
     if stopped_by is not None and bad:
         return Verdict(128 + stopped_by)
     stopped = [end for end, kind in zip(bad, kinds, strict=True) if kind == "stopped"]
