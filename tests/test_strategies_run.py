@@ -32,7 +32,6 @@ def _train(corpus: Path, output: Path, strategy: str, *more: object) -> None:
     "strategy",
     [
         "diloco(lr=3e-3, every=4, exchange=error-feedback(int8))",
-        "ddp(lr=3e-3, exchange=error-feedback(topk(density=0.05)))",
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(corpus: Path, tmp_path: Path, strategy: str) -> None:
@@ -116,7 +115,6 @@ def test_sigterm_between_agreements_is_heard_at_the_next_one(corpus: Path, tmp_p
     "strategy",
     [
         "eager(lr=3e-3)",
-        "forecast(lr=3e-3, every=4, delay=2, exchange=error-feedback(int4))",
         "hogwild(lr=0.1, every=3)",
     ],
 )
