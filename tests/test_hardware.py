@@ -66,7 +66,8 @@ def test_seats(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     plant({})
     cores(monkeypatch, {0, 1, 2, 3, 4})
     assert hardware.seats(2) == [hardware.Seat((0, 1), 2), hardware.Seat((2, 3), 2)]
-    assert hardware.seats(2, 1) == [hardware.Seat((0,), 1), hardware.Seat((1,), 1)]
+    assert hardware.seats(3, 1) == [hardware.Seat((cpu,), 1) for cpu in range(3)]
+    assert hardware.seats(2, 1) == [hardware.Seat((), 1)] * 2  # there is room for another launch
     assert hardware.seats(5) == [hardware.Seat((cpu,), 1) for cpu in range(5)]
     assert hardware.seats(6) == [hardware.Seat((), 1)] * 6  # more workers than cores
     assert hardware.seats(2, 3) == [hardware.Seat((), 3)] * 2  # more threads than cores

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 POISONS = ("nan", "nan-gradient", "nan-parameter", "oom", "no-memory", "rows")
-INSIDE = ("claim", "piece", "forward", "exchange", "writing")
+INSIDE = ("claim", "piece", "forward", "exchange", "writing", "part")
 
 
 class Traps:
@@ -112,7 +112,7 @@ def _patch(traps: Traps) -> None:
     """Places within phases."""
     from manyhands.data import prepare
     from manyhands.tasks.pretrain import Pretrain
-    from manyhands.train import checkpoint
+    from manyhands.train import checkpoint, joint
     from manyhands.wire.shared import SharedWire
 
     for owner, name, place, phases in (
@@ -121,6 +121,7 @@ def _patch(traps: Traps) -> None:
         (Pretrain, "loss", "forward", ("compile", "step")),
         (SharedWire, "barrier", "exchange", ("step",)),
         (checkpoint, "_write", "writing", ()),
+        (joint.Share, "write", "part", ()),
     ):
         setattr(owner, name, _trapped(getattr(owner, name), traps, place, phases))
 

@@ -73,12 +73,14 @@ def cores_of(cpus: Iterable[int]) -> list[tuple[int, ...]]:
 def seats(workers: int, threads: int | None = None) -> list[Seat]:
     """The allowed cores divided among the workers of this machine.
 
-    Nobody is pinned where the threads outnumber the cores (they would queue for one core beside an idle one) or where a
-    quota grants less than all of them (other tenants of the machine use the same cores).
+    Nobody is pinned where the threads outnumber the cores (they would queue for one core beside an idle one), where a
+    quota grants less than all of them (other tenants of the machine use the same cores), or where half of them are left
+    over: another launch may be beside this one, and would choose the same cores.
     """
     cores = cores_allowed()
     each = threads or max(1, core_count() // workers)
-    if not hasattr(os, "sched_setaffinity") or workers * each > len(cores) or core_count() < len(cores):
+    crowded = workers * each > len(cores) or core_count() < len(cores)
+    if not hasattr(os, "sched_setaffinity") or crowded or 2 * workers * each <= len(cores):
         return [Seat((), each)] * workers
     own = [cores[rank * each : (rank + 1) * each] for rank in range(workers)]
     return [Seat(tuple(cpu for core in mine for cpu in core), each) for mine in own]

@@ -3,7 +3,8 @@
     OUTPUT/checkpoint-N/
         config.json, model.safetensors, tokenizer.json, …   loads with Transformers' from_pretrained
         training/state.json, optimizer.safetensors, exchange.safetensors
-        manifest.json                                        size and sha256 of every file; written last
+        manifest.json                                        size and sha256 of every file (or of each part, where several
+                                                             workers wrote it: `manyhands.train.joint`); written last
 
 Everything is written into a temporary directory beside it, each file is synced, then the directory is renamed. A reader
 trusts only a directory whose manifest matches (`manyhands.train.manifest`, whose functions are here, too).
@@ -19,11 +20,11 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from manyhands.core.errors import CheckpointError, UsageError
 from manyhands.core.events import Emit, Saved, Warned, ignore
@@ -33,6 +34,8 @@ from manyhands.train.tensors import sha256_of_parameters
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from manyhands.train.joint import JointSnapshot, Share
 
 __all__ = [
     "AsyncSaver",
@@ -50,27 +53,65 @@ __all__ = [
 
 _TEMPORARY = re.compile(r"\.checkpoint-\d+\.(\d+)\.([0-9a-f]+)-[0-9a-f]+\.tmp(\.old)?$")
 _PROCESS = secrets.token_hex(4)  # tells this process from an earlier one with the same number
+WEIGHTS, OPTIMIZER, EXCHANGE = (
+    "model.safetensors",
+    "training/optimizer.safetensors",
+    "training/exchange.safetensors",
+)
 _TOKENIZER = re.compile(r".*token.*|vocab\.(json|txt)|merges\.txt|.*\.(model|tiktoken|jinja)")
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A CPU copy of everything that a checkpoint holds; training may go on meanwhile.
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a checkpoint holds beside its tensors.
 
     Attributes:
-        weights: by name; tied ones once.
         write_config: writes ``config.json`` (and its like) into a directory; reads no parameter.
+        state: JSON data.
+        tokenizer_dir: whose tokenizer's files it gets (read when it is written).
         taken_s: how long training waited for the copy.
     """
 
     step: int
-    weights: Mapping[str, Tensor]
     write_config: Callable[[Path], None]
     state: Mapping[str, Any]
-    optimizer: Mapping[str, Tensor]
-    exchange: Mapping[str, Tensor]
     tokenizer_dir: Path | None
     taken_s: float
+
+    @property
+    def directory(self) -> Path | None:
+        """The temporary directory, where it is there already."""
+        return None
+
+    def write_tensors(self, directory: Path) -> dict[str, dict[str, Any]]:
+        """The files of tensors, each synced; what the manifest says of them. Raises `OSError`, `CheckpointError`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot(Facts):
+    """A CPU copy of everything that a checkpoint holds; training may go on meanwhile.
+
+    Attributes:
+        weights: by name; tied ones once.
+    """
+
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    exchange: Mapping[str, Tensor]
+
+    def write_tensors(self, directory: Path) -> dict[str, dict[str, Any]]:
+        big: list[tuple[str, Mapping[str, Tensor], Mapping[str, str] | None]] = [
+            (WEIGHTS, self.weights, {"format": "pt"}),
+            (OPTIMIZER, self.optimizer, None),
+        ]
+        if self.exchange:
+            big.append((EXCHANGE, self.exchange, None))
+        files = {}
+        for name, named, metadata in big:
+            written = tensors.write(directory / name, named, metadata)
+            files[name] = {"bytes": written.size_bytes, "sha256": written.sha256}
+        return files
 
 
 def snapshot(
@@ -91,17 +132,9 @@ def snapshot(
     from manyhands.models.store import write_config
 
     start = time.perf_counter()
-    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        place = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
-        if place in seen and tensor.numel():
-            continue  # tied: written once, under its first name, as Transformers does
-        seen.add(place)
-        weights[name] = _copy(tensor)
     return Snapshot(
         step=step,
-        weights=weights,
+        weights={name: _copy(tensor) for name, tensor in untied(model).items()},
         write_config=lambda directory: write_config(model, directory),
         state=json.loads(json.dumps(state)),
         optimizer={name: _copy(tensor) for name, tensor in optimizer.items()},
@@ -111,11 +144,24 @@ def snapshot(
     )
 
 
+def untied(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, tied tensors once, under their first names, as Transformers writes them."""
+    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
+    found = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+        if place in seen and tensor.numel():
+            continue
+        seen.add(place)
+        found[name] = tensor
+    return found
+
+
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def save(taken: Snapshot, output: Path, *, keep: int, emit: Emit = ignore) -> Path:
+def save(taken: Facts, output: Path, *, keep: int, emit: Emit = ignore) -> Path:
     """Write ``output/checkpoint-N`` durably, then drop all but the newest `keep`. Returns its path.
 
     A ``checkpoint-N`` that is there already is replaced; nothing is deleted before the new one is on disk.
@@ -127,11 +173,11 @@ def save(taken: Snapshot, output: Path, *, keep: int, emit: Emit = ignore) -> Pa
         raise UsageError(f"keep = {keep}", "the checkpoint just written is kept", "give at least 1")
     start = time.perf_counter()
     target = output / f"checkpoint-{taken.step}"
-    temporary = _temporary(target)
+    temporary = taken.directory or temporary_of(target)
     try:
         output.mkdir(parents=True, exist_ok=True)
         _sweep(output)
-        temporary.mkdir()
+        temporary.mkdir(exist_ok=taken.directory is not None)
         size = _write(
             taken,
             temporary,
@@ -148,14 +194,15 @@ def save(taken: Snapshot, output: Path, *, keep: int, emit: Emit = ignore) -> Pa
     return target
 
 
-def _temporary(target: Path) -> Path:
+def temporary_of(target: Path) -> Path:
+    """Another name beside it each time, which tells whose it is."""
     return target.with_name(f".{target.name}.{os.getpid()}.{_PROCESS}-{secrets.token_hex(4)}.tmp")
 
 
-def _write(taken: Snapshot, directory: Path, *, saved_s: float) -> int:
+def _write(taken: Facts, directory: Path, *, saved_s: float) -> int:
     """All files, each synced, the manifest last; returns the bytes written."""
     training = directory / "training"
-    training.mkdir()
+    training.mkdir(exist_ok=taken.directory is not None)
     taken.write_config(directory)
     if taken.tokenizer_dir is not None:
         for source in sorted(taken.tokenizer_dir.iterdir()):
@@ -163,23 +210,21 @@ def _write(taken: Snapshot, directory: Path, *, saved_s: float) -> int:
                 shutil.copyfile(source, directory / source.name)
     (training / "state.json").write_text(json.dumps(taken.state, indent=1) + "\n", encoding="utf-8")
     files: dict[str, dict[str, Any]] = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+    for path in sorted(p for p in directory.rglob("*") if p.is_file() and not _later(p, directory)):
         durable.sync_file(path)
         facts = {"bytes": path.stat().st_size, "sha256": durable.sha256_of_file(path)}
         files[path.relative_to(directory).as_posix()] = facts
-    big: list[tuple[str, Mapping[str, Tensor], Mapping[str, str] | None]] = [
-        ("model.safetensors", taken.weights, {"format": "pt"}),
-        ("training/optimizer.safetensors", taken.optimizer, None),
-    ]
-    if taken.exchange:
-        big.append(("training/exchange.safetensors", taken.exchange, None))
-    for name, named, metadata in big:
-        written = tensors.write(directory / name, named, metadata)
-        files[name] = {"bytes": written.size_bytes, "sha256": written.sha256}
+    files |= taken.write_tensors(directory)
     durable.sync_directory(training)
     content = {"format": manifest.FORMAT, "step": taken.step, "saved_s": saved_s, "files": files}
     durable.write_text(directory / manifest.MANIFEST, json.dumps(content, indent=1) + "\n")
     return sum(int(f["bytes"]) for f in files.values())
+
+
+def _later(path: Path, directory: Path) -> bool:
+    """Whether it is of those that several workers write at this moment."""
+    name = path.relative_to(directory).as_posix()
+    return name in (WEIGHTS, OPTIMIZER, EXCHANGE) or name.startswith(".")
 
 
 def _rotate(newest: Path, keep: int) -> None:
@@ -191,7 +236,7 @@ def _rotate(newest: Path, keep: int) -> None:
         if kept < keep:
             kept += manifest.fault(path, hashes=False) is None
             continue
-        doomed = _temporary(path)
+        doomed = temporary_of(path)
         with contextlib.suppress(OSError):
             path.rename(doomed)  # half-deleted, it must not look like a checkpoint
             shutil.rmtree(doomed)
@@ -221,21 +266,48 @@ class AsyncSaver:
 
     A save that fails (a full disk) is reported at once as `Warned` and training goes on with what was saved before;
     `wait`, which a job calls at its end, raises the failure of the last save. One that succeeds later mends it.
+    Where another worker's part is what fails nothing is raised: `torn` asks for another save.
+
+    Attributes:
+        output: the run's directory.
+        torn: what is to be the newest checkpoint lacks another worker's part.
+        alone: another worker could not write its part: the next are written by rank 0 alone.
     """
 
     def __init__(self, output: Path, keep: int, emit: Emit = ignore) -> None:
-        self._output, self._keep, self._emit = output, keep, emit
+        self.output, self._keep, self._emit = output, keep, emit
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._failure: CheckpointError | None = None
         self._pending: Future[None] | None = None
+        self._joint: JointSnapshot | None = None
+        self.torn = self.alone = False
 
-    def submit(self, taken: Snapshot) -> None:
-        """Start writing. Waits first for an earlier one (two copies in memory are enough); that counts as blocked."""
+    def submit(self, taken: Facts | Share) -> None:
+        """Start writing. Waits first for an earlier one (two copies in memory are enough); that counts as blocked.
+
+        Args:
+            taken: a checkpoint, or on other workers than rank 0 the part that they write of one.
+        """
         start = time.perf_counter()
         self._drain()
         waited_s = time.perf_counter() - start
-        taken = dataclasses.replace(taken, taken_s=taken.taken_s + waited_s)
-        self._pending = self._pool.submit(self._save, taken)
+        self.torn = False
+        if isinstance(taken, Facts):
+            self._joint = cast("JointSnapshot", taken) if hasattr(taken, "gone") else None
+            waited = dataclasses.replace(taken, taken_s=taken.taken_s + waited_s)
+            self._pending = self._pool.submit(self._save, waited)
+        else:
+            self._pending = self._pool.submit(self._tell, taken)
+
+    def lost(self, seats: Collection[str]) -> None:
+        """These workers are gone: what they have not written of what is being saved will not come."""
+        if self._joint is not None and self._pending is not None and not self._pending.done():
+            self._joint.gone.update(seats)
+            self.torn = self.torn or self._joint.lacks(seats)
+
+    def settle(self) -> None:
+        """Return when nothing is being written, whatever has come of it."""
+        self._drain()
 
     def wait(self) -> None:
         """Return when all is durable. Raises the `CheckpointError` of the last save if it failed."""
@@ -253,10 +325,23 @@ class AsyncSaver:
         if pending is not None:
             pending.result()  # raises what is not a CheckpointError: a defect, not a disk
 
-    def _save(self, taken: Snapshot) -> None:
+    def _save(self, taken: Facts) -> None:
         try:
-            save(taken, self._output, keep=self._keep, emit=self._emit)
+            save(taken, self.output, keep=self._keep, emit=self._emit)
             self._failure = None
         except CheckpointError as failure:
-            self._failure = failure
+            dead = getattr(failure, "dead", None)  # of a part that another worker was to write
+            if dead is None:
+                self._failure = failure
+            else:
+                self.torn, self.alone = True, self.alone or not dead
             self._emit(Warned(message=str(failure), where=f"checkpoint-{taken.step}"))
+
+    def _tell(self, part: Share) -> None:
+        try:
+            part.tell()
+        except OSError as error:
+            failure = durable.failure(self.output / f"checkpoint-{part.step}", error)
+            self._emit(
+                Warned(message=str(failure), where=f"worker {part.rank}'s part of checkpoint-{part.step}")
+            )

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from manyhands.core.errors import PeerLost
 from manyhands.core.events import Joined, Left, Lost, Reformed, Warned
-from manyhands.train import carried, exchange_state, sharded_rebuild
+from manyhands.train import carried, exchange_state, saving, sharded_rebuild
 from manyhands.train.standing import Held, Position, Standing, conclude
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ class Crew:
                     detail, step = signal.Signals(leaving[rank]).name, loop.replica.steps
                     loop.emit(Left(seat=seat.id, rank=rank, host=seat.host, step=step, detail=detail))
         if self.leaving:
+            saving.finish_part(loop)
             self.membership.leave("asked to leave")
             loop.leave(self.leaving)
         self.renew(loop, None)
@@ -202,6 +203,7 @@ class Crew:
                 closing=loop.closing,
                 saved=loop.saved_step,
                 first=loop.seats[0].id,
+                torn=saving.lost(loop, {seat.id for seat in loop.seats} - staying),
                 quick=carried.fetch_s(loop.replica) < QUICK * loop.tally.step_s,
             )
             try:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 class DelayedSteps:
     """See the module."""
 
-    agrees = True
+    agrees = joint = True
     skips_alike = True
     comes_to_rest = False
 

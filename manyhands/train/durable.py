@@ -116,10 +116,12 @@ def sync_directory(path: Path) -> None:
             raise
 
 
-def sha256_of_file(path: Path) -> str:
-    """The hexadecimal digest of a file's bytes. Raises `OSError`."""
-    digest = hashlib.sha256()
+def sha256_of_file(path: Path, begin: int = 0, end: int | None = None) -> str:
+    """The hexadecimal digest of a file's bytes, or of those from `begin` to `end`. Raises `OSError`."""
+    digest, left = hashlib.sha256(), math.inf if end is None else end - begin
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(1 << 22):
+        file.seek(begin)
+        while left and (chunk := file.read(int(min(left, 1 << 22)))):
             digest.update(chunk)
+            left -= len(chunk)
     return digest.hexdigest()

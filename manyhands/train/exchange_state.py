@@ -15,7 +15,7 @@ which ``state.json`` says (`record`) and a run that continues tells (`missing`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,21 @@ def alone(states: Sequence[Any], rank: int, local: Mapping[str, Tensor] | None =
     return named | {f"{LOCAL}.{name}@{rank}": tensor for name, tensor in (local or {}).items()}
 
 
-def record(named: Mapping[str, Tensor], size: int) -> dict[str, Any]:
+def mine(
+    states: Sequence[Any], rank: int, local: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Under the names that `collect` gives them: what all have alike, and what is this worker's own."""
+    everybodys: dict[str, Tensor] = {}
+    own = {f"{LOCAL}.{name}@{rank}": tensor.detach() for name, tensor in local.items()}
+    for name, leaf, is_mine in named_leaves(states):
+        if is_mine:
+            own[f"{name}@{rank}"] = leaf
+        else:
+            everybodys[name] = leaf
+    return everybodys, own
+
+
+def record(named: Iterable[str], size: int) -> dict[str, Any]:
     """For ``state.json``: how many workers there were, and whose residuals `named` has (all of them if nobody has any)."""
     kept = sorted({int(rank) for bucket, _, rank in map(_split, named) if rank and bucket != LOCAL})
     return {"workers": size, "residuals_of": kept or list(range(size))}

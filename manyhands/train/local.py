@@ -47,6 +47,7 @@ class LocalSteps:
     """See the module. All workers call every method at the same steps."""
 
     agrees: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica

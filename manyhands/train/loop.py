@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from manyhands.core.errors import PeerLost, Stopped
 from manyhands.core.events import Emit, Evaluated, Event, Stepped
 from manyhands.core.membership import Seat
-from manyhands.train import session
+from manyhands.train import saving
 from manyhands.train.balancing import rebalance, regroup, shares_of, take_shares
 from manyhands.train.division import Division
 from manyhands.train.evaluate import evaluate
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from manyhands.wire.world import World
 
 LOG_S = 2.0
-SAVE_S = 600.0
 
 
 @dataclass
@@ -46,7 +45,7 @@ class Loop:
 
     Attributes:
         state: what a checkpoint needs beyond the replica, as a function (rank 0's is written).
-        promote: told of each set of workers; its rank 0 speaks for all, and gets what saves.
+        promote: told of each set of workers; its rank 0 speaks for all. Gives what saves (on others: their parts).
         books: what this worker tells the ledger.
         crew: how the loop passes from one set of workers to the next; None: the set never changes.
         seats: the workers, in rank order; division: who of them computes what.
@@ -84,8 +83,8 @@ class Loop:
         self._chores: list[str] = []
         self._chores_of = -1  # the step that they belong to
         self._entered = False  # into a set of workers that had begun
-        self.closing, self._save_again, self._begun_at = False, False, 0.0
-        self._saved_at, self.saved_step, self._save_due, self._torn = time.monotonic(), -1, False, False
+        self.closing, self.save_again, self._begun_at = False, False, 0.0
+        self.saved_at, self.saved_step, self._save_due, self._torn = time.monotonic(), -1, False, False
         self.compiling, self.together = True, False
         self._mark = self._begun = time.perf_counter()
         self._marked = (0, 0, 0.0)
@@ -116,7 +115,7 @@ class Loop:
     def _begin(self) -> None:
         self._mark = self._begun = time.perf_counter()
         self._set_mark()
-        self._saved_at, self._begun_at = time.monotonic(), time.time()
+        self.saved_at, self._begun_at = time.monotonic(), time.time()
         if not self._entered:
             self.saved_step = self.replica.steps
         self.saver = self.promote(self.world)
@@ -171,9 +170,9 @@ class Loop:
         elif chore == "save":
             self._save()
         elif chore == "wait":
-            if self.saver is not None:
-                self.saver.wait()
-            self.world.gather(None)  # nobody goes before it is durable: rank 0 may be lost while it writes
+            if not saving.wait(self):
+                self.saved_step = -1
+                self._set_chores(["meet", "save", *self._chores])
         elif chore.startswith("stop"):
             self.together = True
             raise Stopped(int(chore.partition(":")[2]) & 0xFF)
@@ -225,7 +224,7 @@ class Loop:
         asked = self.interrupts.requested or 0
         stop, change = self.crew.wishes(asked) if self.crew is not None else (asked, False)
         odd = self.tally.take_skipped() and getattr(self.replica.method, "skips_alike", False)
-        return {"stop": stop, "save": self._clock_says_save(), "change": change, "check": odd}
+        return {"stop": stop, "save": saving.wished(self), "change": change, "check": odd}
 
     def _commit(self) -> None:
         """Steps whose work is in the agreed parameters by now go into the ledger, and what was left out of them."""
@@ -265,8 +264,10 @@ class Loop:
         self.division.go_on(standing)
         made = self.promote(world)
         self.saver = self.saver or made
-        if world.rank == 0 and before != 0:
-            self._save_again = True  # what the last first worker was writing may be lost with it
+        if world.rank == 0 and (before != 0 or standing.saved < 0):
+            self.save_again = (
+                True  # what the last first worker was writing may be lost with it, or lack a part
+            )
         ids = [seat.id for seat in epoch.seats]
         self.balancer = regroup(self.balancer, self.feed, world, ids, leader=standing.leader)
 
@@ -296,14 +297,6 @@ class Loop:
             self._begun = time.perf_counter() - self.tally.train_s
         self.books.take_part(facts["attempt"])
         self._set_mark()
-
-    def _clock_says_save(self) -> bool:
-        return (
-            self.schedule.save_every is None
-            and self.world.rank == 0
-            and self.saver is not None
-            and time.monotonic() - self._saved_at > SAVE_S
-        ) or self._save_again
 
     def _due_log(self, done: int) -> bool:
         if self.world.rank != 0:
@@ -384,21 +377,14 @@ class Loop:
         if self.saved_step != self.replica.steps:
             self._check()
             self.books.sync()
-            self._submit(collective=True)
-            self.saved_step = self.replica.steps
-            self._saved_at = time.monotonic()
-        self._save_due = self._save_again = False
+            saving.save(self)
+            self.saved_at = time.monotonic()
+        self._save_due = self.save_again = False
 
     def _check(self) -> None:
         """Replicas are equal, or the job stops, or they are made so. Collective."""
         who = [(seat.id, seat.host) for seat in self.seats]
         self.replica.check_agreement(mend=self.mend, who=who, emit=self.emit)
-
-    def _submit(self, *, collective: bool) -> None:
-        state = self.state() if self.saver is not None else {}
-        taken = session.snapshot_of(self.replica, state, self.tokenizer, collective=collective)
-        if self.saver is not None and taken is not None:
-            self.saver.submit(taken)
 
     def save_now(self) -> None:
         """After an interruption inside a phase: keep what the last finished step left (rank 0 only, no collective).
@@ -407,8 +393,12 @@ class Loop:
         """
         method = self.replica.method
         whole = not self._torn and (method.at_rest or getattr(method, "saves_alone", False))
-        if whole and self.saver is not None and self.saved_step != self.replica.steps:
-            self._submit(collective=False)
-            self.saved_step = self.replica.steps
+        if (
+            whole
+            and self.world.rank == 0
+            and self.saver is not None
+            and self.saved_step != self.replica.steps
+        ):
+            saving.save(self, collective=False)
         if self.saver is not None:
             self.saver.wait()

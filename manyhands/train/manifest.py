@@ -115,9 +115,7 @@ def fault(path: Path, *, hashes: bool = True) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, step = manifest["format"], int(manifest["step"])
-        files = {
-            name: (int(facts["bytes"]), str(facts["sha256"])) for name, facts in manifest["files"].items()
-        }
+        files = {name: (int(facts["bytes"]), _parts(facts)) for name, facts in manifest["files"].items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return f"{path / MANIFEST} is missing or not a manifest"
     if version != FORMAT:
@@ -125,22 +123,42 @@ def fault(path: Path, *, hashes: bool = True) -> str | None:
     named = _NAME.fullmatch(path.absolute().name)
     if named and int(named[1]) != step:
         return f"{path / MANIFEST} says step {step}, the directory's name says {named[1]}"
-    for name, (size, digest) in files.items():
+    for name, (size, parts) in files.items():
         file = path / name
         try:
             found_size = file.stat().st_size
             if found_size != size:
                 return f"{file} has {found_size:,} bytes, its manifest says {size:,}"
-            found = durable.sha256_of_file(file) if hashes else digest
+            wrong = next(filter(None, (_changed(file, *part) for part in parts)), None) if hashes else None
         except FileNotFoundError:
             return f"{file} is missing"
         except OSError as error:
             return f"{file} cannot be read ({error.strerror})"
-        if found != digest:
-            return f"{file} was changed (sha256 {found[:12]}…, its manifest says {digest[:12]}…)"
+        if wrong:
+            return wrong
     return next(
         (f"{path / name} is not in its manifest" for name in _present(path) if name not in files), None
     )
+
+
+def _parts(facts: Mapping[str, Any]) -> list[tuple[int, int, str]]:
+    """(begin, end, sha256) of each part that one worker wrote; they make up the file. Raises `ValueError`, `KeyError`."""
+    size = int(facts["bytes"])
+    if "parts" not in facts:
+        return [(0, size, str(facts["sha256"]))]
+    parts = [(int(begin), int(end), str(digest)) for begin, end, digest in facts["parts"]]
+    edges = [0, *(end for _, end, _ in parts)]
+    if [begin for begin, _, _ in parts] != edges[:-1] or edges[-1] != size:
+        raise ValueError("the parts do not make the file")
+    return parts
+
+
+def _changed(file: Path, begin: int, end: int, digest: str) -> str | None:
+    """Raises `OSError`."""
+    found = durable.sha256_of_file(file, begin, end)
+    if found == digest:
+        return None
+    return f"{file} was changed (sha256 {found[:12]}…, its manifest says {digest[:12]}…)"
 
 
 def _present(path: Path) -> list[str]:

@@ -126,6 +126,8 @@ class Method(Protocol):
         skips_alike: (optional) an update that is left out is left out by every worker.
         saves_alone: (optional) the agreed parameters are there at any time, so that after an interruption one worker can save
             them though the method is not at rest.
+        joint: (optional) the workers may write a checkpoint together (see `manyhands.train.joint`): whatever goes into it is alike
+            on all of them, or ``pieces`` (by file and name) says what is mine; ``write_config`` where the model's own does not do.
         still: (optional) nothing that others may need moves before a step's agreement.
         meets_first: (optional) an agreed change of workers would lose what lies between agreements: it is preceded by `meet`.
         settled: (optional) as `committed`, by this worker's own agreements, where not everybody may have come so far.

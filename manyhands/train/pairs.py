@@ -29,6 +29,7 @@ class PairSteps(LocalSteps):
     """See the module."""
 
     agrees: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
     at_rest: ClassVar[bool] = False
 
     def __init__(self, replica: Replica) -> None:

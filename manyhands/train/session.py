@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,10 @@ import torch
 
 from manyhands.core.environment import Env, read_env
 from manyhands.core.errors import CheckpointError, ManyhandsError, UsageError
-from manyhands.train import checkpoint, exchange_state
+from manyhands.models.store import write_config
+from manyhands.train import checkpoint, exchange_state, joint
+from manyhands.train.joint_division import Holdings
+from manyhands.train.sharded_pieces import Piece
 from manyhands.wire.world import World, connect
 
 if TYPE_CHECKING:
@@ -120,6 +125,69 @@ def snapshot_of(
             optimizer=optimizer,
             exchange=exchange,
             tokenizer_dir=tokenizer,
+        )
+
+
+def joint_of(
+    world: World,
+    replica: Replica,
+    state: dict[str, Any],
+    tokenizer: Path | None,
+    output: Path | None,
+    *,
+    seats: Sequence[str],
+) -> joint.Share | joint.JointSnapshot | None:
+    """My part of a checkpoint that the workers write together; None where they cannot. Collective.
+
+    Args:
+        state: of rank 0.
+        output: where checkpoints go; the workers may or may not see the same directory there. None: this one does not take
+            part (on rank 0: nobody does).
+        seats: by rank.
+    """
+    method, kinds = replica.method, {member.device.partition(":")[0] for member in world.members}
+    if world.size == 1 or len(kinds) > 1 or not getattr(method, "joint", False):
+        return None
+    own: dict[str, dict[str, tuple[Piece, torch.Tensor]]] = getattr(method, "pieces", dict)()
+    common: dict[str, Mapping[str, torch.Tensor]] = {}
+    if checkpoint.OPTIMIZER not in own:
+        common[checkpoint.OPTIMIZER] = replica.optimizer_state()
+    of_exchange = checkpoint.EXCHANGE not in own
+    if of_exchange:
+        common[checkpoint.EXCHANGE], mine = exchange_state.mine(
+            replica.states, world.rank, method.local_state()
+        )
+        own[checkpoint.EXCHANGE] = {
+            name: (Piece.all_of(name, tensor), tensor) for name, tensor in mine.items()
+        }
+
+    def facts(exchange: Iterable[str]) -> checkpoint.Facts:
+        counters: dict[str, Any] = {
+            "step": replica.steps,
+            "tokens": replica.tokens,
+            "skipped": replica.skipped,
+        }
+        names = list(exchange)
+        if names and of_exchange:
+            counters["exchange"] = exchange_state.record(names, world.size)
+        return checkpoint.Facts(
+            step=replica.steps,
+            write_config=getattr(method, "write_config", functools.partial(write_config, replica.model)),
+            state=json.loads(json.dumps({**state, **counters})),
+            tokenizer_dir=tokenizer,
+            taken_s=0.0,
+        )
+
+    with replica.agreed():
+        if checkpoint.WEIGHTS not in own:
+            common[checkpoint.WEIGHTS] = checkpoint.untied(replica.model)
+        return joint.begin(
+            world,
+            Holdings(common, own),
+            output,
+            facts,
+            step=replica.steps,
+            seats=seats,
         )
 
 

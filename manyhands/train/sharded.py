@@ -24,6 +24,7 @@ from manyhands.core import rng
 from manyhands.core.errors import Diverged, OutOfMemory, PeerLost
 from manyhands.core.request import Gather
 from manyhands.train import memory, sharded_rebuild, sharded_state
+from manyhands.train.checkpoint import EXCHANGE, OPTIMIZER, WEIGHTS
 from manyhands.train.header import Header, Unsound, Wishes
 from manyhands.train.method import Part, StepResult, rows_of
 from manyhands.train.norm import clip_factor, is_finite
@@ -32,7 +33,7 @@ from manyhands.train.reading import summed_of
 from manyhands.train.sharded_gradients import ShardGradients
 from manyhands.train.sharded_layout import Layout
 from manyhands.train.sharded_passes import Pass, Passes
-from manyhands.train.sharded_pieces import Reader, cut, gather_whole, state_pieces
+from manyhands.train.sharded_pieces import Piece, Reader, cut, gather_whole, state_pieces
 from manyhands.train.sharded_rebuild import Pool, Share
 from manyhands.wire.drive import Interleave
 
@@ -61,7 +62,7 @@ class _Ready:
 class ShardedModel:
     """ZeRO 2 and 3: see the module."""
 
-    agrees = True
+    agrees = joint = True
     comes_to_rest = True
     at_rest = True
     divided = True  # what it holds is put together collectively
@@ -72,7 +73,7 @@ class ShardedModel:
         strategy = replica.strategy
         self._placement = cast("Sharded", strategy.placement)
         self._exchange = strategy.exchange
-        self._config = sharded_state.Config(replica.model)
+        self.write_config = sharded_state.Config(replica.model).write
         self.layout = Layout(replica.model, replica.forward, replica.wire, self._placement)
         replica.forward = self.layout.root
         replica.named[:] = [(n, p) for n, p in replica.model.named_parameters() if p.requires_grad]
@@ -223,13 +224,23 @@ class ShardedModel:
         """From the whole state, of which my pieces are taken."""
         self.optimizer.load_state_by_name(cut(state, self.layout.owned, list(self._params)))
 
+    def pieces(self) -> dict[str, dict[str, tuple[Piece, Tensor]]]:
+        """What I have of each file of a checkpoint. Collective."""
+        return {
+            WEIGHTS: self.layout.weights(),
+            OPTIMIZER: state_pieces(self.layout.owned, self.optimizer.state_by_name()),
+            EXCHANGE: sharded_state.exchange_pieces(
+                self.states, self.gradients, self.layout.mesh, self.layout.owned
+            ),
+        }
+
     def snapshot(self, state: Mapping[str, Any], tokenizer: Path | None) -> Snapshot | None:
         """What a checkpoint holds, on rank 0; None elsewhere. Collective."""
         began = time.perf_counter()
         return sharded_state.snapshot(
             self._replica,
             weights=self.weights(),
-            write_config=self._config.write,
+            write_config=self.write_config,
             exchange=self.exchange_state(),
             state=state,
             tokenizer=tokenizer,
@@ -239,9 +250,8 @@ class ShardedModel:
     def exchange_state(self) -> dict[str, Tensor]:
         """The exchange's state by parameter on rank 0; empty elsewhere. Collective."""
         layout = self.layout
-        return sharded_state.gather_exchange(
-            self.states, self.gradients, layout.mesh, layout.owned, self._replica
-        )
+        mine = sharded_state.exchange_pieces(self.states, self.gradients, layout.mesh, layout.owned)
+        return gather_whole(self._replica.wire, mine)
 
     def restore(self, path: Path) -> None:
         """Continue from a verified checkpoint. Raises `CheckpointError` where it does not fit."""

@@ -17,6 +17,7 @@ from torch import nn
 from manyhands.core.request import Gather
 from manyhands.placement.sharded import elementwise
 from manyhands.train import exchange_state, sharded_rebuild
+from manyhands.train.checkpoint import OPTIMIZER
 from manyhands.train.header import Header
 from manyhands.train.mending import shared_of
 from manyhands.train.norm import clip_factor
@@ -69,6 +70,10 @@ class ShardedOptimizer(Synchronous):
     def shared(self) -> dict[str, dict[str, Tensor]]:
         """Parameters and the exchange's part; the optimizer's state is divided."""
         return shared_of(self._replica, {})
+
+    def pieces(self) -> dict[str, dict[str, tuple[Piece, Tensor]]]:
+        """What I alone have of the files of a checkpoint."""
+        return {OPTIMIZER: state_pieces(self.owned, self.optimizer.state_by_name())}
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The whole state by name on rank 0's CPU; empty elsewhere. Collective."""

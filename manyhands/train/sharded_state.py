@@ -20,7 +20,7 @@ from manyhands.core.errors import CheckpointError, ModelError
 from manyhands.core.request import Sum
 from manyhands.exchange.combine import is_own, leaves
 from manyhands.train.checkpoint import Snapshot
-from manyhands.train.sharded_pieces import Owned, Piece, Reader, gather_whole
+from manyhands.train.sharded_pieces import Owned, Piece, Reader
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -87,10 +87,10 @@ def snapshot(
     )
 
 
-def gather_exchange(
-    states: Sequence[Any], gradients: ShardGradients, mesh: Mesh, owned: Sequence[Owned], replica: Replica
-) -> dict[str, Tensor]:
-    """The exchange's state by parameter, on rank 0. Collective."""
+def exchange_pieces(
+    states: Sequence[Any], gradients: ShardGradients, mesh: Mesh, owned: Sequence[Owned]
+) -> dict[str, tuple[Piece, Tensor]]:
+    """My pieces of the exchange's state by parameter. Collective."""
     mine: dict[str, tuple[Piece, Tensor]] = {}
     for bucket, state in enumerate(states):
         for path, leaf in leaves(state):
@@ -107,7 +107,7 @@ def gather_exchange(
                 piece = owned[i].piece
                 key = f"{piece.name}/{name}"
                 mine[key] = (Piece(key, piece.shape, piece.offset, piece.extent, piece.counts), view)
-    return gather_whole(replica.wire, mine)
+    return mine
 
 
 def read_exchange(

@@ -54,7 +54,7 @@ class Synchronous:
         keeps_sums: an interruption before the last micro-batch costs nothing of what was added up.
     """
 
-    agrees = True
+    agrees = joint = True
     keeps_sums = True
     skips_alike = True
     comes_to_rest = True

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,6 +49,20 @@ class Written(NamedTuple):
     sha256: str
 
 
+class Layout(NamedTuple):
+    """Where everything is in a file before it is written, so that several may write it at once.
+
+    Attributes:
+        head: the first bytes: the header's length and the header.
+        places: by name: where in the file its elements begin, in the file's order.
+        size_bytes: of the whole file.
+    """
+
+    head: bytes
+    places: Mapping[str, int]
+    size_bytes: int
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Written:
     """Write CPU `tensors` to `path`, durably, as a safetensors file.
 
@@ -56,11 +70,10 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         OSError: it cannot be written.
         CheckpointError: a tensor's type has no name in the format.
     """
-    # wide types first: every tensor then starts at a multiple of its element's size
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    planned = layout({n: (type_name(t), tuple(t.shape)) for n, t in tensors.items()}, metadata)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for chunk in _chunks(_header(tensors, names, metadata), [tensors[name] for name in names]):
+        for chunk in _chunks(planned.head, [tensors[name] for name in planned.places]):
             digest.update(chunk)
             file.write(chunk)
         file.flush()
@@ -68,24 +81,48 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         return Written(file.tell(), digest.hexdigest())
 
 
-def _header(tensors: Mapping[str, Tensor], names: list[str], metadata: Mapping[str, str] | None) -> bytes:
+def type_name(tensor: Tensor) -> str:
+    """Such as "float32"."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def size_of(kind: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor of type `kind`, such as "float32"."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, kind)
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def layout(
+    tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> Layout:
+    """The file of tensors of these types and shapes, in whatever order they are named. Raises as `write` does.
+
+    >>> list(layout({"a": ("float16", [3]), "b": ("float32", [2])}).places)
+    ['b', 'a']
+    """
+    # wide types first: every tensor then starts at a multiple of its element's size
+    names = sorted(tensors, key=lambda name: (-size_of(tensors[name][0], ()), name))
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    begins: dict[str, int] = {}
     begin = 0
     for name in names:
-        tensor = tensors[name]
-        kind = str(tensor.dtype).removeprefix("torch.")
+        kind, shape = tensors[name]
         if kind not in TYPES:
             raise CheckpointError(
                 f"{name} is of type {kind}",
                 f"a safetensors file holds {', '.join(sorted(TYPES))}",
                 "keep it in one of these types",
             )
-        end = begin + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": TYPES[kind], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        end = begin + size_of(kind, shape)
+        entries[name] = {"dtype": TYPES[kind], "shape": list(shape), "data_offsets": [begin, end]}
+        begins[name] = begin
         begin = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGN_BYTES)
-    return len(text).to_bytes(8, "little") + text
+    head = len(text).to_bytes(8, "little") + text
+    return Layout(head, {name: len(head) + at for name, at in begins.items()}, len(head) + begin)
 
 
 def _chunks(header: bytes, tensors: list[Tensor]) -> Iterator[bytes | memoryview]:

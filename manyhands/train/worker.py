@@ -358,7 +358,7 @@ class _Run:
             return [seat.id for seat in self.crew.epoch.seats]
         return [f"w{rank}" for rank in range(self.the_world.size)]
 
-    def _promote(self, world: World) -> AsyncSaver | None:
+    def _promote(self, world: World) -> AsyncSaver:
         """The set of workers that begins: its rank 0 speaks for the job, and saves."""
         from manyhands.train.checkpoint import AsyncSaver
 
@@ -368,7 +368,7 @@ class _Run:
         self.emit.take(world.rank)
         if self.crew is not None and world.rank == 0 and "job" not in self.crew.membership.facts():
             self._publish()  # the first one died before it could
-        return AsyncSaver(self.output, self.job.keep, self.emit) if world.rank == 0 else None
+        return AsyncSaver(self.output, self.job.keep, self.emit)
 
     def _state(self) -> dict[str, Any]:
         from manyhands.data.prepare import VERSION as PREPARED
