@@ -472,6 +472,9 @@ def test_presets_draw_nothing(name: str) -> None:
 def test_dropout_is_noticed() -> None:
     assert draws_random(make("gpt2-nano(resid_pdrop=0.1)"))
     assert draws_random(make("llama-nano(attention_dropout=0.1)"))
+    plain: Any = make("gpt2-nano")
+    plain.config.summary_first_dropout = 0.1  # as every GPT-2 says, of a head that is not there
+    assert not draws_random(plain)
     assert draws_random(make("tutorial", "classify"))
     assert not draws_random(make("tutorial(dropout=0)", "classify"))
     assert draws_random(nn.LSTM(3, 3, num_layers=2, dropout=0.2))

@@ -67,12 +67,16 @@ def _attention_width(model: nn.Module) -> int:
     return layers * heads * (head if isinstance(head, int) else width // heads)
 
 
+HEADS = re.compile("summary_|classif")  # options of heads in configurations
+
+
 def draws_random(model: nn.Module) -> bool:
     """Whether training draws random numbers in the forward pass: any dropout above zero.
 
     Looks at dropout modules and at every number of the model's configuration that is named after dropout,
-    jitter or noise; calls of `torch.nn.functional.dropout` with a rate of their own are seen only in traced
-    models. A model that sets an attribute ``draws_random`` says it itself.
+    jitter or noise, but not at those of heads (a GPT-2 without one still says summary_first_dropout = 0.1), which are modules
+    where they are there; calls of `torch.nn.functional.dropout` with a rate of their own are seen only in traced models.
+    A model that sets an attribute ``draws_random`` says it itself.
     """
     said = getattr(model, "draws_random", None)
     if isinstance(said, bool):
@@ -84,7 +88,10 @@ def draws_random(model: nn.Module) -> bool:
             return True
     config: Any = getattr(model, "config", None)
     fields = config.to_dict() if hasattr(config, "to_dict") else {}
-    return any(re.search("drop|jitter|noise", key) and _positive(value) for key, value in fields.items())
+    named = (
+        value for key, value in fields.items() if re.search("drop|jitter|noise", key) and not HEADS.match(key)
+    )
+    return any(map(_positive, named))
 
 
 def _positive(value: Any) -> bool:
