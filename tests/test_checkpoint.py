@@ -196,8 +196,8 @@ def test_a_manifest_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
 def test_a_later_format_is_refused(tmp_path: Path) -> None:
     (path,) = saved(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
-    with pytest.raises(CheckpointError, match="format 2, this version reads 1"):
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 3}))
+    with pytest.raises(CheckpointError, match="format 3, this version reads up to 2"):
         checkpoint.verify(path)
 
 

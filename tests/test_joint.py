@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import warm
+from checkpoint_victims import taken
 from fleet import Fleet
 from hypothesis import given
 from hypothesis import strategies as st
@@ -208,21 +211,22 @@ def _apart(world: Any, output: str) -> str:
     replica = _replica(world, "ddp")
     seats = [f"w{r}" for r in range(world.size)]
     mine = session.joint_of(world, replica, {}, None, Path(output, str(world.rank)), seats=seats)
+    named = [dataclasses.replace(m, host=f"box{m.rank}") for m in world.members]
+    hosts = dataclasses.replace(world, members=tuple(named))  # with a file system in common
+    beside = session.joint_of(hosts, replica, {}, None, Path(output, "all"), seats=seats)
     replica.close()
-    return str(mine)
+    return f"{mine} {beside}"
 
 
-def test_hosts_without_a_common_file_system_leave_it_to_rank_0(
-    fleets: Callable[[int, str], Fleet], tmp_path: Path
-) -> None:
-    assert fleets(2, "shared").run(_apart, str(tmp_path)) == ["None", "None"]
-    assert [list(p.iterdir()) for p in tmp_path.iterdir()] == [[]]
+def test_other_hosts_leave_it_to_rank_0(fleets: Callable[[int, str], Fleet], tmp_path: Path) -> None:
+    assert fleets(2, "shared").run(_apart, str(tmp_path)) == ["None None", "None None"]
+    assert [list(p.iterdir()) for p in tmp_path.iterdir()] == [[], []]
 
 
 # --------------------------------------------------------------------------------------------- writers that fail
 
 
-def _pair(output: Path, *, pid: int = 0, where: str = "") -> tuple[joint.JointSnapshot, joint.Share]:
+def _pair(output: Path, *, pid: int = 0) -> tuple[joint.JointSnapshot, joint.Share]:
     """A checkpoint of rank 0 and "w1", as `begin` makes them."""
     directory = joint._prepared(output, 5, 2)
     assert directory is not None
@@ -235,7 +239,7 @@ def _pair(output: Path, *, pid: int = 0, where: str = "") -> tuple[joint.JointSn
     data = {f: [(p.places["w"], tensor.view(torch.uint8).clone())] for f, p in planned.items()}
     shares = [joint.Share(step=5, rank=r, directory=directory, pieces=[head, data][r]) for r in range(2)]
     facts = {"step": 5, "write_config": lambda d: None, "state": {}, "tokenizer_dir": None, "taken_s": 0.0}
-    writer = joint.Writer(1, "w1", where or joint.here(), pid or os.getpid())
+    writer = joint.Writer(1, "w1", pid or os.getpid())
     return joint.JointSnapshot(**facts, share=shares[0], layouts=planned, others=[writer]), shares[1]
 
 
@@ -250,13 +254,13 @@ def test_a_part_that_comes_late_is_waited_for(tmp_path: Path) -> None:
     whole, part = _pair(tmp_path)
     saver, said = _saved(tmp_path, whole)
     assert checkpoint.checkpoints(tmp_path) == []
-    assert whole.lacks({"w1"})
+    assert whole.lost({"w7"}) is False
     part.tell()
     saver.wait()
     saver.close()
     assert isinstance(said[0], Saved)
-    assert not saver.torn
-    assert not whole.lacks({"w1"})  # lost afterwards: it does not matter any more
+    assert not saver.incomplete
+    assert not whole.lost({"w1"})  # afterwards: it does not matter any more
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-5"
 
 
@@ -270,25 +274,25 @@ def test_a_writer_that_dies_is_noticed_and_the_checkpoint_is_asked_for_again(tmp
     (warned,) = said
     assert isinstance(warned, Warned)
     assert "worker 1 (w1) was lost while it wrote its part" in warned.message
-    assert saver.torn
+    assert saver.incomplete
     assert not saver.alone
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_writer_on_another_host_is_given_up_when_its_loss_is_known(tmp_path: Path) -> None:
-    whole, part = _pair(tmp_path, where="elsewhere")
+def test_a_writer_is_given_up_when_its_loss_is_known(tmp_path: Path) -> None:
+    whole, part = _pair(tmp_path)
     saver, said = _saved(tmp_path, whole)
     saver.lost({"w7"})
-    assert not saver.torn
+    assert not saver.incomplete
     saver.lost({"w1"})
-    assert saver.torn  # at once, for whoever decides what is to be done again
+    assert saver.incomplete  # at once, for whoever decides what is to be done again
     saver.wait()
-    assert saver.torn
+    assert saver.incomplete
     part.tell()  # too late: its directory is gone, and nobody minds
-    again, rest = _pair(tmp_path, where="elsewhere")
+    again, rest = _pair(tmp_path)
     threading.Thread(target=rest.tell).start()
     saver.submit(again)
-    assert not saver.torn
+    assert not saver.incomplete
     saver.wait()
     saver.close()
     assert [type(e).__name__ for e in said] == ["Warned", "Saved"]
@@ -310,7 +314,7 @@ def test_who_cannot_write_says_so_and_rank_0_writes_the_next_alone(
         with pytest.raises(OSError, match="No space"):
             part.tell()
     saver.wait()
-    assert (saver.torn, saver.alone) == (True, True)
+    assert (saver.incomplete, saver.alone) == (True, True)
     assert isinstance(said[0], Warned)
     assert "could not write its part" in said[0].message
     whole, part = _pair(tmp_path)
@@ -324,26 +328,39 @@ def test_who_cannot_write_says_so_and_rank_0_writes_the_next_alone(
     assert "worker 1's part of checkpoint-5" in theirs[0].where
 
 
-def test_what_another_host_has_written_is_read_back(tmp_path: Path) -> None:
-    whole, part = _pair(tmp_path, where="elsewhere")
-    part.tell()
-    told = whole.directory / joint.PARTS / "1.json"
-    said = json.loads(told.read_text())
-    said[checkpoint.WEIGHTS][0][2] = "0" * 64
-    told.write_text(json.dumps(said))
-    saver, warned = _saved(tmp_path, whole)
+def test_a_disk_that_was_full_does_not_part_the_workers_for_ever(tmp_path: Path) -> None:
+    """One try, one save by rank 0 alone, and the next together again; what failed before is forgotten."""
+    whole, _ = _pair(tmp_path)
+    (whole.directory / joint.PARTS / "1.waiting").rename(whole.directory / joint.PARTS / "1.failed")
+    saver, said = _saved(tmp_path, whole)
+    saver.wait()
+    assert (saver.incomplete, saver.alone) == (True, True)
+    saver.submit(taken(6))
+    saver.wait()
+    assert (saver.incomplete, saver.alone) == (False, False)
+    saver.close()
+    saver.submit(taken(7))  # a run that goes on after all
     saver.wait()
     saver.close()
-    assert isinstance(warned[0], Warned)
-    assert "does not hold what worker 1 has written" in warned[0].message
-    assert (saver.torn, saver.alone) == (True, True)
+    assert [type(e).__name__ for e in said] == ["Warned", "Saved", "Saved"]
+
+
+def test_the_copy_is_let_go_when_it_is_written(tmp_path: Path) -> None:
+    whole, part = _pair(tmp_path)
+    held = weakref.ref(whole.share.pieces[checkpoint.WEIGHTS][0][1])
+    saver, _ = _saved(tmp_path, whole)
+    part.tell()
+    saver.wait()
+    del whole
+    assert held() is None
+    saver.close()
 
 
 def test_a_lost_part_makes_the_survivors_save_again() -> None:
     stand = {"fresh": False, "steps": 7, "first": "w0", "saved": 7}
     whole = [Position(seat="w0", **stand), Position(seat="w1", **stand)]
     assert conclude(whole).saved == 7
-    torn = [Position(seat="w0", **stand, torn=True, chores=("wait",)), Position(seat="w1", **stand)]
+    torn = [Position(seat="w0", **stand, incomplete=True, chores=("wait",)), Position(seat="w1", **stand)]
     assert conclude(torn).saved == -1
     assert conclude(torn).chores == ("meet", "save", "wait")
 

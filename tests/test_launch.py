@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
@@ -16,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from manyhands.core import hardware
-from manyhands.core.errors import UsageError
+from manyhands.core.errors import UsageError, WorkerFailed
 from manyhands.launch import guard, served
+from manyhands.launch.crew import Crew
 from manyhands.launch.local import launch
 from manyhands.placement.served import Served
 
@@ -342,6 +344,15 @@ def test_an_output_that_is_a_file(tmp_path: Path) -> None:
 def test_no_workers(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="workers = 0"):
         launch("launch_entries:report", "", workers=0, output=tmp_path)
+
+
+def test_a_process_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(Crew, "start", start)
+    with pytest.raises(WorkerFailed, match=r"worker 0 cannot be started: Resource temporarily.*--workers"):
+        launch("launch_entries:nothing", "", workers=2, output=tmp_path)
 
 
 def test_the_guard_kills_what_ignores_requests() -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from test_exactness import SEQ, N, Rows, assert_close, make, plain_run, summed
 
 from manyhands.core.config import from_text
-from manyhands.core.errors import UsageError
+from manyhands.core.errors import Diverged, UsageError
 from manyhands.data.sample import Order
 from manyhands.exchange.allreduce import AllReduce
 from manyhands.exchange.feedback import ErrorFeedback
@@ -419,3 +419,31 @@ def test_a_divided_model_is_not_compiled() -> None:
     assert derive(dataclasses.replace(job, strategy=from_text("strategies", "zero1")), found).compile
     with pytest.raises(UsageError, match="leave it out"):
         derive(dataclasses.replace(job, compile="on"), found)
+
+
+def _flipped(world: Any, kind: str) -> str:
+    """A bit of one of two groups flips; what each worker hears of it."""
+    case = {**BASE, "placement": Sharded(stage=3, shard=2), "exchange": AllReduce()}
+    replica, feed = begin(world, case)
+    for step in range(2):
+        replica.step(feed.part(step), summed)
+    before = replica.check_agreement()
+    if world.rank == 3:
+        held = replica.method.layout.held() if kind == "parameters" else {}
+        state = replica.method.optimizer.state_by_name()
+        moment = next(t for name, t in sorted(state.items()) if name.endswith("exp_avg") and t.numel())
+        one = next((t for _, t in held.values() if t.numel()), moment)
+        one.detach().view(-1).view(torch.int64)[0] ^= 1
+    try:
+        after = replica.check_agreement()
+    except Diverged as error:
+        after = str(error)
+    replica.close()
+    return "the same" if after == before else after
+
+
+@pytest.mark.parametrize("kind", ["parameters", "optimizer state"])
+def test_a_bit_that_flips_in_one_group_is_named_to_all(fleets: Any, kind: str) -> None:
+    said = fleets(4, "group").run(_flipped, kind)
+    assert len(set(said)) == 1
+    assert f"worker 3 (group 1) holds other {kind} than worker 1 (group 0) after step 2" in said[0]

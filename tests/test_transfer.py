@@ -14,6 +14,7 @@ import torch
 from members import Job, PipeMembership
 
 from manyhands.core.errors import ManyhandsError, PeerLost, UsageError
+from manyhands.wire import transfer
 from manyhands.wire.transfer import CHUNK_BYTES, Offer, fetch, interface_toward
 
 TOKEN = "a token of this test"
@@ -190,3 +191,16 @@ def test_a_state_is_served_where_it_is_asked_for() -> None:
     offer = Offer(TOKEN, toward="127.0.0.1:4000")
     assert offer.address.startswith("127.0.0.1:")
     offer.close()
+
+
+def test_a_call_that_never_ends_is_left(monkeypatch: pytest.MonkeyPatch, offer: Offer) -> None:
+    """gRPC's own waiting has no limit: here it goes on after the call is cancelled."""
+    stuck = threading.Event()
+    monkeypatch.setattr(transfer, "CANCEL_S", 0.1)
+    monkeypatch.setattr(transfer, "_receive", lambda *_: stuck.wait(60))
+    over = threading.Event()
+    offer.put(1, {"a": torch.zeros(3)}, {})
+    threading.Timer(0.1, over.set).start()
+    with pytest.raises(PeerLost, match="epoch is over"):
+        fetch(offer.address, TOKEN, 1, over=over)
+    stuck.set()

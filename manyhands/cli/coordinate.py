@@ -135,7 +135,16 @@ def _coordinate(
         served.start()
         return served
 
-    coordinator = serve(awaited, calling=auto and before is not None)
+    try:
+        coordinator = serve(awaited, calling=auto and before is not None)
+    except UsageError:
+        if listen == given.listen or auto or job.resume is None:  # where it was told to be, or is looked for
+            raise
+        _log(
+            f"{listen}, where the job was, is taken: whoever still runs it is not told that it has begun anew"
+        )
+        listen = given.listen
+        coordinator = serve(awaited, calling=False)
     if auto and before is not None and _called_back(coordinator, asked):
         _log(AS_GIVEN)
     elif auto and before is not None:

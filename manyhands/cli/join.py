@@ -72,7 +72,8 @@ def main(arguments: Sequence[str]) -> int:
     output = logs or Path(job.output)
     restarts = given.restarts if given.restarts is not None else job.restarts
     elastic = Elastic(restarts=restarts, hang_s=job.hang_s, warm=WARM)
-    print(f"manyhands: {workers} workers join {address}; logs: {output}/logs", file=sys.stderr, flush=True)
+    who = "1 worker joins" if workers == 1 else f"{workers} workers join"
+    print(f"manyhands: {who} {address}; logs: {output}/logs", file=sys.stderr, flush=True)
     if job.reproducible and given.threads not in (None, 1):
         raise UsageError(
             f"--threads {given.threads} for a reproducible job",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ from manyhands.core.errors import UsageError
 
 if TYPE_CHECKING:
     from manyhands.core.tls import Identity
+
+BEAT_S = 1.0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -66,7 +69,10 @@ def main(arguments: Sequence[str]) -> int:
         except OSError as error:
             server.stop(0)
             raise UsageError(f"--ready {given.ready}: {error.strerror}", "it can be written", "") from None
-    asked.wait()
+    while not asked.wait(BEAT_S):
+        if given.ready:
+            with contextlib.suppress(OSError):  # somebody has removed it
+                os.utime(given.ready)
     server.stop()
     _log("stopped" + (f"; {state} has the state" if state else ""))
     return 0
@@ -129,7 +135,11 @@ def _parser() -> options.Parser:
     p.add_argument("--tls-key", "--tls_key", metavar="PEM", help="the certificate's key")
     p.add_argument("--plain", action="store_true", help="no TLS; for loopback addresses")
     p.add_argument("--threads", type=int, default=1, metavar="N", help="for updates (default 1)")
-    p.add_argument("--ready", metavar="FILE", help="write address and fingerprint there (JSON) once serving")
+    p.add_argument(
+        "--ready",
+        metavar="FILE",
+        help="write address and fingerprint there (JSON) once serving; touched as long as it does",
+    )
     return p
 
 

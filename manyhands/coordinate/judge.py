@@ -11,7 +11,7 @@ from manyhands.core.membership import SUMS, Epoch, Loss, Seat
 ENTER_S = 1.5  # for a newcomer to wait for the end of a step; to re-form costs about half a second
 PATIENCE = 5  # times the longest step so far, before a worker counts as stuck
 SLOW = frozenset(
-    {"start", "prepare", "build", "compile", "fetch", "evaluate", "generate", "save", "finish"}
+    {"start", "prepare", "build", "compile", "fetch", "evaluate", "generate", "save", "wait", "finish"}
 )  # phases that may take long: who stands still in one is not stuck, for so many times as long:
 SLOWLY = 6
 RETURN_S = 3.0  # for workers to find a coordinator that is back, however soon silence counts as a hang

@@ -168,7 +168,7 @@ def servers_of(job: Job) -> ServerProcesses | None:
     from manyhands.launch.served import ServerProcesses
 
     grpc_module()
-    return ServerProcesses(placement, Path(job.output))
+    return ServerProcesses(placement, Path(job.output), hang_s=job.hang_s)
 
 
 BUILT_IN: Mapping[str, Any] = {"steps": 600, "strategy": "ddp(lr=3e-3)"}  # about two minutes on two cores

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manyhands.core import hardware
-from manyhands.core.errors import UsageError
+from manyhands.core.errors import UsageError, WorkerFailed
 from manyhands.launch import place
 from manyhands.launch.crew import Crew
 from manyhands.launch.terminal import Console, Requests
@@ -79,7 +79,7 @@ def launch(
                 control.expect(*(crew.name(rank, 0) for rank in range(workers)))
             for rank, seat in enumerate(seats):
                 if not requests.stop:
-                    crew.start(rank, place.variables(rank, workers, seat, store, env or {}))
+                    _start(crew, rank, place.variables(rank, workers, seat, store, env or {}))
             crew.watch()
         finally:
             crew.end()
@@ -99,3 +99,14 @@ def launch(
     if verdict.words:
         print(verdict.words, file=sys.stderr, flush=True)
     return verdict.exit_code
+
+
+def _start(crew: Crew, rank: int, variables: dict[str, str]) -> None:
+    try:
+        crew.start(rank, variables)
+    except OSError as error:  # no memory, no process
+        raise WorkerFailed(
+            f"worker {rank} cannot be started: {error.strerror or error}",
+            "each worker is a process of its own",
+            "start fewer (--workers), or raise the limit of processes or memory",
+        ) from error

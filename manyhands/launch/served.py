@@ -32,6 +32,7 @@ RESTARTS = 20  # of one server, one soon after the other
 FUTILE = 5  # lives of a server that end before it serves, one after the other: the next would, too
 HEALTHY_S = 600.0  # of life, after which a server's restarts are counted anew
 END_S = 10.0
+LONGEST_LOOK_S = 1.0  # from one look to the next that counts as silence
 LONGEST_SOCKET = 100  # bytes of a socket file's path that every system takes
 
 
@@ -44,6 +45,8 @@ class _Running:
         restarts: that came before it, each soon after the last.
         futile: how many of those before it have ended before they served, without one that did.
         before: how the last one ended.
+        beat: when it last said that it serves, by its file's time; silent_s: how long ago that is, as far as anybody has
+            looked (a launcher that was stopped itself has not); looked_s: when.
     """
 
     process: subprocess.Popen[bytes]
@@ -52,6 +55,9 @@ class _Running:
     futile: int = 0
     before: str = ""
     since_s: float = field(default_factory=time.monotonic)
+    beat: int = 0
+    silent_s: float = 0.0
+    looked_s: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -61,6 +67,7 @@ class ServerProcesses:
     Args:
         placement: what the job says of its servers.
         output: the job's.
+        hang_s: one that has not moved for so long is killed (and started again).
 
     Attributes:
         failed: why no server is started any more, in words; empty while all serve.
@@ -68,6 +75,7 @@ class ServerProcesses:
 
     placement: Served
     output: Path
+    hang_s: float = 10.0
     failed: str = ""
     _running: list[_Running] = field(default_factory=list)
     _store: str = ""
@@ -86,7 +94,10 @@ class ServerProcesses:
     def watch(self) -> bool:
         """Start again whatever has died; False where that has not helped (see `failed`): the job is to end."""
         for server, life in enumerate(self._running):
-            if self.failed or life.process.poll() is None:
+            if self.failed:
+                continue
+            if life.process.poll() is None:
+                self._look_at(server, life)
                 continue
             self._tell(f"ended {life.process.pid}")
             how = _how(life.process.returncode)
@@ -113,6 +124,25 @@ class ServerProcesses:
             )
             self._running[server] = again
         return not self.failed
+
+    def _look_at(self, server: int, life: _Running) -> None:
+        """Kill one that stands still: its state is as its last acknowledged push left it."""
+        now = time.monotonic()
+        passed, life.looked_s = now - life.looked_s, now
+        try:
+            beat = self._ready(server).stat().st_mtime_ns
+        except OSError:  # it does not serve yet
+            return
+        life.silent_s = 0.0 if beat != life.beat else life.silent_s + min(passed, LONGEST_LOOK_S)
+        life.beat = beat
+        if life.silent_s > self.hang_s:
+            print(
+                f"manyhands: parameter server {server} has given no sign of life for {life.silent_s:.0f} s "
+                f"(hang_s = {self.hang_s:g}): it is killed",
+                file=sys.stderr,
+                flush=True,
+            )
+            life.process.kill()
 
     def end(self) -> None:
         """After the workers: nothing is needed any more."""

@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from manyhands.core.errors import CheckpointError, UsageError
 from manyhands.core.events import Emit, Saved, Warned, ignore
@@ -35,7 +35,7 @@ from manyhands.train.tensors import sha256_of_parameters
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from manyhands.train.joint import JointSnapshot, Share
+    from manyhands.train.joint import Share
 
 __all__ = [
     "AsyncSaver",
@@ -61,6 +61,16 @@ WEIGHTS, OPTIMIZER, EXCHANGE = (
 _TOKENIZER = re.compile(r".*token.*|vocab\.(json|txt)|merges\.txt|.*\.(model|tiktoken|jinja)")
 
 
+class PartLost(CheckpointError):
+    """Another worker has not written its part: the checkpoint is to be written again.
+
+    Attributes:
+        dead: it is gone; else it could not write, and rank 0 does better alone.
+    """
+
+    dead = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """What a checkpoint holds beside its tensors.
@@ -82,6 +92,10 @@ class Facts:
     def directory(self) -> Path | None:
         """The temporary directory, where it is there already."""
         return None
+
+    def lost(self, seats: Collection[str]) -> bool:
+        """These workers are gone; whether a part is missing now that one of them was to write. From any thread."""
+        return False
 
     def write_tensors(self, directory: Path) -> dict[str, dict[str, Any]]:
         """The files of tensors, each synced; what the manifest says of them. Raises `OSError`, `CheckpointError`."""
@@ -216,7 +230,8 @@ def _write(taken: Facts, directory: Path, *, saved_s: float) -> int:
         files[path.relative_to(directory).as_posix()] = facts
     files |= taken.write_tensors(directory)
     durable.sync_directory(training)
-    content = {"format": manifest.FORMAT, "step": taken.step, "saved_s": saved_s, "files": files}
+    version = manifest.FORMAT if any("parts" in facts for facts in files.values()) else 1
+    content = {"format": version, "step": taken.step, "saved_s": saved_s, "files": files}
     durable.write_text(directory / manifest.MANIFEST, json.dumps(content, indent=1) + "\n")
     return sum(int(f["bytes"]) for f in files.values())
 
@@ -266,21 +281,21 @@ class AsyncSaver:
 
     A save that fails (a full disk) is reported at once as `Warned` and training goes on with what was saved before;
     `wait`, which a job calls at its end, raises the failure of the last save. One that succeeds later mends it.
-    Where another worker's part is what fails nothing is raised: `torn` asks for another save.
+    Where another worker's part is what fails nothing is raised: `incomplete` asks for another save.
 
     Attributes:
         output: the run's directory.
-        torn: what is to be the newest checkpoint lacks another worker's part.
-        alone: another worker could not write its part: the next are written by rank 0 alone.
+        incomplete: what is to be the newest checkpoint lacks another worker's part.
+        alone: another worker could not write its part: the next is written by rank 0 alone.
     """
 
     def __init__(self, output: Path, keep: int, emit: Emit = ignore) -> None:
         self.output, self._keep, self._emit = output, keep, emit
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pool: ThreadPoolExecutor | None = None
         self._failure: CheckpointError | None = None
         self._pending: Future[None] | None = None
-        self._joint: JointSnapshot | None = None
-        self.torn = self.alone = False
+        self._writing: Facts | None = None
+        self.incomplete = self.alone = False
 
     def submit(self, taken: Facts | Share) -> None:
         """Start writing. Waits first for an earlier one (two copies in memory are enough); that counts as blocked.
@@ -291,19 +306,20 @@ class AsyncSaver:
         start = time.perf_counter()
         self._drain()
         waited_s = time.perf_counter() - start
-        self.torn = False
+        self.incomplete = False
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if isinstance(taken, Facts):
-            self._joint = cast("JointSnapshot", taken) if hasattr(taken, "gone") else None
-            waited = dataclasses.replace(taken, taken_s=taken.taken_s + waited_s)
-            self._pending = self._pool.submit(self._save, waited)
+            self._writing = dataclasses.replace(taken, taken_s=taken.taken_s + waited_s)
+            self._pending = self._pool.submit(self._save, self._writing)
         else:
             self._pending = self._pool.submit(self._tell, taken)
 
     def lost(self, seats: Collection[str]) -> None:
         """These workers are gone: what they have not written of what is being saved will not come."""
-        if self._joint is not None and self._pending is not None and not self._pending.done():
-            self._joint.gone.update(seats)
-            self.torn = self.torn or self._joint.lacks(seats)
+        writing = self._writing
+        if writing is not None and writing.lost(seats):
+            self.incomplete = True
 
     def settle(self) -> None:
         """Return when nothing is being written, whatever has come of it."""
@@ -318,7 +334,9 @@ class AsyncSaver:
 
     def close(self) -> None:
         """End the thread after what it is writing. Raises nothing: `wait` first to learn of a failure."""
-        self._pool.shutdown(wait=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+        self._pool = None
 
     def _drain(self) -> None:
         pending, self._pending = self._pending, None
@@ -328,14 +346,15 @@ class AsyncSaver:
     def _save(self, taken: Facts) -> None:
         try:
             save(taken, self.output, keep=self._keep, emit=self._emit)
-            self._failure = None
+            self._failure, self.alone = None, False
         except CheckpointError as failure:
-            dead = getattr(failure, "dead", None)  # of a part that another worker was to write
-            if dead is None:
-                self._failure = failure
+            if isinstance(failure, PartLost):
+                self._failure, self.incomplete, self.alone = None, True, not failure.dead
             else:
-                self.torn, self.alone = True, self.alone or not dead
+                self._failure = failure
             self._emit(Warned(message=str(failure), where=f"checkpoint-{taken.step}"))
+        finally:
+            self._writing = None  # the copy
 
     def _tell(self, part: Share) -> None:
         try:

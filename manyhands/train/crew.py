@@ -203,7 +203,7 @@ class Crew:
                 closing=loop.closing,
                 saved=loop.saved_step,
                 first=loop.seats[0].id,
-                torn=saving.lost(loop, {seat.id for seat in loop.seats} - staying),
+                incomplete=saving.lost(loop, {seat.id for seat in loop.seats} - staying),
                 quick=carried.fetch_s(loop.replica) < QUICK * loop.tally.step_s,
             )
             try:

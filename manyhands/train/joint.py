@@ -10,10 +10,12 @@ how many wrote it, but the manifest, which has a hash of each part in place of o
 copy of a part, no worker's cores are taken more than another's, and divided state (ZeRO) neither travels nor has to
 fit into rank 0's memory.
 
-Where workers do not see the same directory (hosts without a common file system) rank 0 collects and writes all of it, as
-it does when the workers' devices differ in kind (their replicas may differ in the last bit).
+Only processes of rank 0's own host take part. Over a network's file system two hosts' parts that meet within a page would
+overwrite each other: a client may send whole pages (Linux's NFS does). Where a worker elsewhere holds something of its own,
+where devices differ in kind (not all of their state is compared), or the parts do not lie in rows, rank 0 collects and
+writes everything alone.
 
-Who dies while it writes leaves a part out. Rank 0 notices (`lost`, or no such process on its own host), says so, and the
+Who dies while it writes leaves a part out. Rank 0 notices (`lost`, or there is no such process), says so, and the
 checkpoint before stands until the survivors have written one together, at their next agreement.
 """
 
@@ -31,9 +33,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from manyhands.core.errors import CheckpointError
 from manyhands.train import durable, tensors
-from manyhands.train.checkpoint import EXCHANGE, Facts, temporary_of
+from manyhands.train.checkpoint import EXCHANGE, Facts, PartLost, temporary_of
 from manyhands.train.joint_division import FILES, Holdings, Run, covers, divide, told, understood
 from manyhands.train.tensors import Layout, little_endian, size_of, type_name
 
@@ -49,26 +50,11 @@ PARTS = (
 )
 
 
-class PartLost(CheckpointError):
-    """Another worker has not written its part: the checkpoint is to be written again.
-
-    Attributes:
-        dead: it is gone; else it could not write, and rank 0 does better alone.
-    """
-
-    dead = False
-
-
 class Writer(NamedTuple):
-    """Who writes a part.
-
-    Attributes:
-        where: tells processes of one host (and one space of numbers) from others.
-    """
+    """Who writes a part: a process of this host."""
 
     rank: int
     seat: str
-    where: str
     pid: int
 
 
@@ -148,8 +134,8 @@ class JointSnapshot(Facts):
     def directory(self) -> Path:
         return self.share.directory
 
-    def lacks(self, seats: Collection[str]) -> bool:
-        """Whether one of these has not written its part. From any thread."""
+    def lost(self, seats: Collection[str]) -> bool:
+        self.gone.update(seats)
         return any(
             w.seat in seats
             and w.rank not in self.heard
@@ -206,22 +192,11 @@ class JointSnapshot(Facts):
             time.sleep(LOOK_S)
         found: dict[str, list[list[Any]]] = json.loads(path.read_text(encoding="utf-8"))
         self.heard.add(other.rank)
-        if other.where != here():  # through another cache: what it has written must be what is here
-            for name, parts in found.items():
-                for begin, end, digest in parts:
-                    if durable.sha256_of_file(self.directory / name, begin, end) != digest:
-                        raise PartLost(
-                            f"checkpoint-{self.step}: {name} does not hold what worker {other.rank} has written",
-                            "workers write one file together where they see one file system",
-                            "the one before stands, another one is written by rank 0 alone",
-                        )
         return found
 
     def _is_gone(self, other: Writer) -> bool:
         if other.seat in self.gone:
             return True
-        if other.where != here():
-            return False
         try:
             os.kill(other.pid, 0)
         except ProcessLookupError:
@@ -231,13 +206,12 @@ class JointSnapshot(Facts):
         return False
 
 
-def here() -> str:
-    """This host, and its space of process numbers."""
-    import socket
-
+def here(host: str) -> str:
+    """This host (by the name that it goes by in the job), its present start, and its space of process numbers."""
     with contextlib.suppress(OSError):
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    return socket.gethostname()
+        start = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{host} {start} {os.readlink('/proc/self/ns/pid')}"
+    return host
 
 
 # --------------------------------------------------------------------------------------------------- all at once
@@ -251,6 +225,7 @@ def begin(
     *,
     step: int,
     seats: Sequence[str],
+    began: float,
 ) -> Share | JointSnapshot | None:
     """Copies of what I am to write; None on every worker where they cannot write together. Collective. Raises `PeerLost`.
 
@@ -258,8 +233,8 @@ def begin(
         output: None: I do not take part.
         facts: rank 0's other files, from the names of what the exchange keeps.
         seats: by rank.
+        began: `time.perf_counter` when training paused.
     """
-    began = time.perf_counter()
     directory = _prepared(output, step, world.size) if world.rank == 0 and output else None
     try:
         mine = {**told(holdings, first=world.rank == 0), "directory": directory.name if directory else ""}
@@ -267,8 +242,8 @@ def begin(
         name, table = everyones[0]["directory"], understood(everyones)
         place = output / name if output and name else None
         seen = place is not None and sys.byteorder == "little" and _can_write(place)
-        who = world.gather([seen, here(), os.getpid()])
-        there = [rank for rank, (sees, *_) in enumerate(who) if sees]
+        who = world.gather([seen, here(world.members[world.rank].host), os.getpid()])
+        there = [rank for rank, (sees, where, _) in enumerate(who) if sees and where == who[0][1]]
         if table is None or 0 not in there or any(table.own[r] for r in range(world.size) if r not in there):
             return None
         runs = {rank: runs for rank, runs in divide(table, there).items() if runs or rank == 0}
@@ -279,7 +254,7 @@ def begin(
         share = Share(step=step, rank=world.rank, directory=place or Path(), pieces=pieces, taken_s=taken_s)
         if world.rank != 0:
             return share
-        others = [Writer(r, seats[r], str(who[r][1]), int(who[r][2])) for r in runs if r != 0]
+        others = [Writer(r, seats[r], int(who[r][2])) for r in runs if r != 0]
         rest = facts(table.layouts[EXCHANGE].places if EXCHANGE in table.layouts else ())
         whole = JointSnapshot(
             **{**rest.__dict__, "taken_s": taken_s}, share=share, layouts=table.layouts, others=others

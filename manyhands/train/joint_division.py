@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from manyhands.core.errors import CheckpointError
 from manyhands.train import tensors
 from manyhands.train.checkpoint import EXCHANGE, OPTIMIZER, WEIGHTS
 from manyhands.train.tensors import Layout, size_of, type_name
@@ -104,11 +105,14 @@ def understood(everyones: Sequence[Mapping[str, Any]]) -> Table | None:
         for (begin, end), rank in holders.items():
             own[rank].append(Run(file, name, begin, end))
     metadata = {WEIGHTS: {"format": "pt"}}
-    layouts = {
-        file: tensors.layout(named, metadata.get(file))
-        for file, named in kinds.items()
-        if named or file != EXCHANGE
-    }
+    try:
+        layouts = {
+            file: tensors.layout(named, metadata.get(file))
+            for file, named in kinds.items()
+            if named or file != EXCHANGE
+        }
+    except CheckpointError:  # a type that has no name: whoever writes alone says so
+        return None
     shared = [
         Run(file, name, 0, size_of(*kinds[file][name]))
         for file, planned in layouts.items()
@@ -119,7 +123,7 @@ def understood(everyones: Sequence[Mapping[str, Any]]) -> Table | None:
 
 
 def divide(table: Table, writers: Sequence[int]) -> dict[int, list[Run]]:
-    """The runs of each of the ranks in `writers`: as equal in bytes as what they alone have allows.
+    """The runs of each of the ranks in `writers`: its own, and in turn of what all have up to a fair share.
 
     >>> table = Table({}, [Run("f", "a", 0, 300_000), Run("f", "b", 0, 100_000)], [[], [Run("f", "c", 0, 100_000)]])
     >>> {rank: sum(end - begin for *_, begin, end in runs) for rank, runs in divide(table, [0, 1]).items()}

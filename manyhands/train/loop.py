@@ -393,12 +393,4 @@ class Loop:
         """
         method = self.replica.method
         whole = not self._torn and (method.at_rest or getattr(method, "saves_alone", False))
-        if (
-            whole
-            and self.world.rank == 0
-            and self.saver is not None
-            and self.saved_step != self.replica.steps
-        ):
-            saving.save(self, collective=False)
-        if self.saver is not None:
-            self.saver.wait()
+        saving.save_now(self, whole=whole)

@@ -19,7 +19,7 @@ from manyhands.train import durable
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2  # 1: no file has parts; both are read
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-([0-9]+)")
 
@@ -118,8 +118,8 @@ def fault(path: Path, *, hashes: bool = True) -> str | None:
         files = {name: (int(facts["bytes"]), _parts(facts)) for name, facts in manifest["files"].items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return f"{path / MANIFEST} is missing or not a manifest"
-    if version != FORMAT:
-        return f"{path / MANIFEST} has format {version}, this version reads {FORMAT}"
+    if version not in (1, FORMAT):
+        return f"{path / MANIFEST} has format {version}, this version reads up to {FORMAT}"
     named = _NAME.fullmatch(path.absolute().name)
     if named and int(named[1]) != step:
         return f"{path / MANIFEST} says step {step}, the directory's name says {named[1]}"

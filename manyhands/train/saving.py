@@ -44,6 +44,19 @@ def save(loop: Loop, *, collective: bool = True) -> None:
     loop.saved_step = loop.replica.steps
 
 
+def save_now(loop: Loop, *, whole: bool) -> None:
+    """Whatever can be saved without the others, durably; `whole`: I hold the agreed parameters, or can."""
+    if loop.saver is None:
+        return
+    first = whole and loop.world.rank == 0
+    if first and loop.saved_step != loop.replica.steps:
+        save(loop, collective=False)
+    loop.saver.wait()
+    if first and lacks_a_part(loop):
+        save(loop, collective=False)
+        loop.saver.wait()
+
+
 def wait(loop: Loop) -> bool:
     """Return when all is durable, on every worker; False: a part is missing, save again. Collective."""
     if loop.saver is not None:
@@ -60,7 +73,7 @@ def finish_part(loop: Loop) -> None:
 
 def lacks_a_part(loop: Loop) -> bool:
     """Of the checkpoint that I write for all."""
-    return loop.world.rank == 0 and loop.saver is not None and loop.saver.torn
+    return loop.world.rank == 0 and loop.saver is not None and loop.saver.incomplete
 
 
 def lost(loop: Loop, seats: Collection[str]) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,6 +146,7 @@ def joint_of(
             part (on rank 0: nobody does).
         seats: by rank.
     """
+    began = time.perf_counter()
     method, kinds = replica.method, {member.device.partition(":")[0] for member in world.members}
     if world.size == 1 or len(kinds) > 1 or not getattr(method, "joint", False):
         return None
@@ -178,8 +180,9 @@ def joint_of(
             taken_s=0.0,
         )
 
-    with replica.agreed():
-        if checkpoint.WEIGHTS not in own:
+    divided = checkpoint.WEIGHTS in own  # then `agreed` would put the whole model together on every worker
+    with contextlib.nullcontext() if divided else replica.agreed():
+        if not divided:
             common[checkpoint.WEIGHTS] = checkpoint.untied(replica.model)
         return joint.begin(
             world,
@@ -188,6 +191,7 @@ def joint_of(
             facts,
             step=replica.steps,
             seats=seats,
+            began=began,
         )
 
 

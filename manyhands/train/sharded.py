@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from manyhands.core import rng
-from manyhands.core.errors import Diverged, OutOfMemory, PeerLost
+from manyhands.core.errors import OutOfMemory, PeerLost
 from manyhands.core.request import Gather
-from manyhands.train import memory, sharded_rebuild, sharded_state
+from manyhands.train import memory, sharded_check, sharded_rebuild, sharded_state
 from manyhands.train.checkpoint import EXCHANGE, OPTIMIZER, WEIGHTS
 from manyhands.train.header import Header, Unsound, Wishes
 from manyhands.train.method import Part, StepResult, rows_of
@@ -190,19 +190,8 @@ class ShardedModel:
             yield
 
     def check(self) -> str:
-        """Compare the pieces of all groups; each group has every piece once. Raises `Diverged`. Collective."""
-        mesh, wire = self.layout.mesh, self._replica.wire
-        mine = self.layout.fingerprint()
-        for group, other in enumerate(mesh.across.begin(Gather(mine, even=True)).wait()):
-            if not torch.equal(other, mine):
-                raise Diverged(
-                    f"the parameters of group {group} differ from group {mesh.place[0]}'s after step "
-                    f"{self._replica.steps}",
-                    "groups hold bitwise equal models",
-                    "build the model the same everywhere; if this appeared in mid-run, a machine computes wrongly",
-                )
-        total = torch.stack(wire.begin(Gather(mine, even=True)).wait()).sum(0)  # wraps around
-        return "".join(f"{int(word) & (2**64 - 1):016x}" for word in total)
+        """Compare the pieces of all groups. Raises `Diverged`. Collective."""
+        return sharded_check.check(self._replica, self.layout)
 
     def weights(self) -> dict[str, Tensor] | None:
         """The whole state dict, tied tensors once, on rank 0's CPU; None elsewhere. Collective."""

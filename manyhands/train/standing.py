@@ -41,7 +41,7 @@ class Position:
         closing: the last step is done, and its chores are among `chores` or done, too.
         saved: the step of the last checkpoint that was begun.
         first: who was rank 0, and wrote it.
-        torn: I am who, and what I write for all lacks the part of another.
+        incomplete: I am who, and what I write for all lacks the part of another.
     """
 
     seat: str
@@ -57,7 +57,7 @@ class Position:
     closing: bool = False
     saved: int = 0
     first: str = ""
-    torn: bool = False
+    incomplete: bool = False
 
     def to_data(self) -> dict[str, Any]:
         """As JSON data."""
@@ -147,7 +147,7 @@ def conclude(positions: Sequence[Position], *, still: bool = True) -> Standing:
                 dropped.setdefault(step, {})[seat] = tuple(places)
     behind = tuple(rank for rank, ok in enumerate(up_to_date) if not ok)
     chores = max((tuple(p.chores) for p in there), key=len)
-    orphaned = there[0].first not in [p.seat for p in positions] or any(p.torn for p in veterans)
+    orphaned = there[0].first not in [p.seat for p in positions] or any(p.incomplete for p in veterans)
     if orphaned and "wait" in chores and "save" not in chores:
         chores = ("meet", "save", *chores)
     return Standing(
