@@ -243,6 +243,10 @@ def _pair(output: Path, *, pid: int = 0) -> tuple[joint.JointSnapshot, joint.Sha
     return joint.JointSnapshot(**facts, share=shares[0], layouts=planned, others=[writer]), shares[1]
 
 
+def full(*_: Any) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def _saved(output: Path, whole: joint.JointSnapshot) -> tuple[checkpoint.AsyncSaver, list[Event]]:
     said: list[Event] = []
     saver = checkpoint.AsyncSaver(output, keep=2, emit=said.append)
@@ -306,9 +310,6 @@ def test_who_cannot_write_says_so_and_rank_0_writes_the_next_alone(
     theirs: list[Event] = []
     other = checkpoint.AsyncSaver(tmp_path, keep=2, emit=theirs.append)
 
-    def full(*_: Any) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with monkeypatch.context() as patch:
         patch.setattr(joint, "_write_at", full)
         with pytest.raises(OSError, match="No space"):
@@ -345,12 +346,19 @@ def test_a_disk_that_was_full_does_not_part_the_workers_for_ever(tmp_path: Path)
     assert [type(e).__name__ for e in said] == ["Warned", "Saved", "Saved"]
 
 
-def test_the_copy_is_let_go_when_it_is_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["written", "lost", "full"])
+def test_the_copy_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Else two lie in memory when the next is taken."""
     whole, part = _pair(tmp_path)
     held = weakref.ref(whole.share.pieces[checkpoint.WEIGHTS][0][1])
+    if how == "full":
+        monkeypatch.setattr(joint, "_write_at", full)
     saver, _ = _saved(tmp_path, whole)
-    part.tell()
-    saver.wait()
+    if how == "written":
+        part.tell()
+    if how == "lost":
+        saver.lost({"w1"})
+    saver.settle()
     del whole
     assert held() is None
     saver.close()
@@ -377,10 +385,11 @@ def test_a_job_whose_writers_are_killed_while_they_write(corpus: Path, tmp_path:
         job.kill("w2")
         job.end()
     saved, warned = [e["step"] for e in events(run, "saved")], [e["message"] for e in events(run, "warned")]
-    assert saved[0] in (5, 6, 7, 8)  # the next agreement after the loss was known
+    assert 4 < saved[0] < 12  # the next agreement after the loss was known
     assert saved[-1] == 12
     assert [step for step in saved if step in (4, 12)] == [12]
-    assert len([m for m in warned if "was lost while it wrote its part" in m]) == 2
+    for seat in ("w1", "w2"):
+        assert any(f"({seat}) was lost while it wrote its part" in m for m in warned)
     assert [checkpoint.verify(path)["step"] for path in checkpoint.checkpoints(run)] == saved
     assert "every sample once" in warm.manyhands("ledger", run)
     assert summary(run)["world_sizes"] == [3, 2, 1]

@@ -86,7 +86,7 @@ def _coordinate(
     from manyhands.coordinate.journal import unfinished
     from manyhands.coordinate.server import Coordinator
     from manyhands.coordinate.words import Rules
-    from manyhands.core.rpc import reachable
+    from manyhands.core.rpc import CannotListen, reachable
     from manyhands.launch.claim import make_fresh
     from manyhands.launch.control import CONTACT, contact
     from manyhands.launch.job import RESUME_AUTO
@@ -137,13 +137,13 @@ def _coordinate(
 
     try:
         coordinator = serve(awaited, calling=auto and before is not None)
-    except UsageError:
+    except CannotListen:
         if listen == given.listen or auto or job.resume is None:  # where it was told to be, or is looked for
             raise
         _log(
             f"{listen}, where the job was, is taken: whoever still runs it is not told that it has begun anew"
         )
-        listen = given.listen
+        listen = f"{listen.rpartition(':')[0]}:0"
         coordinator = serve(awaited, calling=False)
     if auto and before is not None and _called_back(coordinator, asked):
         _log(AS_GIVEN)

@@ -21,7 +21,7 @@ from manyhands.core.errors import UsageError
 if TYPE_CHECKING:
     from manyhands.core.tls import Identity
 
-BEAT_S = 1.0
+BEAT_S = 0.25
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -82,13 +82,17 @@ def channel(
     )
 
 
+class CannotListen(UsageError):
+    """The address cannot be used: taken, or none of this machine's."""
+
+
 def listen(
     server: Any, address: str, identity: tls.Identity | None, *, otherwise: Callable[[], None] = lambda: None
 ) -> int:
     """Bind a gRPC server; returns the port. `otherwise` clears up where that fails.
 
     Raises:
-        UsageError: the address cannot be used.
+        CannotListen: the address cannot be used.
     """
     reason, number = "it cannot be bound", address.rpartition(":")[2]
     try:
@@ -103,7 +107,7 @@ def listen(
         port, reason = 0, str(error).split("\n")[0]
     if not port:
         otherwise()
-        raise UsageError(
+        raise CannotListen(
             f"listen = {address!r}: {reason}",
             "it is a free HOST:PORT of this machine",
             "give another port, or 0 for any free one",

@@ -10,6 +10,7 @@ printed as it happens, and a replacement is started (`Crew`), unless, before the
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Mapping
@@ -107,6 +108,8 @@ def _start(crew: Crew, rank: int, variables: dict[str, str]) -> None:
     except OSError as error:  # no memory, no process
         raise WorkerFailed(
             f"worker {rank} cannot be started: {error.strerror or error}",
-            "each worker is a process of its own",
-            "start fewer (--workers), or raise the limit of processes or memory",
+            "each worker is a process of its own, with a log",
+            "start fewer (--workers), or raise the limit of processes or memory"
+            if error.errno in (errno.EAGAIN, errno.ENOMEM)
+            else "",
         ) from error

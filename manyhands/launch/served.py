@@ -32,6 +32,7 @@ RESTARTS = 20  # of one server, one soon after the other
 FUTILE = 5  # lives of a server that end before it serves, one after the other: the next would, too
 HEALTHY_S = 600.0  # of life, after which a server's restarts are counted anew
 END_S = 10.0
+LEAST_HANG_S = 5.0  # a busy machine, and files whose times are coarse
 LONGEST_LOOK_S = 1.0  # from one look to the next that counts as silence
 LONGEST_SOCKET = 100  # bytes of a socket file's path that every system takes
 
@@ -126,7 +127,7 @@ class ServerProcesses:
         return not self.failed
 
     def _look_at(self, server: int, life: _Running) -> None:
-        """Kill one that stands still: its state is as its last acknowledged push left it."""
+        """Kill one that stands still, as a signal might: what survives is what survives that (`durability`)."""
         now = time.monotonic()
         passed, life.looked_s = now - life.looked_s, now
         try:
@@ -135,7 +136,7 @@ class ServerProcesses:
             return
         life.silent_s = 0.0 if beat != life.beat else life.silent_s + min(passed, LONGEST_LOOK_S)
         life.beat = beat
-        if life.silent_s > self.hang_s:
+        if life.silent_s > max(self.hang_s, LEAST_HANG_S):
             print(
                 f"manyhands: parameter server {server} has given no sign of life for {life.silent_s:.0f} s "
                 f"(hang_s = {self.hang_s:g}): it is killed",
@@ -143,6 +144,7 @@ class ServerProcesses:
                 flush=True,
             )
             life.process.kill()
+            life.silent_s = 0.0  # it may take a while to go
 
     def end(self) -> None:
         """After the workers: nothing is needed any more."""

@@ -68,7 +68,9 @@ class PartLost(CheckpointError):
         dead: it is gone; else it could not write, and rank 0 does better alone.
     """
 
-    dead = False
+    def __init__(self, value: str, rule: str, remedy: str, *, dead: bool) -> None:
+        super().__init__(value, rule, remedy)
+        self.dead = dead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,6 +354,9 @@ class AsyncSaver:
                 self._failure, self.incomplete, self.alone = None, True, not failure.dead
             else:
                 self._failure = failure
+            for error in (failure, failure.__cause__, failure.__context__):
+                if error is not None:
+                    error.with_traceback(None)  # whose frames hold the copy
             self._emit(Warned(message=str(failure), where=f"checkpoint-{taken.step}"))
         finally:
             self._writing = None  # the copy

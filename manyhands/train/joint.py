@@ -182,13 +182,12 @@ class JointSnapshot(Facts):
             elif time.monotonic() > deadline:
                 why = f"has not written its part within {PATIENCE_S:.0f} s"
             if why:
-                lost = PartLost(
+                raise PartLost(
                     f"checkpoint-{self.step}: worker {other.rank} ({other.seat}) {why}",
                     "a checkpoint is whole or absent",
                     "the one before stands, another one is written as soon as the workers agree again",
+                    dead=gone,
                 )
-                lost.dead = gone
-                raise lost
             time.sleep(LOOK_S)
         found: dict[str, list[list[Any]]] = json.loads(path.read_text(encoding="utf-8"))
         self.heard.add(other.rank)

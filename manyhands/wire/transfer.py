@@ -144,7 +144,7 @@ def fetch(
 
     Args:
         over: the membership epoch's end; ends the transfer.
-        progress: told bytes so far and bytes in all.
+        progress: told bytes so far and bytes in all, on another thread.
         timeout_s: how long to wait for the offer. The transfer itself may take any time.
 
     Raises:
@@ -169,7 +169,10 @@ def fetch(
                 break
     finally:
         call.cancel()
-        channel.close()
+        if transfer.ended.is_set():
+            channel.close()
+        else:  # closing may wait as long
+            threading.Thread(target=channel.close, name="fetch-close", daemon=True).start()
     if transfer.found is not None:
         return transfer.found
     error = transfer.error
