@@ -191,7 +191,7 @@ class ShardedModel:
 
     def check(self) -> str:
         """Compare the pieces of all groups. Raises `Diverged`. Collective."""
-        return sharded_check.check(self._replica, self.layout)
+        return sharded_check.check(self._replica, self.layout, self.optimizer)
 
     def weights(self) -> dict[str, Tensor] | None:
         """The whole state dict, tied tensors once, on rank 0's CPU; None elsewhere. Collective."""

@@ -11,17 +11,18 @@ from manyhands.core.request import Gather
 from manyhands.train.mending import fingerprint_of
 
 if TYPE_CHECKING:
+    from manyhands.strategy.named import NamedOptimizer
     from manyhands.train.replica import Replica
     from manyhands.train.sharded_layout import Layout
 
 
-def check(replica: Replica, layout: Layout) -> str:
+def check(replica: Replica, layout: Layout, optimizer: NamedOptimizer) -> str:
     """Compare the pieces of all groups (each group has every piece once); a digest of the parameters. Collective.
 
     Raises:
         Diverged: on all workers alike.
     """
-    state = replica.method.optimizer.state_by_name()  # type: ignore[attr-defined]
+    state = optimizer.state_by_name()
     words = fingerprint_of(state[name] for name in sorted(state))
     mine = torch.cat([torch.tensor(layout.mesh.place), layout.fingerprint(), words])
     everyones = torch.stack(replica.wire.begin(Gather(mine, even=True)).wait())  # [workers, 3 + 2 + 2] int64
