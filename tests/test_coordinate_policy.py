@@ -6,10 +6,11 @@ import pytest
 from coordinators import Play, ids
 
 from manyhands.coordinate import judge
+from manyhands.coordinate.journal import restore
 from manyhands.coordinate.messages import Refused
-from manyhands.coordinate.state import BACK_S, State
+from manyhands.coordinate.state import BACK_S
 from manyhands.coordinate.words import Rules
-from manyhands.core.membership import SUMS
+from manyhands.core.membership import SUMS, fact_of
 
 
 def test_the_first_epoch_waits_for_all_and_keeps_their_order() -> None:
@@ -258,6 +259,23 @@ def test_too_few_that_wait_for_others_end_the_job_though_somebody_has_ended_as_i
     assert "min_workers = 2" in play.state.ended[1]
 
 
+def test_what_is_left_to_do_when_all_steps_are_done_needs_no_min_workers() -> None:
+    play = Play("w0", "w1", "w2", min_workers=2, patience_s=3.0)
+    play.state.leaving("w1", detail="done", now=play.now)
+    play.state.cut("w1", play.now)
+    play.state.lose("w2", how="death", detail="was killed", now=play.now)
+    play.ready("w0")
+    play.wait(0.5)
+    assert ids(play.epoch) == ["w0"]
+    for _ in range(3):
+        play.wait(2.0)
+        play.beat()
+    play.state.leaving("w0", detail="done", now=play.now)
+    play.state.cut("w0", play.now)
+    play.wait(0.5)
+    assert play.state.ended == (0, "done")
+
+
 @pytest.mark.parametrize("how", ["death", "failed", "hang"])
 def test_the_end_of_a_job_whose_first_rank_is_lost_before_it_has_summed_up(how: str) -> None:
     """The others have nothing left to do, and say so; whether they are gone yet or not."""
@@ -286,190 +304,20 @@ def test_who_is_on_its_way_when_the_job_is_done_is_ended() -> None:
     assert [happening.kind for happening in play.happened[-3:]] == ["done", "evict", "evict"]
 
 
-@pytest.mark.parametrize(("came", "limit_s"), [((), 120.0), (("w0", 0.5), 20.0), (("w0", 8.0), 40.0)])
-def test_a_worker_that_is_started_and_says_nothing_is_given_up(
-    came: tuple[str, float] | tuple[()], limit_s: float
-) -> None:
-    play = Play(stuck_s=20.0, start_s=5.0)
-    play.state.expect(["w0", "w1"], play.now)
-    if came:
-        play.wait(came[1])
-        play.come(came[0])
-        play.state.ready("w0", epoch=0, step=0, now=play.now)
-    else:
-        play.state.lose("w0", how="death", detail="SIGKILL", now=play.now)
-    play.now += 3600.0
-    play.state.shift(3600.0)  # a Ctrl-Z
-    while play.now - 3600.0 < limit_s:
-        assert not play.happenings("evict")
-        play.beat(phase="start")
-        play.wait(1.0)
-    (evict,) = play.happenings("evict")
-    assert evict.seat_id == "w1"
-    assert "has not reached the coordinator" in evict.detail
-    loss = play.state.gone["w1"]
-    assert (loss.how, loss.phase, loss.rank) == ("hang", "start", -1)
-    assert loss.silent_s >= limit_s
-    with pytest.raises(Refused, match="given up"):
-        play.come("w1")
-    if came:
-        play.state.expect(["w1-1"], play.now)
-        play.state.lose("w1", how="death", detail="SIGKILL", now=play.now)
-        play.come("w1-1")
-        play.state.ready("w1-1", epoch=0, step=0, now=play.now)
-        assert ids(play.epoch) == ["w0", "w1-1"]
-
-
-@pytest.mark.parametrize(("phase", "given_up"), [("start", True), ("build", False)])
-def test_one_that_came_and_stands_still_before_it_is_ready_is_given_up(phase: str, given_up: bool) -> None:
-    for begun in (True, False):
-        play = Play(*(("w0",) if begun else ()), stuck_s=20.0)
-        play.state.expect(["n"], play.now)
-        play.come("n")
-        while play.now < 150.0:
-            for id in play.state.members:
-                play.beat(id, phase="step" if id == "w0" else phase)
-            play.wait(5.0)
-        assert [happening.seat_id for happening in play.happenings("evict")] == (["n"] if given_up else [])
-
-
-def test_who_has_come_may_take_as_long_to_import_as_who_has_not() -> None:
-    play = Play(stuck_s=2.0, start_s=60.0)
-    play.state.expect(["n"], play.now)
-    play.come("n")
-    while play.now < 60.0:
-        assert not play.happenings("evict")
-        play.beat("n", phase="start")
-        play.wait(5.0)
-    assert play.happenings("evict")
-
-
-def test_silence_is_a_hang_and_its_time_is_told() -> None:
+def test_facts_of_an_epoch_are_forgotten_with_it() -> None:
     play = Play("w0", "w1")
-    play.wait(6.0)
-    play.beat("w0")
-    play.wait(5.0)
-    (evict,) = play.happenings("evict")
-    assert evict.seat_id == "w1"
-    assert play.heard("w1", "evicted")
-    assert play.heard("w0", "over")
-    assert play.state.gone["w1"].how == "hang"
-    assert play.state.gone["w1"].silent_s == 11.0
-    with pytest.raises(Refused, match="given up"):
-        play.come("w1")
-
-
-def test_sleep_of_the_whole_machine_is_no_silence() -> None:
-    play = Play("w0", "w1")
-    play.state.shift(3600.0)
-    play.wait(3601.0)
-    assert play.happenings("evict") == []
-
-
-def test_a_pause_is_no_step_that_took_so_long_and_no_time_to_come_back() -> None:
-    play = Play("w0", "w1", stuck_s=20.0)
-    play.wait(1.0)
-    play.step(2)
-    play.state.shift(3600.0)  # Ctrl-Z, and on the next day fg
-    play.now += 3600.0
-    for step in range(3, 7):
-        play.wait(4.0)
-        play.beat("w1")
-        play.step(step, "w0")
-    play.wait(4.0)
-    assert [happening.seat_id for happening in play.happenings("evict")] == ["w1"]
-    state = State(Rules(hang_s=10.0))
-    state.adopt(play.epoch, 0.0)  # of before a restart: nobody's connection has ended
-    state.shift(5.0)
-    state.tick(8.0)
-    assert not state.gone
-
-
-def test_a_thread_that_stands_still_while_the_others_pass_is_stuck() -> None:
-    play = Play("w0", "w1", stuck_s=20.0)
-    for step in range(2, 6):
-        play.wait(4.0)
-        play.beat("w1")
-        play.step(step, "w0")
-    play.wait(4.0)
-    assert [happening.seat_id for happening in play.happenings("evict")] == ["w1"]
-    assert "stood still in step 2" in play.state.gone["w1"].detail
-
-
-def test_where_all_stand_still_the_first_is_stuck_and_slow_phases_are_not() -> None:
-    for phase, stuck in (("step", ["w1"]), ("evaluate", [])):
-        play = Play("w0", "w1", stuck_s=20.0)
-        play.wait(1.0)
-        play.step(2, "w1", phase=phase)
-        play.wait(1.0)
-        play.step(2, "w0")
-        while play.now < 27.0 and "w1" in play.state.members:
-            play.beat("w0")
-            play.beat("w1", phase=phase)
-            play.wait(5.0)
-        assert [happening.seat_id for happening in play.happenings("evict")] == stuck
-
-
-def test_in_the_first_step_who_came_least_far_is_given_up_and_preparing_may_take_any_time() -> None:
-    for phase, stuck in (("compile", ["w1"]), ("prepare", [])):
-        play = Play("w0", "w1", "w2", stuck_s=20.0, begun=False)
-        for id in ("w0", "w1", "w2"):
-            play.step(0, id, phase=phase)
-        play.wait(1.0)
-        for id in ("w0", "w2"):  # their passes are done
-            play.step(0, id, phase=phase)
-        begun = play.now
-        while play.now - begun < 140.0 and "w1" in play.state.members:
-            for id in ("w0", "w1", "w2"):
-                play.beat(id, phase=phase)
-            play.wait(5.0)
-        assert [happening.seat_id for happening in play.happenings("evict")] == stuck
-        if stuck:
-            assert 114.0 <= play.now - begun <= 125.0
-
-
-def test_before_the_first_step_whoever_the_others_wait_for_is_given_up_and_they_are_not() -> None:
-    """It stands still in its first pass; so do the others, who wait for it; one of them dies, or is given up in its place."""
-    play = Play("w0", "w1", "w2", "w3", stuck_s=20.0, begun=False)
-    play.step(0, phase="compile")
-    begun = play.now
-    while play.now - begun < 130.0 and len(play.state.members) == 4:
-        play.beat(phase="compile")
-        play.wait(0.5)
-    (first,) = play.happenings("evict")
-    play.wait(0.05)  # the others have not noticed yet
-    assert len(play.state.members) == 3
-    for id in sorted(set(play.state.members) - {"w3"}):
-        play.state.ready(id, epoch=1, step=0, phase="re-forming", now=play.now)
-    assert first.seat_id == "w0"
-    begun = play.now
-    while play.now - begun < 130.0 and "w3" in play.state.members:
-        play.beat("w1", "w2", phase="re-forming")
-        play.beat("w3", phase="compile")
-        play.wait(0.5)
-    assert [happening.seat_id for happening in play.happenings("evict")] == ["w0", "w3"]
-    assert ids(play.epoch) == ["w1", "w2"]
-
-
-@pytest.mark.parametrize(("phase", "limit_s"), [("step", 20.0), ("evaluate", 120.0)])
-def test_whoever_the_others_wait_for_in_vain_is_given_up(phase: str, limit_s: float) -> None:
-    """Its heart beats on, its epoch is over, and it never becomes ready for the next: in a slow phase, too."""
-    play = Play("w0", "w1", "w2", stuck_s=20.0)
-    play.wait(1.0)
-    for id in ("w0", "w1", "w2"):
-        play.step(2, id)
-    play.beat("w1", phase=phase)
-    begun = play.now
+    play.state.publish("job", "what it is")
+    play.state.publish(fact_of(1, "address"), "here:1")
     play.state.suspect("w0", epoch=1, rank=None, detail="timed out", now=play.now)
-    for id in ("w0", "w2"):
-        play.state.ready(id, epoch=1, step=2, now=play.now)
-    while play.now - begun < limit_s + 20.0 and "w1" in play.state.members:
-        for id in ("w0", "w2"):
-            play.beat(id)
-        play.beat("w1", phase=phase)
-        play.wait(2.0)
-    assert [happening.seat_id for happening in play.happenings("evict")] == ["w1"]
-    assert limit_s <= play.now - begun <= limit_s + 6.0
+    play.ready("w0", "w1")
+    assert play.epoch.number == 2
+    assert play.state.facts == {"job": "what it is"}
+    play.state.publish(fact_of(1, "address"), "too late")
+    play.state.publish(fact_of(2, "address"), "here:2")
+    assert play.state.facts == {"job": "what it is", fact_of(2, "address"): "here:2"}
+    play.drain()
+    again = restore(play.notes, Rules(), 0.0)
+    assert again.facts == play.state.facts
 
 
 def test_a_newcomer_that_has_to_get_ready_first_is_not_wanted() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from manyhands.core import hardware
+from manyhands.launch import job
 
 Plant = Callable[[Mapping[str, str]], None]
 NO_LIMIT = str((1 << 63) - 4096)
@@ -217,3 +218,36 @@ def test_the_kernels_kills_for_memory_are_those_of_this_group(
 def test_without_any_count_the_kernel_has_killed_nobody(plant: Plant) -> None:
     plant({})
     assert hardware.oom_kills() == 0
+
+
+@pytest.mark.parametrize(
+    ("cores", "bf16", "gpu", "rank", "steps"),
+    [
+        (2, False, False, "", 150),
+        (1, False, False, "", 150),
+        (4, False, False, "", 300),
+        (32, False, False, "", 600),
+        (2, True, False, "", 600),
+        (2, False, True, "", 600),
+        (2, False, False, "0", 600),
+    ],
+)
+def test_the_built_in_job_is_as_long_as_the_machine_is_fast(
+    cores: int, bf16: bool, gpu: bool, rank: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """About two minutes; but several machines, which a cluster's launcher joins, all take the same number."""
+    for name, value in (("core_count", cores), ("cpu_has_bf16", bf16), ("gpu_possible", gpu)):
+        monkeypatch.setattr(hardware, name, lambda value=value: value)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "1")
+    layers = job.lowest_layers([])
+    assert {key: value for _, data in layers for key, value in data.items()} == {
+        "strategy": "ddp(lr=3e-3)",
+        "steps": steps,
+    }
+    assert ("shortened" in layers[-1][0]) == (steps < 600)
+    assert [list(data) for _, data in job.lowest_layers([("--steps", {"steps": 7})])] == [["strategy"]]
+    assert job.lowest_layers([("--data", {"data": "x"})]) == []

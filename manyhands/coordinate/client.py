@@ -19,7 +19,7 @@ from manyhands.coordinate.line import Line
 from manyhands.core import tls
 from manyhands.core.environment import read_env
 from manyhands.core.errors import ManyhandsError, PeerLost, Stopped
-from manyhands.core.membership import Epoch, Seat
+from manyhands.core.membership import Epoch, Seat, current
 
 BEAT_S = 0.25
 FRAMES = 8  # of the main thread's stack
@@ -242,6 +242,7 @@ class Member:
                 epoch = messages.epoch_of(message)
                 if epoch.number > self._held():
                     self._epoch, self._wanted, self._suspicion = epoch, False, None
+                    self._facts, self._mine = (current(f, epoch.number) for f in (self._facts, self._mine))
                     self.over.clear()
             elif op == "over":
                 if message["epoch"] == self._held():

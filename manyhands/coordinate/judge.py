@@ -113,17 +113,20 @@ def late(
         over: the epoch is over: whoever is ready waits for the next.
         begun: a step is done. Before that who has stood still for longest is late, as the others wait for it, unless it, or
             one that it may be waiting for, prepares data or builds the model.
+
+    The only one (nobody else has come, is left, or has anything left to do) has time as in a slow phase.
     """
     if not begun:
         first = min((m for m in inside if not m.ready), key=lambda member: member.moved_s, default=None)
         asked = [first] if any(member.ready for member in inside) else inside
-        if first is None or len(inside) < 2 or any(m is None or m.phase in GUESS for m in asked):
+        if first is None or any(m is None or m.phase in GUESS for m in asked):
             return None
         return first if now - first.moved_s >= SLOWLY * stuck_s else None
-    for member in inside if len(inside) > 1 else ():
-        limit = SLOWLY * stuck_s if member.phase in SLOW else stuck_s
-        waited = not member.ready and now - member.moved_s >= limit
-        if waited and (member.phase in SLOW or any(m.ready for m in inside)):
+    alone = len(inside) == 1
+    for member in inside:
+        slow = alone or member.phase in SLOW
+        waited = not member.ready and now - member.moved_s >= (SLOWLY * stuck_s if slow else stuck_s)
+        if waited and (slow or any(m.ready for m in inside)):
             return member
     return None if over else stuck(inside, stuck_s, now)
 
@@ -178,6 +181,14 @@ def finished(
         f"worker {first.seat.id}, which sums up the run, was lost at its end ({first.how}: {first.detail}). "
         "All steps are done. See its log, and --output for what is written"
     ), 1
+
+
+def closing(staying: Iterable[Member], gone: Iterable[Loss], *, done: bool, stateless: bool) -> bool:
+    """Whether who is left does what is left after the last step, however few they are: as somebody has said, or it seems."""
+    waits = any(member.ready for member in staying)
+    if done and not stateless:
+        return True
+    return not waits and (done or any(loss.detail == "done" for loss in gone))
 
 
 def deadly(losses: Sequence[Loss], step: int, rules: Rules) -> str:

@@ -13,10 +13,10 @@ any clock in seconds that does not jump (`shift` moves it on where the whole mac
    A newcomer that has waited for `judge.ENTER_S` ends it in the middle of a step where that costs nobody's work.
 4. A worker unheard of for `hang_s` is evicted, as is one that is started and says nothing (`arrivals`). So is one that stands
    still for `stuck_s` (or five times the longest step, if that is more) while the others passed it or wait for it, or, where all
-   stand still, the one that did so first; in a phase that may take long (evaluate, save, compile, …) six times as long.
+   stand still, the one that did so first; in a phase that may take long (evaluate, save, compile, …), or alone, six times as long.
 5. A step that `faults` workers die of by themselves (or `kills` of any cause) fails the job, as does a collective that
    cannot be completed again and again without anybody to blame; else whoever is suspected most is evicted.
-6. Where fewer than `min_workers` are alive and no replacement comes, or nobody is left who holds the state, it fails.
+6. Where fewer than `min_workers` are alive and none comes, or nobody is left who holds the state, it fails: not when all is done.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from manyhands.coordinate.arrivals import Arrivals
 from manyhands.coordinate.messages import FACTS, Garbage, epoch_to
 from manyhands.coordinate.suspicions import Suspicions
 from manyhands.coordinate.words import Happening, Member, Note, Rules, Say
-from manyhands.core.membership import Epoch, Loss, Seat
+from manyhands.core.membership import Epoch, Loss, Seat, current, outlived
 
 BACK_S = 1.5  # for a worker whose connection has ended to come back in
 EXPLAIN_S = 0.3  # how long a better reason than "its connection ended" is awaited before the loss is told
@@ -65,6 +65,9 @@ class State:
     _since_step: list[Loss] = field(default_factory=list)
     _suspicions: Suspicions = field(default_factory=Suspicions)
     _short_s: float | None = None
+    _done: bool = (
+        False  # somebody has said so: what is left to do at the end is anybody's, however few there are
+    )
 
     # -- from workers
 
@@ -137,6 +140,7 @@ class State:
     def leaving(self, id: str, *, detail: str, now: float) -> None:
         """It will end in an orderly way; "done": because the job is done."""
         self.members[id].leaving = detail or "left"
+        self._done |= detail == "done"
         self._say(id, "left")
         self._want()
         self._form(now)
@@ -145,7 +149,7 @@ class State:
         """A fact for everybody."""
         if key not in self.facts and len(self.facts) >= FACTS:
             raise Garbage(f"fact {key!r}", f"a job has at most {FACTS:,}", "")
-        if self.facts.get(key) != value:
+        if self.facts.get(key) != value and not outlived(key, self.number):
             self.facts[key] = value
             self.out.append(Note({"kind": "fact", "key": key, "text": value}))
         for id in self._living():
@@ -156,6 +160,7 @@ class State:
     def adopt(self, epoch: Epoch, now: float) -> None:
         """Go on from an epoch of before a restart; its members have `judge.back_s` to come back."""
         self.epoch, self.number, self.over, self._losses = epoch, epoch.number, False, []
+        self.facts = current(self.facts, self.number)
         for seat in epoch.seats:
             if seat.id not in self.members and seat.id not in self.gone:
                 self.members[seat.id] = Member(seat, now, now, connected=False, step=1)
@@ -163,6 +168,7 @@ class State:
     def recall(self, loss: Loss) -> None:
         """Somebody was lost before a restart."""
         self.gone[loss.seat.id] = loss
+        self._done |= (loss.how, loss.detail) == ("left", "done")
         self.members.pop(loss.seat.id, None)
         if self._inside(loss.seat.id):
             self._losses.append(loss.seat.id)
@@ -341,9 +347,10 @@ class State:
         elif not staying or not all(member.ready for member in staying):
             return
         ids = [member.seat.id for member in (*staying, *newcomers)]
-        if len(ids) < self.rules.min_workers and not self.stopping:
+        if len(ids) < self.rules.min_workers and not (self.stopping or self._done):
             return
         self.number += 1
+        self.facts = current(self.facts, self.number)
         self.epoch = Epoch(
             number=self.number,
             seats=tuple(self.members[id].seat for id in ids),
@@ -387,15 +394,12 @@ class State:
 
     def _enough(self, now: float) -> None:
         """Rule 6."""
-        unnamed = self.epoch is None and not self.order  # nobody is expected by name
-        if self.ended is not None or self.stopping or self._unexplained or unnamed:
+        if self.ended is not None or self.stopping or self._unexplained or not (self.epoch or self.order):
             return
-        gone = tuple(self.gone.values())
-        done = "done" in [*(m.leaving for m in self.members.values()), *(loss.detail for loss in gone)]
-        if done and not any(m.ready for m in self._staying()):  # they do what is left to do at the end
-            return
-        alive = sum(1 for m in self.members.values() if m.leaving is None)
+        alive, gone = sum(m.leaving is None for m in self.members.values()), tuple(self.gone.values())
         stateless = self.began and not any(m.step >= 1 for m in self.members.values())
+        if judge.closing(self._staying(), gone, done=self._done, stateless=stateless):
+            return
         if not stateless and alive + len(self.coming) >= self.rules.min_workers:
             self._short_s = None
             return

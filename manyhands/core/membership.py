@@ -79,6 +79,22 @@ class Epoch:
         return [seat.id for seat in self.seats].index(seat_id)
 
 
+def fact_of(epoch: int, key: str) -> str:
+    """The name of a fact that concerns one epoch alone."""
+    return f"epoch/{epoch}/{key}"
+
+
+def outlived(key: str, epoch: int) -> bool:
+    """Whether the fact `key` is one of an epoch before this: nobody asks for it any more."""
+    kind, number, *_ = (*key.split("/", 2), "")
+    return kind == "epoch" and number.isdecimal() and int(number) < epoch
+
+
+def current(facts: Mapping[str, str], epoch: int) -> dict[str, str]:
+    """The facts without those of earlier epochs."""
+    return {key: text for key, text in facts.items() if not outlived(key, epoch)}
+
+
 class Membership(Protocol):
     """A worker's connection to the coordinator. Thread-safe.
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +171,21 @@ def servers_of(job: Job) -> ServerProcesses | None:
     return ServerProcesses(placement, Path(job.output), hang_s=job.hang_s)
 
 
-BUILT_IN: Mapping[str, Any] = {"steps": 600, "strategy": "ddp(lr=3e-3)"}  # about two minutes on two cores
+STEPS = 600  # of the built-in job: about two minutes on two cores with bf16 units
+STEPS_A_CORE = 75  # as long on cores without
+
+
+def built_in() -> Iterator[tuple[str, str, Any]]:
+    """The built-in job's own values: (option, whence, value). Its length is the same where several machines have to agree on it."""
+    where = "the built-in job"
+    yield "strategy", where, "ddp(lr=3e-3)"
+    cores, steps = hardware.core_count(), STEPS
+    if read_env().launcher == "none" and not (hardware.gpu_possible() or hardware.cpu_has_bf16()):
+        steps = min(STEPS, STEPS_A_CORE * max(2, cores))
+        where += (
+            f", shortened: {cores} core{'s' if cores > 1 else ''} without bf16 units" if steps < STEPS else ""
+        )
+    yield "steps", where, steps
 
 
 def lowest_layers(layers: Sequence[Layer]) -> list[Layer]:
@@ -182,12 +196,11 @@ def lowest_layers(layers: Sequence[Layer]) -> list[Layer]:
     given = {key.split(".")[0] for _, data in layers for key in data}
     if "data" in given or "task" in given:
         return []
-    unset = {
-        key: value
-        for key, value in BUILT_IN.items()
+    return [
+        (where, {key: value})
+        for key, where, value in built_in()
         if key not in given and not (key == "steps" and "epochs" in given)
-    }
-    return [("the built-in job", unset)]
+    ]
 
 
 def told_once(stack: Sequence[Layer], together: Sequence[Layer] = ()) -> list[Layer]:

@@ -77,18 +77,22 @@ class Share:
     taken_s: float = 0.0
 
     def write(self) -> dict[str, list[list[Any]]]:
-        """By file: [begin, end, sha256] of each of my parts. Raises `OSError`."""
+        """By file: [begin, end, sha256] of each of my parts; neighbouring pieces are one. Raises `OSError`."""
         found: dict[str, list[list[Any]]] = {}
         for name, pieces in self.pieces.items():
+            parts: list[list[Any]] = []
             with (self.directory / name).open("r+b", buffering=0) as file:
                 for begin, copy in pieces:
-                    data, digest = little_endian(copy), hashlib.sha256()
+                    data = little_endian(copy)
+                    if not parts or parts[-1][1] != begin:
+                        parts.append([begin, begin, hashlib.sha256()])
                     for at in range(0, len(data), tensors.CHUNK_BYTES):
                         chunk = data[at : at + tensors.CHUNK_BYTES]
-                        digest.update(chunk)
+                        parts[-1][2].update(chunk)
                         _write_at(file.fileno(), chunk, begin + at)
-                    found.setdefault(name, []).append([begin, begin + len(data), digest.hexdigest()])
+                    parts[-1][1] = begin + len(data)
                 os.fsync(file.fileno())
+            found[name] = [[begin, end, digest.hexdigest()] for begin, end, digest in parts]
         return found
 
     def tell(self) -> None:

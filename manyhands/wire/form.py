@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._C._distributed_c10d import TCPStore
 
+from manyhands.core.membership import fact_of
 from manyhands.wire.group import GroupWire
 from manyhands.wire.shared import SharedWire
 from manyhands.wire.solo import Solo
@@ -58,7 +59,7 @@ def form(
     if kind == "solo":
         return World(Solo(str(device)), members, kind)
     watch = Watch.of(membership, epoch)
-    board = _Board(membership, f"store/{epoch.number}")
+    board = _Board(membership, epoch.number)
     if kind == "shared memory":
         return World(SharedWire(board, rank, size, timeout_s=timeout_s, watch=watch), members, kind)
     wire = GroupWire(
@@ -78,14 +79,14 @@ def form(
 class _Board:
     """Facts of an epoch, told and awaited through the membership."""
 
-    def __init__(self, membership: Membership, prefix: str) -> None:
-        self._membership, self._prefix = membership, prefix
+    def __init__(self, membership: Membership, epoch: int) -> None:
+        self._membership, self._epoch = membership, epoch
 
     def set(self, key: str, text: str) -> None:
-        self._membership.publish(f"{self._prefix}/{key}", text)
+        self._membership.publish(fact_of(self._epoch, key), text)
 
     def get(self, key: str) -> str:
-        return self._membership.lookup(f"{self._prefix}/{key}", MEET_S)
+        return self._membership.lookup(fact_of(self._epoch, key), MEET_S)
 
 
 def _store(epoch: Epoch, membership: Membership, board: _Board, watch: Watch, *, one_host: bool) -> Any:
