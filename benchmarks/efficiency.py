@@ -13,7 +13,7 @@ through rounds of four steps:
 so that all meet the same machine within two seconds, however it changes from minute to minute. The efficiency of
 a round is mean(alone) / together: the share of twice one core's rate that two workers reach; apart / together is what our
 agreement costs, and mean(alone) / apart what two busy cores cost each other (caches, memory, clock). The order
-changes from round to round. ``--kernels torch`` is the same without our kernels.
+changes from round to round. ``--kernels torch`` is the same without our kernels. In bf16 where the CPU has units for it, else in fp32.
 
 Writes ``results/efficiency.json``: every round, the median with a 95% interval from the order statistics of the rounds.
 """
@@ -54,7 +54,7 @@ def work(argument: str) -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from manyhands.core import compute
+    from manyhands.core import compute, hardware
     from manyhands.core.native import enable_allocator
     from manyhands.core.request import Gather
     from manyhands.strategy import presets
@@ -80,7 +80,7 @@ def work(argument: str) -> int:
             wire,
             max_grad_norm=1.0,
             targets_per_row=setting.SEQ_LEN,
-            autocast=session.autocast_for("bf16", "cpu"),
+            autocast=session.autocast_for("bf16" if hardware.cpu_has_bf16() else "fp32", "cpu"),
             forward=compiled(model) if given["compile"] else None,
         )
 
