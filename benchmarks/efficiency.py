@@ -13,7 +13,8 @@ through rounds of four steps:
 so that all meet the same machine within two seconds, however it changes from minute to minute. The efficiency of
 a round is mean(alone) / together: the share of twice one core's rate that two workers reach; apart / together is what our
 agreement costs, and mean(alone) / apart what two busy cores cost each other (caches, memory, clock). The order
-changes from round to round. ``--kernels torch`` is the same without our kernels. In bf16 where the CPU has units for it, else in fp32.
+changes from round to round. ``--kernels torch`` is the same without our kernels. Computed in bf16 where the CPU has units for
+it, else in fp32.
 
 Writes ``results/efficiency.json``: every round, the median with a 95% interval from the order statistics of the rounds.
 """

@@ -5,6 +5,8 @@
     python benchmarks/resume.py --again               # measure anew what is there already
     python benchmarks/resume.py --table               # the table alone, from the figures
 
+A few strategies go through all 56 pairs of unequal N and M (*every pair*).
+
 Each leg of the ring is a job of its own: real processes, the real wires, `--resume` from the last leg's checkpoint, a few
 steps, then stopped in the middle of an epoch and of a round. Worker processes are forked from one that has imported everything (an
 import takes longer than a leg); rows marked "command line" go through `manyhands train` instead.
@@ -28,6 +30,7 @@ What must hold, and is compared, of each row:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing as mp
 import os
@@ -47,17 +50,22 @@ from harness import RESULTS, facts_of_machine, largest_difference, write_json
 
 RING = (1, 8, 3, 5, 2, 7, 4, 6, 1)
 SHORT = (2, 5, 1, 3)  # through the command line, where start-up dominates
-ENDS = (
+PAIRS = (
+    *(n for i in range(1, 9) for j in range(i + 1, 9) for n in (i, j)),
+    1,
+)  # all 56 ordered ones, each once
+STRIDES = (
     3,
-    5,
-    9,
-    11,
-    14,
-    17,
-    19,
-    22,
-    25,
-)  # steps; in the middle of rounds (of 4 steps)
+    2,
+    4,
+    2,
+    3,
+    3,
+    2,
+    3,
+    3,
+)  # steps of each leg, again and again: it ends in the middle of rounds (of 4 steps)
+ENDS = tuple(itertools.accumulate(itertools.islice(itertools.cycle(STRIDES), len(PAIRS))))
 REFERENCE = 2  # workers, where their number matters
 EXACT, NEAR = 1e-9, 0.25
 TIMEOUT_S = 300.0
@@ -98,7 +106,11 @@ class Row:
 
     @property
     def name(self) -> str:
-        return self.strategy + (" (command line)" if self.cli else "")
+        return (
+            self.strategy
+            + (" (command line)" if self.cli else "")
+            + (" (every pair)" if self.ring == PAIRS else "")
+        )
 
 
 ROWS = (
@@ -134,6 +146,10 @@ ROWS = (
     Row(f"parameter-server({LR}, {EF})", cli=True),
     Row(f"parameter-server({LR}, consistency=bounded(2), {EF})", cli=True),
     Row(f"parameter-server({LR}, consistency=async, servers=2)", cli=True),
+    Row(f"ddp({LR}, {EF})", ring=PAIRS),
+    Row(f"zero1({LR}, {EF})", ring=PAIRS),
+    Row(f"zero3({LR})", exact=True, ring=PAIRS),
+    Row(f"diloco({LR}, every=4, {EF})", rounds=True, ring=PAIRS),
 )
 
 
@@ -411,7 +427,8 @@ def table(data: Mapping[str, Any]) -> str:
     lines = [
         "# Resume N → M",
         "",
-        f"Ring {ring(RING)}; of ddp, zero3 and diloco on the command line {ring(SHORT)}. Stopped after steps {ENDS}.",
+        f"Ring {ring(RING)}; of ddp, zero3 and diloco on the command line {ring(SHORT)}; of *every pair* {ring(PAIRS)}.",
+        f"Stopped after steps {', '.join(map(str, ENDS[: len(RING)]))}, and so on.",
         "",
         "| strategy | through | must be | curve's largest difference | last losses, ring / reference | refused | ledger | |",
         "|---|---|---|---|---|---|---|---|",
@@ -423,13 +440,14 @@ def table(data: Mapping[str, Any]) -> str:
         ends = "{:.3f} / {:.3f}".format(*row["last_losses"])
         refused = ", ".join(map(str, row["refused"])) or "–"
         said = row["ledger"].partition(":")[0]
+        through = row["through"] + (", every pair" if len(row["legs"]) > len(RING) else "")
         shown = (
             f"{row['largest_difference']:.1e}"
             if row["must"] == "exact"
             else f"({row['largest_difference']:.1e})"
         )
         lines.append(
-            f"| `{row['strategy']}` | {row['through']} | {row['must']} | {shown} | {ends} | {refused} | {said} | "
+            f"| `{row['strategy']}` | {through} | {row['must']} | {shown} | {ends} | {refused} | {said} | "
             f"{'ok' if row['ok'] else 'NOT ok'} |"
         )
     reasons = {leg["said"] for row in data["rows"].values() for leg in row["legs"] if leg["code"]}
