@@ -247,6 +247,10 @@ class Lab:
             _call(["tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", *shape])
         self.rates[host] = rate_bits_per_s
 
+    def plug(self, host: int, *, in_: bool = True) -> None:
+        """Put the cable of a host's link in, or pull it: what is under way is lost, and nobody is told."""
+        _ip(self._bridge, *f"link set p{host} {'up' if in_ else 'down'}".split())
+
     def close(self) -> None:
         """End every process in the namespaces and remove them. May be called again."""
         for name in [*(h.namespace for h in self.hosts), self._bridge]:
