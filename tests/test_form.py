@@ -7,7 +7,8 @@ import random
 import signal
 import threading
 import time
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from members import Job, PipeMembership
 
 from manyhands.core.config import from_text
 from manyhands.core.errors import PeerLost, UsageError
-from manyhands.core.membership import Epoch, Seat
+from manyhands.core.membership import Epoch, Membership, Seat
 from manyhands.core.request import ACROSS, NODE, Gather, Scatter, Sum, Swap
 from manyhands.wire.drive import run
-from manyhands.wire.form import form
+from manyhands.wire.form import _reached_at, form
 from manyhands.wire.group import GroupWire
 from manyhands.wire.shared import SharedWire
 from manyhands.wire.solo import Solo
@@ -353,3 +354,20 @@ def test_a_blocking_call_is_left_behind() -> None:
     over.clear()
     assert watch.among([1]).failed("here", 0, "x").rank == 7
     assert said == [(7, "here: x")]
+
+
+@pytest.mark.parametrize(
+    ("address", "one_host", "reached"),
+    [
+        ("10.0.0.3:7001", False, "10.0.0.3"),
+        ("[fd00::3]:7001", False, "fd00::3"),
+        ("", False, ""),
+        ("127.0.0.1:7001", False, ""),
+        ("[::1]:7001", False, ""),
+        ("127.0.0.1:7001", True, "127.0.0.1"),
+    ],
+)
+def test_gloo_is_told_where_this_host_is_reached(address: str, one_host: bool, reached: str) -> None:
+    """By itself it takes what the host's name leads to, which on many machines is 127.0.1.1."""
+    me = SimpleNamespace(me=Seat(id="w0", host="h", address=address))
+    assert _reached_at(cast(Membership, me), one_host=one_host) == reached

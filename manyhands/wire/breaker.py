@@ -63,7 +63,15 @@ class Breaker:
     """
 
     def __init__(
-        self, watch: Watch, store: Any, rank: int, size: int, *, nccl: bool, timeout_s: float
+        self,
+        watch: Watch,
+        store: Any,
+        rank: int,
+        size: int,
+        *,
+        nccl: bool,
+        timeout_s: float,
+        address: str = "",
     ) -> None:
         global _current
         if _current is not None:  # of an earlier epoch, whose wire nobody has closed
@@ -74,7 +82,7 @@ class Breaker:
                 "a job that survives its workers makes its own",
                 "end the other one before",
             )
-        self._watch = watch
+        self._watch, self._address = watch, address
         self._gloos: list[_Gloo] = []
         self._nccl = nccl
         self._fence = threading.Lock()
@@ -96,7 +104,7 @@ class Breaker:
         """One gloo group, met interruptibly."""
         brief = min(timeout, timedelta(seconds=CONNECT_S))  # a thread that is left behind ends by this
         before = _threads()
-        group = self._watch.call(lambda: dist.ProcessGroupGloo(store, rank, size, timeout=brief), "joining")
+        group = self._watch.call(lambda: _gloo(store, rank, size, brief, self._address), "joining")
         group._set_default_timeout(timeout)
         with self._fence:
             self._gloos.append(_Gloo(group, _threads() - before, timeout.total_seconds()))
@@ -146,6 +154,17 @@ def _count_anew() -> None:
     """Name groups from 0 on, as on all other members: a meeting that failed has used up a name, but not on everybody."""
     world: Any = dist.distributed_c10d._world
     world.group_count = 0  # what `destroy_process_group` does
+
+
+def _gloo(store: Any, rank: int, size: int, timeout: timedelta, address: str) -> Any:
+    """A group that is reached at `address`: what gloo looks up by itself, the host's name, is often 127.0.1.1."""
+    if not address or os.environ.get("GLOO_SOCKET_IFNAME"):
+        return dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
+    kind: Any = dist.ProcessGroupGloo
+    options = kind._Options()
+    options._timeout, options._threads = timeout, 2  # threads as by default
+    options._devices = [kind.create_device(hostname=address)]
+    return kind(store, rank, size, options)
 
 
 def _make(store: Any, rank: int, size: int, timeout: timedelta) -> Any:

@@ -62,8 +62,9 @@ def form(
     board = _Board(membership, epoch.number)
     if kind == "shared memory":
         return World(SharedWire(board, rank, size, timeout_s=timeout_s, watch=watch), members, kind)
+    one_host = len(hosts(members)) == 1
     wire = GroupWire(
-        _store(epoch, membership, board, watch, one_host=len(hosts(members)) == 1),
+        _store(epoch, membership, board, watch, one_host=one_host),
         rank,
         size,
         device=device,
@@ -72,6 +73,7 @@ def form(
         nodes=nodes_of(members),
         watch=watch,
         uneven=epoch.number > 1,  # the job has begun: a change of its workers is no reason to end it
+        address=_reached_at(membership, one_host=one_host),
     )
     return World(wire, members, kind)
 
@@ -111,5 +113,10 @@ def _store(epoch: Epoch, membership: Membership, board: _Board, watch: Watch, *,
 
 def _address_of_mine(membership: Membership) -> str:
     """Where workers of other hosts reach this one: where its seat says that it hands out its state, else its name."""
+    return _reached_at(membership, one_host=False) or socket.gethostname()
+
+
+def _reached_at(membership: Membership, *, one_host: bool) -> str:
+    """Empty where that is not known: the coordinator, on this host, was named by its loopback address."""
     host = membership.me.address.rpartition(":")[0].strip("[]")
-    return host or socket.gethostname()
+    return "" if not one_host and (host.startswith("127.") or host == "::1") else host

@@ -57,6 +57,7 @@ class GroupWire:
         watch: the membership epoch that the wire belongs to. All waits (also of collectives that others start on the
             default group) end with it.
         uneven: hosts may hold unequal numbers of workers, as after a loss; then all workers are one level, across hosts.
+        address: with a `watch`: this host's, at which the others reach it; empty: what gloo finds by the host's name.
     """
 
     lazy = False  # what is begun travels at once
@@ -73,6 +74,7 @@ class GroupWire:
         nodes: Sequence[int] | None = None,
         watch: Watch | None = None,
         uneven: bool = False,
+        address: str = "",
     ) -> None:
         self.rank, self.size = rank, size
         self.traffic = Traffic()
@@ -95,7 +97,9 @@ class GroupWire:
             torch.cuda.set_device(device)
         if watch is not None:
             try:
-                self._breaker = Breaker(watch, store, rank, size, nccl=nccl, timeout_s=timeout_s)
+                self._breaker = Breaker(
+                    watch, store, rank, size, nccl=nccl, timeout_s=timeout_s, address=address
+                )
             except RuntimeError as error:
                 raise self.lost(error) from error
         self._owns = not dist.is_initialized()
