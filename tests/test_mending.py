@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,7 @@ def flipping_run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
     for step in range(case["steps"]):
         replica.step(feed.part(step), summed)
         if step + 1 == case.get("at") and world.rank in case["ranks"]:
-            flip(replica, case["kind"])
+            (spoil if case.get("nan") else flip)(replica, case["kind"])
         if step + 1 == case.get("at") and world.rank == case.get("meanwhile"):
             flip_after_mending(replica)
         try:
@@ -81,9 +82,18 @@ def flip_after_mending(replica: Replica) -> None:
 
 def flip(replica: Replica, kind: str) -> None:
     """One bit of one number, as a broken memory cell would."""
+    change(replica, kind, lambda numbers: numbers.view(torch.int64)[2].bitwise_xor_(1 << 50))
+
+
+def spoil(replica: Replica, kind: str) -> None:
+    """One number is none any more."""
+    change(replica, kind, lambda numbers: numbers[2].fill_(math.nan))
+
+
+def change(replica: Replica, kind: str, how: Callable[[torch.Tensor], object]) -> None:
     shared = replica.method.shared()[kind]
     name = next(n for n, t in shared.items() if t.numel() > 3)
-    shared[name].detach().view(-1).view(torch.int64)[2] ^= 1 << 50
+    how(shared[name].detach().view(-1))
     if replica.method.at_rest and kind == "parameters" and hasattr(replica.method, "mended"):
         replica.method.mended()  # of local steps: the model has adopted it
 
@@ -140,6 +150,17 @@ def test_one_against_one_has_no_majority(fleets: Fleets) -> None:
     assert "three or more workers" in found[0]["refused"]
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "diloco(every=2)"])
+def test_of_two_the_one_that_is_not_finite_has_no_vote(fleets: Fleets, strategy: str) -> None:
+    fleet = fleets(2, "shared")
+    undisturbed = fleet.run(flipping_run, case_of(strategy))
+    found = fleet.run(flipping_run, case_of(strategy, at=4, nan=True))
+    assert found == [{**plain, "told": found[0]["told"]} for plain in undisturbed]
+    assert found[0]["told"] == [("w1", 1, "host-1", 4, "parameters", "w0")]
+    refused = fleet.run(flipping_run, case_of(strategy, at=4, nan=True, mend=False))[0]["refused"]
+    assert "worker 1 (w1 on host-1), not finite: parameters differs from the other's" in refused
+
+
 def test_the_option_is_refused_where_it_would_be_ignored() -> None:
     for strategy in ("zero3", "hogwild", "gossip"):
         with pytest.raises(UsageError, match="on_divergence = 'mend' with strategy"):
@@ -159,6 +180,12 @@ def test_the_vote_over_all_small_cases() -> None:
                 assert len({prints[r] for r in majority}) == 1
             else:
                 assert not majority
+            for finite in itertools.product((False, True), repeat=n):
+                voters = [r for r in range(n) if finite[r]] or list(range(n))
+                again = vote([(p,) for p in prints], finite)
+                among_them = vote([(prints[r],) for r in voters])
+                assert again.majority == tuple(voters[i] for i in among_them.majority)
+                assert sorted(again.majority + again.minority) == list(range(n))
 
 
 def test_any_flipped_bit_changes_both_words() -> None:
@@ -192,7 +219,7 @@ def unlike_run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
                 for tensor in replica.method.shared()["parameters"].values():
                     tensor.mul_(1 + case.get("drift", 1e-12) * kind)
             if step + 1 == case.get("at") and world.rank == case["flipped"]:
-                flip(replica, "parameters")
+                (spoil if case.get("nan") else flip)(replica, "parameters")
             if replica.steps % 2 == 0:
                 replica.check_agreement(mend=case.get("mend", False), who=WHO, emit=heard.append)
     except Diverged as error:
@@ -228,6 +255,18 @@ def test_a_flipped_bit_is_mended_and_the_other_kind_aligned(fleets: Fleets) -> N
     assert all(f["shared"] == found[0]["shared"] and not f["refused"] for f in found)
     refused = fleets(4, "shared").run(unlike_run, {**mending_case, "mend": False})
     assert "worker 3 (w3 on host-1): parameters differs from the 2 others" in refused[0]["refused"]
+
+
+def test_who_is_not_finite_and_has_no_like_is_mended_from_another_kind(fleets: Fleets) -> None:
+    case = {"strategy": "ddp", "steps": 4, "kinds": (0, 7), "at": 4, "flipped": 0, "nan": True, "mend": True}
+    fleet = fleets(2, "shared")
+    # of two kinds with one worker each the first is the one that the others get the state of
+    found = fleet.run(unlike_run, case)
+    assert found[0]["told"] == [("Aligned", 2, (1,)), ("Mended", 4, 0)]
+    assert found[0]["shared"] == found[1]["shared"]
+    assert not any(f["refused"] for f in found)
+    refused = fleet.run(unlike_run, {**case, "mend": False})[0]["refused"]
+    assert "worker 0 (w0 on host-0), not finite: parameters differs from the other's" in refused
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 Each kind rounds an update in its own way and adds up a norm in its own order, so replicas drift apart by rounding. Within a kind
 they are equal to the bit and compared as ever: who differs from its like is named, or mended. Then all get the state of the kind
-that most workers are (of equals: the first), and `Aligned` says how far the others had drifted. Workers that walk by themselves
+that most workers are (of equals: the first), and `Aligned` says how far the others had drifted. Who is not finite where others are
+has no vote, and is mended from another kind where its own has none. Workers that walk by themselves
 between agreements keep the way that they have gone since the last one.
 """
 
@@ -32,6 +33,7 @@ def align(
     shared: Shared,
     table: Sequence[Sequence[int]],
     kinds: Sequence[int],
+    finite: Sequence[bool],
     *,
     mend: bool,
     who: Sequence[tuple[str, str]],
@@ -40,18 +42,24 @@ def align(
     """Give everybody the state of the reference kind; its parameters' fingerprint in words. Collective.
 
     Args:
-        table: everybody's fingerprints. kinds: everybody's kind of device. The others: as of `check_agreement`.
+        table: everybody's fingerprints. kinds: everybody's kind of device. finite: of `finite_of`. The others: as of
+            `check_agreement`.
 
     Raises:
         Diverged: one differs from its like and is not to be mended, or a kind has drifted further than rounding can.
     """
     likes = {kind: [r for r, other in enumerate(kinds) if other == kind] for kind in kinds}
-    verdicts = {kind: among(table, ranks) for kind, ranks in likes.items()}
-    for kind, ranks in likes.items():
+    verdicts = {kind: among(table, ranks, finite) for kind, ranks in likes.items()}
+    voting = Counter(kind for kind, good in zip(kinds, finite, strict=True) if good)
+    for kind in voting:
         if verdicts[kind].minority:
-            refuse(replica.steps, table, ranks, verdicts[kind], mend, who)
+            refuse(replica.steps, table, likes[kind], verdicts[kind], finite, mend, who)
+    source = verdicts[voting.most_common(1)[0][0]].majority[0]
+    for kind in likes:
+        if kind not in voting:
+            verdict = Vote((source,), tuple(likes[kind]))
+            refuse(replica.steps, table, likes[kind], verdict, finite, mend, who)
     wrong = sorted(rank for verdict in verdicts.values() for rank in verdict.minority)
-    source = verdicts[Counter(kinds).most_common(1)[0][0]].majority[0]
     late = tuple(r for r in range(len(table)) if table[r] != table[source])
     if late:
         begun = time.perf_counter()
@@ -74,11 +82,15 @@ def align(
     return same_parameters(replica, who)
 
 
-def among(table: Sequence[Sequence[int]], ranks: Sequence[int]) -> Vote:
-    """Who is right of these ranks. Pure.
+def among(table: Sequence[Sequence[int]], ranks: Sequence[int], finite: Sequence[bool]) -> Vote:
+    """Who is right of these ranks; nobody, where none of them is `finite`. Pure.
 
-    >>> among([(1,), (2,), (1,), (3,)], [0, 2, 3])
+    >>> among([(1,), (2,), (1,), (3,)], [0, 2, 3], [True] * 4)
     Vote(majority=(0, 2), minority=(3,))
+    >>> among([(1,), (2,), (1,), (3,)], [1, 3], [True, False, True, False])
+    Vote(majority=(), minority=(1, 3))
     """
-    majority, minority = vote([table[r] for r in ranks])
+    if not any(finite[r] for r in ranks):
+        return Vote((), tuple(ranks))
+    majority, minority = vote([table[r] for r in ranks], [finite[r] for r in ranks])
     return Vote(tuple(ranks[i] for i in majority), tuple(ranks[i] for i in minority))

@@ -3,7 +3,8 @@
 A flipped bit, in memory that corrects no errors or in a core that computes wrongly, makes one replica differ from then on.
 Each worker's fingerprint has two words for each of: parameters, the state of the agreed optimizer, and what of
 the exchange's state all share. More than half of the workers with equal fingerprints are right; the others are
-named, and with ``--on-divergence mend`` get everything from the first of the majority. What a wrong replica had contributed
+named, and with ``--on-divergence mend`` get everything from the first of the majority. Where some hold a number that is not
+finite and others do not, only these have a vote, so that two workers are enough to mend a NaN. What a wrong replica had contributed
 to agreements before it was found is in everybody's parameters; that is what ``--check-every`` bounds.
 
 Where workers compute on several kinds of device, promise 5 holds within a kind; see ``aligning.py``.
@@ -40,26 +41,33 @@ KINDS = ("parameters", "optimizer state", "exchange state")
 
 
 class Vote(NamedTuple):
-    """`majority`: ranks that agree and are more than half; empty where there are none. `minority`: the others."""
+    """`majority`: ranks that agree and are more than half of the votes; empty where there are none. `minority`: the others."""
 
     majority: tuple[int, ...]
     minority: tuple[int, ...]
 
 
-def vote(fingerprints: Sequence[Sequence[int]]) -> Vote:
+def vote(fingerprints: Sequence[Sequence[int]], finite: Sequence[bool] = ()) -> Vote:
     """Who is right. Pure.
+
+    Args:
+        finite: of each, whether its numbers are; who is not has no vote where somebody is. Empty: all are.
 
     >>> vote([(1, 2), (1, 2), (1, 3)])
     Vote(majority=(0, 1), minority=(2,))
     >>> vote([(1,), (2,)])
     Vote(majority=(), minority=(0, 1))
+    >>> vote([(1,), (2,)], finite=[False, True])
+    Vote(majority=(1,), minority=(0,))
     """
     each = [tuple(f) for f in fingerprints]
-    best, votes = Counter(each).most_common(1)[0]
-    if 2 * votes <= len(each):
-        return Vote((), tuple(range(len(each))))
     ranks = range(len(each))
-    return Vote(tuple(r for r in ranks if each[r] == best), tuple(r for r in ranks if each[r] != best))
+    voters = [r for r in ranks if finite[r]] if any(finite) else list(ranks)
+    best, votes = Counter(each[r] for r in voters).most_common(1)[0]
+    if 2 * votes <= len(voters):
+        return Vote((), tuple(ranks))
+    right = tuple(r for r in voters if each[r] == best)
+    return Vote(right, tuple(r for r in ranks if r not in right))
 
 
 def check_agreement(
@@ -88,13 +96,15 @@ def check_agreement(
     counts = [len(shared[kind]) for kind in KINDS]  # an optimizer's state may not have begun everywhere
     rows = _gathered(torch.cat([mine, torch.tensor([*counts, kind_of(replica.device)])]), replica.wire)
     table, kinds = [row[:-1] for row in rows], [row[-1] for row in rows]
+    finite = finite_of(replica, shared, table)
     if len(set(kinds)) > 1 and shared["parameters"]:
         from manyhands.train.aligning import align
 
-        return align(replica, shared, table, kinds, mend=mend, who=who, emit=emit)
-    verdict = vote(table)
+        return align(replica, shared, table, kinds, finite, mend=mend, who=who, emit=emit)
+    verdict = vote(table, finite)
     if verdict.minority:
-        refuse(replica.steps, table, range(len(table)), verdict, mend and bool(shared["parameters"]), who)
+        can = mend and bool(shared["parameters"])
+        refuse(replica.steps, table, range(len(table)), verdict, finite, can, who)
         begun = time.perf_counter()
         size, _ = replace(replica, shared, table, verdict, verdict.minority)
         tell(replica.steps, table, verdict.majority[0], verdict.minority, who, size, begun, emit)
@@ -108,11 +118,12 @@ def refuse(
     table: Sequence[Sequence[int]],
     ranks: Sequence[int],
     verdict: Vote,
+    finite: Sequence[bool],
     mend: bool,
     who: Sequence[tuple[str, str]],
 ) -> None:
     """Raises `Diverged` where the minority of these ranks cannot, or shall not, be mended."""
-    names = {rank: _name(rank, who) for rank in ranks}
+    names = {rank: _name(rank, who) + ("" if finite[rank] else ", not finite") for rank in ranks}
     if not verdict.majority:
         raise _no_majority(step, [names[r] for r in ranks], [table[r] for r in ranks])
     if not mend:
@@ -237,6 +248,17 @@ def replace(
     return size, math.sqrt(apart / whole) if whole else 0.0
 
 
+def finite_of(replica: Replica, shared: Shared, table: Sequence[Sequence[int]]) -> list[bool]:
+    """Of each rank, whether all that it shares is finite; of none, where nobody's is. Collective where fingerprints differ."""
+    if all(row == table[0] for row in table):
+        return [True] * len(table)
+    tensors = [tensor.detach() for named in shared.values() for tensor in named.values()]
+    looked = [t.isfinite().all() for t in tensors if t.is_floating_point() or t.is_complex()]
+    told = _gathered(torch.tensor([int(all(bool(each) for each in looked))]), replica.wire)
+    found = [bool(row[0]) for row in told]
+    return found if any(found) else [True] * len(table)
+
+
 # -- words
 
 
@@ -256,9 +278,10 @@ def _what(table: Sequence[Sequence[int]], rank: int, right: int) -> str:
 
 def _minority(step: int, names: Mapping[int, str], table: Sequence[Sequence[int]], verdict: Vote) -> Diverged:
     wrong = ", ".join(f"{names[r]}: {_what(table, r, verdict.majority[0])}" for r in verdict.minority)
-    verb = "differs" if len(verdict.minority) == 1 else "differ"
+    verb, right = "differs" if len(verdict.minority) == 1 else "differ", len(verdict.majority)
+    whose = f"{right} others'" if right > 1 else "other's"
     return Diverged(
-        f"after step {step} {wrong} {verb} from the {len(verdict.majority)} others'",
+        f"after step {step} {wrong} {verb} from the {whose}",
         "replicas are bitwise equal",
         "that machine computes or remembers wrongly: leave it out, and --resume from the last checkpoint; "
         "--on-divergence mend goes on with the majority's state",
