@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from runs import TINY, events, losses, summary
+from test_exactness import SEQ, make, summed
+from test_methods import feed_of
 from trapped import Job
 
 from manyhands.cli.ledger import step_story, text
+from manyhands.core.config import from_text
+from manyhands.core.errors import ManyhandsError
 from manyhands.core.hardware import hostname
 from manyhands.core.membership import Seat
 from manyhands.train.audit import Report, audit, load
 from manyhands.train.books import Books
 from manyhands.train.header import Unsound
 from manyhands.train.ledger import Batches
-from manyhands.train.leftout import LeftOut
+from manyhands.train.leftout import ALONE, Heard, LeftOut, Spoilt
+from manyhands.train.replica import Replica
 
 W1 = re.escape(f"w1 (rank 1, {hostname()})")
 LOSS = f"update skipped: the loss of {W1} was not finite, in forward"
@@ -79,6 +84,104 @@ def test_a_round_that_is_thrown_away_is_told(corpus: Path, tmp_path: Path) -> No
 def test_with_the_fixed_order_too(corpus: Path, tmp_path: Path) -> None:
     assert re.search(GRADIENT, train(tmp_path / "run", corpus, "nan-gradient", "--reproducible"))
     assert ledger(tmp_path / "run")[0].skipped == 12
+
+
+def test_whoever_alone_is_not_finite_is_given_up_and_the_others_go_on(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    traps = [{"seat": "w1", "place": "forward", "step": step, "act": "nan"} for step in (2, 3, 4, 5)]
+    given = [*TINY, "--steps", 8, "--restarts", 0]
+    with Job(run, corpus, *given, traps=traps, workers=2, base=()) as job:
+        said = job.end()
+    (lost,) = events(run, "lost")
+    assert (lost["seat"], lost["how"]) == ("w1", "failed")
+    assert re.search(f"{W1} is given up after step 5: its losses were not finite in 3 updates in a row", said)
+    report, _ = ledger(run)
+    assert (report.skipped, report.skipped_updates) == (36, 3)
+    assert report.used == 12 * 5
+
+
+@pytest.mark.parametrize(
+    ("strategy", "steps", "given"),
+    [("ddp", 3, "losses"), ("eager", 4, "losses"), ("diloco(every=2)", 6, "changes")],
+)
+def test_each_concludes_alike_who_alone_was_not_finite(
+    fleets: Any, strategy: str, steps: int, given: str
+) -> None:
+    first, second = fleets(2, "shared").run(spoilt_run, {"strategy": strategy, "steps": steps})
+    assert first == (0, "")
+    assert second == (ALONE, given)
+
+
+def spoilt_run(world: Any, case: dict[str, Any]) -> tuple[int, str]:
+    """The second worker's loss is never finite; in local steps its parameters are not. What each has counted of itself."""
+    replica = Replica(make(), from_text("strategies", case["strategy"]), world.wire, targets_per_row=SEQ)
+    feed, spoilt = feed_of(world, {}), Spoilt()
+
+    def poisoned(model: Any, batch: Any) -> Any:
+        if world.rank == 1 and "diloco" in case["strategy"]:
+            next(iter(model.parameters())).data.fill_(math.nan)
+        loss, count = summed(model, batch)
+        return loss * (math.nan if world.rank == 1 else 1.0), count
+
+    for step in range(case["steps"]):
+        replica.step(feed.part(step), poisoned)
+        spoilt.hear(replica.take_notes(), world.rank, SEATS)
+    replica.close()
+    return spoilt.times, spoilt.given
+
+
+SEATS = [Seat(id=f"w{rank}", host="here") for rank in range(3)]
+NAN = math.nan
+
+
+def left(step: int, *ranks: int, first: int | None = None, **more: Any) -> LeftOut:
+    steps = range(step if first is None else first, step + 1)
+    return LeftOut(step=step, loss=NAN, norm=NAN, whose=Unsound(ranks), steps=steps, **more)
+
+
+def counted(*notes: LeftOut | Heard, rank: int = 1, seats: Sequence[Seat] = SEATS) -> int:
+    spoilt = Spoilt()
+    for note in notes:
+        spoilt.hear([note], rank, seats)
+    return spoilt.times
+
+
+def test_only_updates_in_a_row_that_nobody_else_has_spoilt_count() -> None:
+    assert counted(left(4, 1), left(5, 1), left(6, 1)) == 3
+    assert counted(left(4, 1), left(5, 1), left(7, 1)) == 1  # the one between was made
+    assert counted(left(4, 1), left(5, 0, 1), left(6, 1)) == 1
+    assert counted(left(4, 1), left(5, 2), left(6, 1)) == 1
+    assert counted(left(4, 1), left(5, 1), rank=0) == 0
+    assert counted(left(4, 0), left(5, 0), rank=0, seats=SEATS[:1]) == 0  # there is nobody else
+    assert counted(left(4, 1), left(5), left(6, 1)) == 1  # nobody was named
+    assert counted(left(4, 1), left(5, 1, places={5: [0]})) == 1  # an own update: others know nothing of it
+    assert counted(left(3, 1, first=0), left(7, 1, first=4)) == 2  # rounds
+    # fragments that agree in turn: what they have in common is counted once
+    assert counted(left(3, 1, first=0), left(5, 1, first=2), left(7, 1, first=4)) == 2
+    # known a step later, on a GPU, and then that the update was left out
+    late = [
+        note for s in (4, 5, 6) for note in (Heard(step=s + 1, gradients=[1], at=s), left(s - 1), left(s))
+    ]
+    assert counted(*late) == 3
+    assert counted(Heard(step=5, left_out={1: 3})) == 0
+
+
+def test_who_is_given_up_says_so_unless_nobody_would_go_on() -> None:
+    spoilt = Spoilt()
+    spoilt.hear([left(step, 1) for step in (4, 5)], 1, SEATS)
+    spoilt.leave(1, SEATS)  # not yet
+    spoilt.hear([left(6, 1)], 1, SEATS)
+    said = r"w1 \(rank 1, here\) is given up after step 7: its losses were not finite in 3 updates in a row, while the others'"
+    with pytest.raises(ManyhandsError, match=said):
+        spoilt.leave(1, SEATS)
+    newcomer = Seat(id="w9", host="here")  # it may not hold the job's state yet
+    spoilt.leave(0, [SEATS[1], newcomer])
+    with pytest.raises(ManyhandsError, match="is given up"):
+        spoilt.leave(1, [SEATS[0], SEATS[1], newcomer])
+    spoilt.forget()  # mended
+    spoilt.leave(1, SEATS)
+    spoilt.hear([left(7, 1)], 1, SEATS)
+    assert spoilt.times == 1
 
 
 def train(run: Path, corpus: Path, act: str, *options: object) -> str:

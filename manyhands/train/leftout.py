@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from manyhands.core.errors import ManyhandsError
 from manyhands.core.membership import Seat
 from manyhands.train.header import Unsound
 
 Seats = Sequence[Seat]
+ALONE = 3  # updates in a row that one worker alone has spoilt, after which it is given up; all give up after `MAX_SKIPPED`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,63 @@ class Heard:
 
 
 Note = LeftOut | Heard
+
+
+@dataclass
+class Spoilt:
+    """How many updates in a row were left out because of me, and of nobody else: each worker counts its own.
+
+    All know alike whom a header has named. Whoever is named alone leaves between two steps, as with any failure, and the others
+    do that step without it: so one broken device does not end a job whose other workers compute well.
+
+    Attributes:
+        times: how many; last: the last step in them; given: what of mine was not finite.
+        others: the seats whose numbers were.
+    """
+
+    times: int = 0
+    last: int = -1
+    given: str = ""
+    others: frozenset[str] = frozenset()
+
+    def hear(self, notes: Iterable[Note], rank: int, seats: Seats) -> None:
+        """What was noted since the last time by me, `rank` of `seats`."""
+        for note in notes:
+            named, steps, given = _named(note)
+            if not named:
+                continue
+            if named != {rank} or len(seats) < 2:
+                self.forget()
+            elif min(steps) > self.last:  # else another part of the model in steps that are counted already
+                self.times = self.times + 1 if min(steps) == self.last + 1 else 1
+                self.last, self.given = max(steps), given
+                self.others = frozenset(seat.id for i, seat in enumerate(seats) if i != rank)
+
+    def forget(self) -> None:
+        """Somebody else was named, too, or what was wrong has been put right."""
+        self.times, self.last = 0, -1
+
+    def leave(self, rank: int, seats: Seats) -> None:
+        """Raises `ManyhandsError` where I am to be given up: not where nobody of those who were finite is there any more."""
+        if self.times < ALONE or not any(seat.id in self.others for seat in seats):
+            return
+        raise ManyhandsError(
+            f"{_names(seats)[rank]} is given up after step {self.last + 1}: its {self.given} were not finite in {self.times} "
+            "updates in a row, while the others' were",
+            "an update needs everybody's numbers to be finite, and the others can go on without this worker",
+            "look at its device and memory, and at the data of these steps",
+        )
+
+
+def _named(note: Note) -> tuple[set[int], Sequence[int], str]:
+    """(ranks whose numbers were not finite, in an update of which steps, what of theirs); nobody where one has judged itself."""
+    if isinstance(note, Heard):
+        return set(note.gradients), (note.at,), "gradients"
+    if note.places is not None:
+        return set(), (), ""
+    whose = note.whose
+    given = "losses" if whose.losses else f"{note.given}s"
+    return {*whose.losses, *(whose.gradients or ())}, note.steps or (note.step,), given
 
 
 def own(rank: int, *, loss_is_finite: bool) -> Unsound:

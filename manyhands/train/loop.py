@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manyhands.core.errors import PeerLost, Stopped
-from manyhands.core.events import Emit, Evaluated, Event, Stepped
+from manyhands.core.events import Emit, Evaluated, Event, Mended, Stepped
 from manyhands.core.membership import Seat
 from manyhands.train import saving
 from manyhands.train.balancing import rebalance, regroup, shares_of, take_shares
+from manyhands.train.crew import carries
 from manyhands.train.division import Division
 from manyhands.train.evaluate import evaluate
+from manyhands.train.leftout import Spoilt
 from manyhands.train.loads import Loads
 from manyhands.train.memory import heed
 from manyhands.train.tally import Schedule, Tally, memory_bytes
@@ -78,7 +80,7 @@ class Loop:
         self.seats: tuple[Seat, ...] = tuple(
             Seat(id=f"w{m.rank}", host=m.host, device=m.device) for m in self.world.members
         )
-        self._epoch, self._loads = 1, Loads()
+        self._epoch, self._loads, self._spoilt = 1, Loads(), Spoilt()
         self.division = Division(self.feed)
         self._chores: list[str] = []
         self._chores_of = -1  # the step that they belong to
@@ -125,7 +127,9 @@ class Loop:
             self.books.begin_attempt(self.world, self.replica.steps)
 
     def _advance(self) -> None:
-        """One step, and its chores."""
+        """One step, and its chores. Raises `ManyhandsError` where the others are to go on without me."""
+        if self.crew is not None and carries(self.replica) and not self.replica.interrupted:
+            self._spoilt.leave(self.world.rank, self.seats)
         phase = "compile" if self.compiling else "step"
         self._tell_phase(phase)
         with self.interrupts.phase(phase, interruptible=self.compiling):
@@ -238,6 +242,7 @@ class Loop:
     def hear_notes(self) -> None:
         """What the replica has noted of updates that were left out: ranks in it are those of now."""
         notes = self.replica.take_notes()
+        self._spoilt.hear(notes, self.world.rank, self.seats)
         self.tally.tell(notes, self.seats, self.emit)
         self.books.leave_out(notes, self.seats)
 
@@ -384,7 +389,12 @@ class Loop:
     def _check(self) -> None:
         """Replicas are equal, or the job stops, or they are made so. Collective."""
         who = [(seat.id, seat.host) for seat in self.seats]
-        self.replica.check_agreement(mend=self.mend, who=who, emit=self.emit)
+        self.replica.check_agreement(mend=self.mend, who=who, emit=self._told_of_mending)
+
+    def _told_of_mending(self, event: Event) -> None:
+        if isinstance(event, Mended) and event.rank == self.world.rank:
+            self._spoilt.forget()  # what I was named for is no longer there
+        self.emit(event)
 
     def save_now(self) -> None:
         """After an interruption inside a phase: keep what the last finished step left (rank 0 only, no collective).
