@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import random
 import resource
 import signal
@@ -13,14 +15,22 @@ import time
 import xml.dom.minidom
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from runs import TINY, manyhands
 
 from manyhands.core.errors import UsageError
+from manyhands.core.membership import Epoch, Seat
 from manyhands.launch import chaos
 from manyhands.launch.chaos import Chaos, Fault, Injected, schedule, workers_of
 from manyhands.launch.chaos_report import recoveries, text, timeline, training_s
+from manyhands.train import chaos_hook
+from manyhands.train.loop import Loop
+from manyhands.train.replica import Replica
+from manyhands.train.standing import Standing
 
 VICTIM = """
 import ctypes, os, sys, time
@@ -98,7 +108,6 @@ def test_a_schedule_is_a_function_of_its_seed() -> None:
     assert faults != schedule(8, rates, until_s=1000.0)
     assert [f.at_s for f in faults] == sorted(f.at_s for f in faults)
     assert all(f.at_s < 1000 and 0 <= f.victim < 1 for f in faults)
-    assert {f.for_s for f in faults if f.kind == "stop"} == {chaos.LASTS["stop"]}
     kills = [f for f in faults if f.kind == "kill"]
     assert kills == [f for f in schedule(7, {"kill": 5.0, "flip": 3.0}, until_s=1000.0) if f.kind == "kill"]
 
@@ -108,6 +117,38 @@ def test_the_mean_time_between_faults_is_what_was_asked_for() -> None:
     assert 190 < sum(counts) / len(counts) < 210  # 200 ± 2 (its standard error)
     with pytest.raises(UsageError, match="a mean of 0 s"):
         schedule(0, {"kill": 0}, until_s=1.0)
+
+
+def test_about_half_of_the_stops_are_hangs() -> None:
+    stops = schedule(3, {"stop": 5.0}, until_s=5000.0, hang_s=4.0)
+    assert all(0.8 <= f.for_s <= 8.0 for f in stops)
+    hangs = sum(f.for_s > 4.0 for f in stops) / len(stops)
+    assert 0.45 < hangs < 0.65
+    longer = schedule(3, {"kill": 5.0, "stop": 5.0}, until_s=5000.0, hang_s=8.0)
+    as_long = [(f.at_s, f.victim, f.for_s / 2) for f in longer if f.kind == "stop"]
+    assert as_long == [(f.at_s, f.victim, f.for_s) for f in stops]
+
+
+def test_the_last_worker_does_not_hang(victim: Victim) -> None:
+    under = Chaos(victim.output, (), lambda: True, hang_s=1.0)
+    under._inject(Fault("stop", 0.0, 0.5, for_s=0.4))
+    under._inject(Fault("stop", 0.0, 0.5, for_s=1.5))
+    assert [each.outcome for each in under.injected] == ["done", "left out: it was the last one"]
+    victim.process.send_signal(signal.SIGCONT)
+
+
+def test_who_hangs_is_not_left_as_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ledger").mkdir()
+    for seat in ("w0", "w1"):
+        (tmp_path / "ledger" / f"{seat}.jsonl").write_text('{"ledger": 1}\n{"step": 7}\n')
+    monkeypatch.setattr(chaos, "workers_of", lambda output: {"w0": 10, "w1": 11})
+    for kind in ("_stop", "_kill"):
+        monkeypatch.setattr(Chaos, kind, lambda *given: "done")
+    for for_s, outcome in ((4.0, "done"), (15.0, "left out: it was the last one")):
+        under = Chaos(tmp_path, (), lambda: True, hang_s=10.0)
+        under._inject(Fault("stop", 0.0, 0.0, for_s=for_s))
+        under._inject(Fault("kill", 0.0, 0.99))
+        assert [(each.seat, each.outcome) for each in under.injected] == [("w0", "done"), ("w1", outcome)]
 
 
 def test_workers_are_found_by_the_ledgers_they_hold(victim: Victim) -> None:
@@ -180,6 +221,56 @@ def test_a_bit_flips_in_the_workers_memory(victim: Victim) -> None:
     assert injected.outcome.startswith("done: bit ")
     victim.until(lambda line: line.split()[-1] == "1")
     under.stop()
+
+
+def test_no_bit_flips_where_the_parameters_have_just_moved() -> None:
+    numbers = (ctypes.c_float * 4)(*range(4))
+    said = iter(f"weight {address} {ctypes.sizeof(numbers)}" for address in (ctypes.addressof(numbers), 16))
+    told: Any = SimpleNamespace(read_text=lambda: next(said))
+    try:
+        assert chaos.flip(told, os.getpid(), random.Random(1)) == "the worker's parameters have just moved"
+    except OSError as error:
+        pytest.skip(f"{error}")  # no right to write a process's memory
+    assert list(numbers) == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_each_replica_tells_anew_where_its_parameters_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZeRO makes the model anew when the workers are others, and Hogwild moves its parameters into other memory."""
+    monkeypatch.setenv("MANYHANDS_CHAOS", str(tmp_path))
+    models = [torch.nn.Linear(4, 4) for _ in range(2)]
+    first, second = (
+        SimpleNamespace(named=list(m.named_parameters()), device=torch.device("cpu")) for m in models
+    )
+    told = tmp_path / f"w3.{os.getpid()}"
+    chaos_hook.tell(first, "w3")  # type: ignore[arg-type]
+    assert told.read_text() == f"weight {models[0].weight.data_ptr()} 64\n"
+    chaos_hook.withdraw(first)  # type: ignore[arg-type]
+    assert not told.exists()
+    seats = (Seat(id="w1", host="here"), Seat(id="w3", host="here"))
+    world: Any = SimpleNamespace(rank=1, size=2)
+    monkeypatch.setattr("manyhands.train.loop.regroup", lambda *given, **named: None)
+    loop: Any = SimpleNamespace(
+        replica=second,
+        world=world,
+        feed=SimpleNamespace(),
+        schedule=SimpleNamespace(total_steps=9),
+        division=SimpleNamespace(go_on=lambda standing: None),
+        promote=lambda world: None,
+        saver=None,
+        balancer=None,
+    )
+    Loop.enter(loop, world, Standing(steps=3, leader=0), Epoch(number=2, seats=seats))
+    assert told.read_text() == f"weight {models[1].weight.data_ptr()} 64\n"
+    chaos_hook.withdraw(first)  # type: ignore[arg-type]
+    assert told.exists()
+    monkeypatch.setattr(Replica, "__init__", lambda self: None)
+    replica = Replica()  # type: ignore[call-arg]
+    replica.__dict__.update(second.__dict__, method=SimpleNamespace(close=lambda: None))
+    chaos_hook.tell(replica, "w3")
+    replica.close()
+    assert not told.exists()
 
 
 def test_a_connection_is_cut_from_outside() -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 HELP = {
     "kills": "a SIGKILL (never of the last worker that holds the job's state)",
-    "stops": "a SIGSTOP for a while",
+    "stops": "a SIGSTOP for 0.2 to 2 times --hang-s, so that about half of them are hangs, whose worker is given up",
     "slows": "a slowdown to half the speed for a while",
     "cuts": "a connection shut down",
     "fulls": "a disk that takes nothing more for a while",
@@ -55,11 +55,11 @@ def main(arguments: Sequence[str]) -> int:
     )
     given, base = p.parse_known_args(list(arguments))
     rates = {KINDS[name]: getattr(given, name) for name in HELP if getattr(given, name) is not None}
-    faults = schedule(given.chaos_seed, rates or {"kill": 30.0}, until_s=MOST_S)
     output = Path(given.output)
     job, origins = train.assemble(
         options.parse(train.parser(), [*base, "--output", str(output / "disturbed")])
     )
+    faults = schedule(given.chaos_seed, rates or {"kill": 30.0}, until_s=MOST_S, hang_s=job.hang_s)
     if job.workers == 1 and any(f.kind in ("kill", "stop") for f in faults):
         raise UsageError("workers = 1", "somebody must be left to go on", "give --workers 2 or more")
     for name in ("disturbed", "undisturbed"):
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError(f"--baseline {plain}", "it is the output of a run", "leave it out, and one is made")
     if given.baseline is None:
         options.say("the undisturbed run:")
-        code, _ = _train([*base, "--output", str(plain)], plain, ())
+        code, _ = _train([*base, "--output", str(plain)], plain, (), job.hang_s)
         if code:
             raise WorkerFailed(f"the undisturbed run ended with exit code {code}", "", f"see {plain}/logs")
     options.say("the run with faults:")
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
     told = origins.get("restarts", "").startswith("--") or job.restarts != type(job).restarts
     more = [] if told or job.elastic == "off" else ["--restarts", "1000000"]
     code, injected = _train(
-        [*base, *more, "--output", str(output / "disturbed")], output / "disturbed", faults
+        [*base, *more, "--output", str(output / "disturbed")], output / "disturbed", faults, job.hang_s
     )
     return report(output, plain, injected, code, given.chaos_seed)
 
@@ -101,7 +101,9 @@ def report(output: Path, plain: Path, injected: Sequence[Injected], code: int, s
     return code or (0 if found["ledger"]["ok"] else 1)
 
 
-def _train(arguments: Sequence[str], output: Path, faults: Sequence[Fault]) -> tuple[int, list[Injected]]:
+def _train(
+    arguments: Sequence[str], output: Path, faults: Sequence[Fault], hang_s: float
+) -> tuple[int, list[Injected]]:
     """Run `manyhands train`, with faults from its first step on."""
     from manyhands.launch.chaos import Chaos
 
@@ -112,7 +114,7 @@ def _train(arguments: Sequence[str], output: Path, faults: Sequence[Fault]) -> t
             env=environment,
             stdin=subprocess.DEVNULL,
         )
-        chaos = Chaos(output, faults, lambda: has_stepped(output), Path(told))
+        chaos = Chaos(output, faults, lambda: has_stepped(output), Path(told), hang_s)
         with _passed_on(process):
             chaos.start()
             try:

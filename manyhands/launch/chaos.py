@@ -1,23 +1,25 @@
 """Faults for a running job: a seeded schedule of them, and how each is brought about on real processes.
 
     kill    SIGKILL
-    stop    SIGSTOP for a while, then SIGCONT (a hang; the job gives the worker up after --hang-s)
+    stop    SIGSTOP for a while, then SIGCONT: about half last longer than --hang-s, are hangs, and the worker is given up
     slow    SIGSTOP and SIGCONT in turn: a worker with a part of its speed
     cut     one of the worker's established connections is shut down, from outside (pidfd_getfd, Linux 5.6)
     full    RLIMIT_FSIZE: what the worker writes beyond the size that its files have is refused, as on a full disk
     flip    one bit of a parameter in the worker's memory (/proc/PID/mem, where the worker says that a parameter is)
 
-A schedule is a pure function of its seed. Times are seconds from the moment when the job's first step was committed, and
-a victim is a number in [0, 1) that picks one of the workers that are there then.
+A schedule is a pure function of its seed, and of the --hang-s by which stops are measured. Times are seconds from the
+moment when the job's first step was committed, and a victim is a number in [0, 1) that picks one of the workers that are there
+then.
 
-The last worker that holds the job's state is neither killed nor cut off nor without a disk. Workers are found by what they hold
-open: ``OUTPUT/ledger/SEAT.jsonl``, so also those that others' launchers have started.
+The last worker that holds the job's state is neither killed nor cut off nor without a disk, nor does it hang. Workers are found
+by what they hold open: ``OUTPUT/ledger/SEAT.jsonl``, so also those that others' launchers have started.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import random
 import resource
@@ -40,7 +42,10 @@ KINDS = {
     "fulls": "full",
     "flips": "flip",
 }
-LASTS = {"stop": 3.0, "slow": 10.0, "full": 5.0}  # seconds
+LASTS = {"slow": 10.0, "full": 5.0}  # seconds
+HANG_S = 10.0  # of a job that says nothing else
+STOPS = (0.2, 2.0)  # times hang_s: between these a stop lasts
+MAY_HANG = 0.5  # times hang_s: a longer stop may be a hang already, where the worker spoke late before it
 DYING_S = 5.0  # in which a process that was killed may still be seen
 DEADLY = ("kill", "cut", "full")  # full: also shared memory for a new group is refused then
 DUTY, PERIOD_S = 0.5, 0.1  # a slowed worker's share of the time, and how finely it is cut
@@ -69,17 +74,17 @@ class Injected:
 
 
 def schedule(
-    seed: int, mtbf_s: Mapping[str, float], *, until_s: float, lasts_s: Mapping[str, float] | None = None
+    seed: int, mtbf_s: Mapping[str, float], *, until_s: float, hang_s: float = HANG_S
 ) -> list[Fault]:
     """Faults of a job of `until_s` seconds: each kind is a Poisson process with its own mean time between faults. Pure.
 
-    Kinds draw from streams of their own, so another kind's rate moves nothing.
+    Kinds draw from streams of their own, so another kind's rate moves nothing; nor does `hang_s`, but how long stops last.
 
     >>> [round(fault.at_s, 1) for fault in schedule(1, {"kill": 10.0}, until_s=30.0)]
     [10.0]
     """
-    lasts = {**LASTS, **(lasts_s or {})}
     found = []
+    lasting = random.Random(f"{seed} how long stops last")
     for kind, mean_s in mtbf_s.items():
         if not mean_s > 0:
             raise UsageError(
@@ -88,7 +93,8 @@ def schedule(
         draw = random.Random(f"{seed} {kind}")
         at_s = draw.expovariate(1 / mean_s)
         while at_s < until_s:
-            found.append(Fault(kind, at_s, draw.random(), lasts.get(kind, 0.0)))
+            for_s = hang_s * lasting.uniform(*STOPS) if kind == "stop" else LASTS.get(kind, 0.0)
+            found.append(Fault(kind, at_s, draw.random(), for_s))
             at_s += draw.expovariate(1 / mean_s)
     return sorted(found, key=lambda fault: (fault.at_s, fault.kind))
 
@@ -124,12 +130,14 @@ class Chaos:
         faults: in order of time.
         begun: whether the job's clock runs (its first step is done).
         parameters: directory into which workers tell where a parameter is (``$MANYHANDS_CHAOS``), for flips.
+        hang_s: so long a worker may be stopped until the job gives it up.
     """
 
     output: Path
     faults: Sequence[Fault]
     begun: Callable[[], bool]
     parameters: Path | None = None
+    hang_s: float = math.inf
     injected: list[Injected] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -180,16 +188,20 @@ class Chaos:
 
     def _inject(self, fault: Fault) -> None:
         recent = [
-            each for each in self.injected if each.outcome == "done" and time.time() - each.at < DYING_S
+            each
+            for each in self.injected
+            if each.outcome == "done" and time.time() - each.at < each.fault.for_s + DYING_S
         ]
         dying = {each.pid for each in recent if each.fault.kind == "kill"}
+        hanging = {each.pid for each in recent if each.fault.kind == "stop" and self._deadly(each.fault)}
         there = sorted(each for each in workers_of(self.output).items() if each[1] not in dying)
         if not there:
             self.injected.append(Injected(fault, time.time(), "", 0, "nobody is there"))
             return
         seat, pid = there[int(fault.victim * len(there))]
-        others = (self.output / "ledger" / f"{other}.jsonl" for other, _ in there if other != seat)
-        if fault.kind in DEADLY and not any(map(holds, others)):  # the job's state would go with it
+        left = (other for other, its in there if other != seat and its not in hanging)
+        others = (self.output / "ledger" / f"{other}.jsonl" for other in left)
+        if self._deadly(fault) and not any(map(holds, others)):  # the job's state would go with it
             self.injected.append(Injected(fault, time.time(), seat, pid, "left out: it was the last one"))
             return
         at = time.time()
@@ -200,6 +212,10 @@ class Chaos:
         except (OSError, ValueError) as error:
             outcome = f"not possible here: {error}"
         self.injected.append(Injected(fault, at, seat, pid, outcome))
+
+    def _deadly(self, fault: Fault) -> bool:
+        """Whether the job may have to go on without the worker."""
+        return fault.kind in DEADLY or (fault.kind == "stop" and fault.for_s > MAY_HANG * self.hang_s)
 
     def _lasting(self, pid: int, fault: Fault, undo: Callable[[], None]) -> None:
         """Take it back later. Of two at once the last to end does, to what was before the first."""
@@ -245,13 +261,20 @@ class Chaos:
 
 
 def flip(told: Path, pid: int, draw: random.Random) -> str:
-    """Flip one bit of the parameter of which a worker has `told` where it is (see `manyhands.train.chaos_hook`)."""
-    name, address, size = told.read_text().split()
+    """Flip one bit of the parameter of which a worker has `told` where it is (see `manyhands.train.chaos_hook`).
+
+    Raises:
+        OSError: it has withdrawn that, or its memory cannot be reached.
+    """
+    text = told.read_text()
+    name, address, size = text.split()
     at = int(address) + draw.randrange(int(size) // 4) * 4
     bit = 12 + draw.randrange(11)  # of the mantissa's upper half: a different number, and a finite one
     with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
         memory.seek(at)
         (word,) = struct.unpack("<I", memory.read(4))
+        if told.read_text() != text:
+            return "the worker's parameters have just moved"
         memory.seek(at)
         memory.write(struct.pack("<I", word ^ (1 << bit)))
     return f"done: bit {bit} of {name}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from manyhands.core.errors import PeerLost, Stopped
 from manyhands.core.events import Emit, Evaluated, Event, Mended, Stepped
 from manyhands.core.membership import Seat
-from manyhands.train import saving
+from manyhands.train import chaos_hook, saving
 from manyhands.train.balancing import rebalance, regroup, shares_of, take_shares
 from manyhands.train.crew import carries
 from manyhands.train.division import Division
@@ -267,6 +267,7 @@ class Loop:
         self._torn, self._save_due = False, False
         self.feed.rank = world.rank
         self.division.go_on(standing)
+        chaos_hook.tell(self.replica, self.seats[world.rank].id)
         made = self.promote(world)
         self.saver = self.saver or made
         if world.rank == 0 and (before != 0 or standing.saved < 0):

@@ -23,6 +23,7 @@ from manyhands.core.events import Emit, ignore
 from manyhands.core.membership import SUMS
 from manyhands.core.registry import resolve_target
 from manyhands.exchange.combine import check_names
+from manyhands.train import chaos_hook
 from manyhands.train.carried import fetch_s
 from manyhands.train.gradients import refuse_sparse
 from manyhands.train.header import Unsound, Wishes, Work
@@ -287,6 +288,7 @@ class Replica:
         self.method.adopt(old.method)
 
     def close(self) -> None:
+        chaos_hook.withdraw(self)
         self.method.close()
 
 
