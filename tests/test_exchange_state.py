@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from manyhands.core.errors import CheckpointError
 from manyhands.core.types import Summed
 from manyhands.exchange.combine import leaves
 from manyhands.strategy import optimizers
-from manyhands.train import exchange_state, session, tensors
+from manyhands.train import carried, exchange_state, session, tensors
 from manyhands.train.replica import Part, Replica
 from manyhands.wire.drive import run
 from manyhands.wire.solo import Solo
@@ -116,6 +117,29 @@ def _pieces(world: Any) -> list[list[float]]:
     named = exchange_state.collect([state], world.wire)
     exchange_state.PIECE_BYTES = 1 << 26
     return [named[name].reshape(-1).tolist() for name in sorted(named)]
+
+
+def test_who_was_behind_keeps_its_estimates_and_nothing_of_what_it_held_back() -> None:
+    """Σ hᵢ = H goes on, as everybody had summed it up when the set of workers met; of a residual nobody knows what was sent."""
+    theirs, mine, held = torch.tensor([1.0, 2.0]), torch.tensor([10.0, -4.0]), torch.tensor([0.5, 0.25])
+
+    def states(own: torch.Tensor, left: torch.Tensor, everyones: torch.Tensor) -> list[Any]:
+        estimates = {"residual": [own.clone()], "agreed": [everyones.clone()], "inner": ()}
+        return [{"0": estimates, "1": {"residual": [left.clone()], "inner": ()}}]
+
+    model = torch.nn.Linear(1, 1)
+    method = SimpleNamespace(load_local_state=lambda state: None, restart=lambda: None)
+    replica: Any = SimpleNamespace(
+        states=states(mine, held, theirs + mine), load_optimizer_state=dict, model=model, method=method
+    )
+    given = exchange_state.alone(states(theirs, 2 * held, theirs + mine), 0)
+    given_tensors = {f"exchange/{name}": tensor for name, tensor in given.items()}
+    given_tensors |= {f"model/{name}": tensor.clone() for name, tensor in model.state_dict().items()}
+    carried.load(replica, given_tensors, {"steps": 7, "tokens": 70, "skipped": 0}, 0)
+    (state,) = replica.states
+    assert torch.equal(state["0"]["residual"][0], mine)
+    assert torch.equal(state["0"]["agreed"][0], theirs + mine)
+    assert not state["1"]["residual"][0].any()
 
 
 def test_large_leaves_travel_in_pieces(fleets: Callable[[int, str], Fleet]) -> None:

@@ -51,6 +51,11 @@ def size_of(replica: Replica) -> int:
 def load(replica: Replica, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], leader: int) -> None:
     """Take what `state_of` gave on rank `leader`. What that one holds back of its own contributions stays its own.
 
+    Nor do I keep what I held back, where I took part before and am behind: it was in my contribution to the agreement that I have
+    missed, and what was sent of that, which alone would say what is left, is known at the end of a talk only. Kept, it would
+    count twice; without it what was left is lost, as it is of a worker that is killed. Estimates (EF21's) owe nobody
+    anything, and stay: `resum` has counted them.
+
     Raises:
         CheckpointError: it is another model's, optimizer's or exchange's.
     """
@@ -59,9 +64,11 @@ def load(replica: Replica, tensors: Mapping[str, Tensor], facts: Mapping[str, An
         part, _, name = full.partition("/")
         named[part][name] = tensor
     replica.load_optimizer_state(named["optimizer"])
-    replica.states[:] = exchange_state.restore(
+    states = exchange_state.restore(
         replica.states, named["exchange"], rank=leader + 1, size=leader + 2, path="the state of a peer"
     )
+    exchange_state.keep_estimates(replica.states, states)
+    replica.states[:] = states
     replica.method.load_local_state(exchange_state.local(named["exchange"], rank=leader))
     own = replica.model.state_dict()
     with torch.no_grad():

@@ -185,6 +185,13 @@ def resum(states: Sequence[Any], wire: Wire) -> None:
             everyones.copy_(wire.begin(Sum(own.reshape(-1).clone())).wait().reshape(everyones.shape))
 
 
+def keep_estimates(mine: Sequence[Any], states: Sequence[Any]) -> None:
+    """My own of what an exchange keeps the sum of, into `states`, which have that sum."""
+    for old, new in zip(mine, states, strict=True):
+        for (own, _), (target, _) in zip(_sums(old), _sums(new), strict=True):
+            target.copy_(own)
+
+
 def _sums(state: Any) -> Iterator[tuple[Tensor, Tensor]]:
     if isinstance(state, Mapping):
         if {RESIDUAL, "agreed"} <= state.keys():
