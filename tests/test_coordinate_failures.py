@@ -131,6 +131,23 @@ def test_kills_from_outside_are_borne_for_longer() -> None:
     assert play.state.ended is not None
 
 
+def test_many_workers_may_be_killed_as_often_as_their_passes_can_be_halved() -> None:
+    """Eight of them from 256 rows down to one: 64 ends at the same step, which is more than two workers have."""
+    names = [f"w{rank}" for rank in range(8)]
+    play = Play(*names)
+    play.step(41)
+    for halving in range(8):
+        for rank in range(8):
+            names[rank], gone = f"w{rank}-{halving + 1}", names[rank]
+            play.state.expect([names[rank]], play.now)
+            play.state.lose(gone, how="death", detail="boom", now=play.now)
+            play.come(names[rank])
+            play.state.ready(names[rank], epoch=0, step=0, now=play.now)
+            play.ready(*(id for id in names if id != names[rank]))
+            play.step(41)
+    assert play.state.ended is None
+
+
 def test_who_is_suspected_again_and_again_is_evicted() -> None:
     play = Play("w0", "w1", "w2")
     play.step(4)

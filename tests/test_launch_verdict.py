@@ -128,6 +128,15 @@ def test_memory_halves_the_next_ones_passes() -> None:
     assert LESS in judge([end(0, -9)], stopped_by=None, told_s=None, out_of_memory=True).words
 
 
+def test_memory_that_ran_out_is_no_failure_of_the_step() -> None:
+    """Three of those would end the job, whatever their successors do otherwise (`coordinate.judge.deadly`)."""
+    failed = end(0, 1, kind="failed")
+    assert failed.record is not None
+    starved = dataclasses.replace(failed, record={**failed.record, "starved": True})
+    assert (cause(failed)[0], cause(starved)[0]) == ("failed", "death")
+    assert cause(starved)[1] == cause(failed)[1] == "failed: m0"
+
+
 def test_the_largest_pass_is_told_to_the_launcher(tmp_path: Path) -> None:
     assert told(str(tmp_path), "w0") is None
     tell(str(tmp_path), "w0", Pass(6, divisible=True))

@@ -16,6 +16,7 @@ SLOW = frozenset(
 SLOWLY = 6
 RETURN_S = 3.0  # for workers to find a coordinator that is back, however soon silence counts as a hang
 BEFORE = "it took part before the job began anew"
+SHRINKING = 3  # workers that bear `Rules.kills` at one step: each may come from passes of 4,096 rows down to one, by 12 ends
 GUESS = frozenset({"prepare", "build"})  # before the first step nobody knows how long these may take
 
 
@@ -191,10 +192,14 @@ def closing(staying: Iterable[Member], gone: Iterable[Loss], *, done: bool, stat
     return not waits and (done or any(loss.detail == "done" for loss in gone))
 
 
-def deadly(losses: Sequence[Loss], step: int, rules: Rules) -> str:
-    """Why the job must fail, if so many were lost at this step that the step itself is to blame; else empty."""
+def deadly(losses: Sequence[Loss], step: int, rules: Rules, epoch: Epoch | None) -> str:
+    """Why the job must fail, if so many were lost at this step that the step itself is to blame; else empty.
+
+    Every end for want of memory makes the passes of one worker smaller: the more workers there are, the more are borne.
+    """
     own = sum(1 for loss in losses if loss.how == "failed")
-    if own < rules.faults and len(losses) < rules.kills:
+    workers = len(epoch.seats) if epoch is not None else 1
+    if own < rules.faults and len(losses) < rules.kills * -(-workers // SHRINKING):
         return ""
     return (
         f"step {step} has ended {own if own >= rules.faults else len(losses)} workers, the last by: "

@@ -14,8 +14,8 @@ any clock in seconds that does not jump (`shift` moves it on where the whole mac
 4. A worker unheard of for `hang_s` is evicted, as is one that is started and says nothing (`arrivals`). So is one that stands
    still for `stuck_s` (or five times the longest step, if that is more) while the others passed it or wait for it, or, where all
    stand still, the one that did so first; in a phase that may take long (evaluate, save, compile, …), or alone, six times as long.
-5. A step that `faults` workers die of by themselves (or `kills` of any cause) fails the job, as does a collective that
-   cannot be completed again and again without anybody to blame; else whoever is suspected most is evicted.
+5. A step that `faults` workers die of by themselves (or `kills` per three workers of any cause) fails the job, as does a
+   collective that cannot be completed again and again without anybody to blame; else whoever is suspected most is evicted.
 6. Where fewer than `min_workers` are alive and none comes, or nobody is left who holds the state, it fails: not when all is done.
 """
 
@@ -383,7 +383,7 @@ class State:
             return
         if loss.rank >= 0:
             self._since_step.append(loss)
-        if words := judge.deadly(self._since_step, self._top + 1, self.rules):
+        if words := judge.deadly(self._since_step, self._top + 1, self.rules, self.epoch):
             self.end(words)
         self._enough(now)
 

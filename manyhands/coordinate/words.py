@@ -17,6 +17,7 @@ class Rules:
         awaited: workers that the first epoch waits for, expected by name or not.
         patience_s: how long a replacement is awaited where too few are alive.
         start_s: a worker has at least so long from its start to its first word.
+        faults, kills: workers that one step may end by themselves, and by any cause (for every three workers of the job).
         shared: only shared memory joins the workers: all are CPU workers of one host.
         resume: how the job is continued from its checkpoint, for messages.
     """

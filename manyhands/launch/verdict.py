@@ -124,11 +124,14 @@ def describe(end: End, out_of_memory: bool = False) -> str:
 
 
 def cause(end: End, out_of_memory: bool = False) -> tuple[str, str]:
-    """(how, in words) of a worker's end, as the coordinator tells them: "death", "failed" by itself, or "left" as asked."""
+    """(how, in words) of a worker's end, as the coordinator tells them: "death", "failed" by itself, or "left" as asked.
+
+    Memory that ran out is no failure of the step: the successor has smaller passes, and `back_off` ends that at one row.
+    """
     kind = _kind(end, False, None)
     if kind == "stopped":
         return "left", "has left, as a signal asked it to"
-    outside = kind == "peer-lost" or killed(end)
+    outside = kind == "peer-lost" or killed(end) or bool((end.record or {}).get("starved"))
     return ("death" if outside else "failed"), _how(end, out_of_memory)
 
 
