@@ -164,6 +164,20 @@ def test_who_is_suspected_again_and_again_is_evicted() -> None:
     assert ids(play.epoch) == ["w0", "w1"]
 
 
+def test_who_begins_anew_with_smaller_passes_is_suspected_of_nothing() -> None:
+    """Whatever the others make of the connections that it closes; but not for ever."""
+    play = Play("w0", "w1")
+    play.step(4)
+    for count in range(40):
+        assert play.state.ended is None, count
+        number = play.epoch.number
+        play.state.suspect("w0", epoch=number, rank=1, detail="reset by peer", now=play.now)
+        play.state.suspect("w1", epoch=number, rank=1, detail="no memory for 8 rows", now=play.now)
+        play.ready("w0", "w1")
+    assert play.happenings("evict") == []
+    assert play.state.ended is not None
+
+
 def test_a_step_in_between_clears_suspicion() -> None:
     play = Play("w0", "w1")
     for step in range(2, 8):

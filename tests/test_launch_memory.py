@@ -1,4 +1,4 @@
-"""Workers that the kernel kills for memory: successors have smaller passes, down to one row."""
+"""Workers whose memory runs out, or that the kernel kills for it: passes become smaller, down to one row."""
 
 from __future__ import annotations
 
@@ -48,20 +48,54 @@ def test_with_one_row_there_is_no_successor(corpus: Path, tmp_path: Path) -> Non
     assert summary(run)["steps"] == 8
 
 
-def test_a_worker_of_a_divided_model_is_followed_by_one_with_smaller_passes(
+def test_all_workers_of_a_divided_model_go_on_with_smaller_passes(corpus: Path, tmp_path: Path) -> None:
+    """A pass is everybody's: who has no memory for it ends it for all, in the same processes, and nobody is lost."""
+    run = tmp_path / "run"
+    traps = [
+        {"seat": "w1", "place": "forward", "step": 2, "act": "no-memory"},
+        {"seat": "w1", "place": "forward", "step": 2, "act": "rows"},
+        {"seat": "w0", "place": "forward", "step": 3, "act": "rows"},
+    ]
+    given = [*TINY, "--strategy", "zero2", "--steps", 5, "--restarts", 0]
+    with Job(run, corpus, *given, traps=traps, workers=2, base=()) as job:
+        said = job.end()
+        rows = [(record["seat"], record["rows"]) for record in job.said("rows")]
+    assert rows == [("w1", 6), ("w1", 3), ("w0", 3)]
+    assert "step 3: memory ran out; passes have at most 3 rows from now on" in said
+    assert events(run, "lost") == []
+    (reformed,) = events(run, "reformed")
+    assert (reformed["workers"], reformed["step"], reformed["by"]) == (2, 2, "survivors")
+    assert summary(run)["steps"] == 5
+    assert "every sample once" in manyhands("ledger", run).stdout
+
+
+def test_a_sum_that_cannot_be_taken_back_is_left_to_a_successor_with_smaller_passes(
     corpus: Path, tmp_path: Path
 ) -> None:
-    """It cannot cut a pass that is everybody's: it says so and ends, and no restart is spent."""
+    """Gradients of the pass are on their way when its backward finds no memory; no restart is spent."""
     run = tmp_path / "run"
-    trap = {"seat": "w1", "place": "forward", "step": 2, "act": "no-memory"}
+    trap = {"seat": "w1", "place": "forward", "step": 2, "act": "no-memory-late"}
     traps = [trap, {"seat": "w1-1", "place": "forward", "act": "rows"}]
-    given = [*TINY, "--strategy", "zero2(shard=1)", "--steps", 12, "--restarts", 0]
-    traps += [{"seat": "w0", "place": "forward", "step": step, "act": "newcomer"} for step in (4,)]
+    traps += [{"seat": "w0", "place": "forward", "step": 4, "act": "newcomer"}]
+    given = [
+        *TINY,
+        "--strategy",
+        "ddp(bucket_mb=0.01)",
+        "--transport",
+        "group",
+        "--steps",
+        12,
+        "--restarts",
+        0,
+    ]
     with Job(run, corpus, *given, traps=traps, workers=2, base=()) as job:
         said = job.end()
         rows = {record["seat"]: record["rows"] for record in job.said("rows")}
     (lost,) = events(run, "lost")
-    assert "no memory for a forward and backward of 6 rows: MemoryError" in lost["detail"]
+    assert lost["how"] == "death"
+    assert (
+        "memory ran out in a backward of 6 rows whose gradients are added to others already" in lost["detail"]
+    )
     assert lost["then"] == "w1-1 takes its place, with 3 rows in a pass instead of 6"
     assert lost["then"] in said
     assert rows == {"w1": 6, "w1-1": 3}

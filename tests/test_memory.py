@@ -8,6 +8,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,13 @@ from torch import nn
 
 import manyhands
 from manyhands import presets
-from manyhands.core.errors import ManyhandsError
+from manyhands.core.errors import ManyhandsError, OutOfMemory, PeerLost
+from manyhands.core.passes import Pass, told
 from manyhands.data.sample import Order
 from manyhands.train import memory
 from manyhands.train.feed import Feed
 from manyhands.train.memory import Fits, Need, Torn, split_on_oom
-from manyhands.train.method import Part
+from manyhands.train.method import Part, accumulate
 from manyhands.train.replica import Replica
 from manyhands.train.state_bytes import bytes_per_parameter
 from manyhands.wire.solo import Solo
@@ -187,6 +190,62 @@ def test_passes_with_dropout_are_cut_too_and_it_is_told() -> None:
     assert losses != train(6, dropout=True)[0], "by other numbers than of the whole"
     assert "their random numbers (dropout) are others" in told[0].message
     assert "random" not in train(4)[3][0].message
+
+
+@pytest.fixture
+def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where a worker tells its launcher of its passes, as "w0"."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MANYHANDS_SEAT", "w0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MANYHANDS_STORE", str(tmp_path))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["added up before", "on their way"])
+def test_what_cannot_be_taken_back_is_left_to_a_successor(launched: str, fresh: bool) -> None:
+    """It halves the rows of the pass that failed; without elasticity the user is told."""
+    strategy = presets.ddp(lr=0.05, schedule="constant", bucket_mb=1e-6)
+    part = Part(0, [(0, Rows().take(np.arange(15)))], 15, 15, 0, [range(15)], divisible=True)
+    for over in (threading.Event(), None):
+        replica = Replica(Model(5, late=True), strategy, Solo("cpu"), over=over)
+        gradients: Any = replica.method.gradients  # type: ignore[attr-defined]
+        with pytest.raises(OutOfMemory, match="in a backward of 15 rows") as raised:
+            accumulate(replica, gradients, part, squares, 1.0, fresh=fresh)
+        assert ("give --device-batch 8" in str(raised.value)) == (over is None)
+        assert told(launched, "w0") == Pass(15, divisible=True)
+        replica.close()
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["in forward", "in backward"])
+def test_a_pass_that_is_everybodys_is_begun_anew_in_halves_down_to_one_row(launched: str, late: bool) -> None:
+    part = Part(0, [(0, Rows().take(np.arange(24)))], 24, 24, 0, [range(24)], divisible=True)
+
+    def divided(most: int, over: threading.Event | None) -> tuple[Any, Replica]:
+        model = Model(most, late)
+        strategy = presets.zero3(lr=0.05, schedule="constant", shard=1)
+        return model, Replica(model, strategy, Solo("cpu"), max_grad_norm=1.0, over=over)
+
+    _, replica = divided(24, None)
+    whole = replica.step(part, squares)
+    model, replica = divided(5, threading.Event())
+    for rows in (12, 6, 3):
+        with pytest.raises(
+            PeerLost, match=f"no memory for a forward and backward of {2 * rows} rows"
+        ) as lost:
+            replica.step(part, squares)
+        assert lost.value.rank == replica.wire.rank
+        assert lost.value.__context__ is None, "whoever holds the first error holds the pass"
+        assert replica.fits.most == rows
+    halved = replica.step(part, squares)
+    assert (halved.loss, halved.grad_norm) == pytest.approx((whole.loss, whole.grad_norm), rel=1e-12)
+    assert told(launched, "w0") is None
+    model.most, replica.fits.most = 0, 1
+    with pytest.raises(OutOfMemory, match="backward of 1 rows"):
+        replica.step(part, squares)
+    assert told(launched, "w0") == Pass(1, divisible=True)
+    _, replica = divided(5, None)  # nobody would meet it again
+    with pytest.raises(OutOfMemory, match="backward of 24 rows"):
+        replica.step(part, squares)
 
 
 def test_a_fixed_order_of_additions_is_not_cut() -> None:

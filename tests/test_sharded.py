@@ -97,6 +97,30 @@ def test_a_sharded_model_equals_one_process(fleets: Any, size: int, stage: int) 
         assert_close(answers[0], plain_run(case))
 
 
+def cut_run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
+    """One worker has memory for fewer rows; what all run in one pass at most."""
+    rows: list[int] = []
+
+    def counted(model: Any, batch: Any) -> Any:
+        rows.append(len(batch["targets"]))
+        return summed(model, batch)
+
+    replica, feed = begin(world, case)
+    replica.fits.most = 4 if world.rank == 1 else None
+    losses = [replica.step(feed.part(step), counted).loss for step in range(case["steps"])]
+    weights = {k: v.tolist() for k, v in (session.whole_weights(replica) or {}).items()}
+    replica.close()
+    return {"losses": losses, "state": weights, "rows": max(rows), "most": replica.fits.most}
+
+
+def test_all_run_passes_of_as_many_rows_as_the_least_memory_holds(fleets: Any) -> None:
+    for coalesce, micro_batch in ((True, 1), (False, 6)):
+        case = {**BASE, "placement": Sharded(stage=3), "coalesce": coalesce, "micro_batch": micro_batch}
+        answers = fleets(2, "group").run(cut_run, case)
+        assert_close(answers[0], plain_run(case))
+        assert [(answer["rows"], answer["most"]) for answer in answers] == [(4, 4)] * 2
+
+
 @pytest.mark.parametrize("optimizer", [SignSGD(0.01, momentum=0.5), DelayedNesterov(0.1, every=2)], ids=repr)
 def test_each_worker_updates_rows_by_any_rule_of_single_elements(fleets: Any, optimizer: Any) -> None:
     case = {**BASE, "optimizer": optimizer}

@@ -6,7 +6,7 @@ into it and the `place`: a phase as the worker tells it, or one of `INSIDE`; `st
 "newcomer" (until one waits to be taken in);
 or what becomes of a forward pass: "nan" (its loss), "nan-gradient" (its gradient alone), "nan-parameter" (the model, before
 it), "oom" (the process, as if by the kernel for memory, of which the launcher reads in the file `oom`), "no-memory" (an
-allocation in it fails), "rows" (nothing: they are told).
+allocation in it fails), "no-memory-late" (one in its backward, which has handed over gradients), "rows" (nothing: they are told).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-POISONS = ("nan", "nan-gradient", "nan-parameter", "oom", "no-memory", "rows")
+POISONS = ("nan", "nan-gradient", "nan-parameter", "oom", "no-memory", "no-memory-late", "rows")
 INSIDE = ("claim", "piece", "forward", "exchange", "writing", "part")
 
 
@@ -129,7 +129,7 @@ def _patch(traps: Traps) -> None:
 def _trapped(function: Any, traps: Traps, place: str, phases: tuple[str, ...]) -> Any:
     def trapped(*given: Any, **named: Any) -> Any:
         poison = traps.meet(place) if not phases or traps.doing[0] in phases else ""
-        if poison in ("oom", "no-memory", "rows"):
+        if poison in ("oom", "no-memory", "no-memory-late", "rows"):
             traps.tell("rows", rows=len(next(iter(given[-1].values()))))
         if poison == "oom":
             (traps.directory / "oom").open("a").write("oom\n")
@@ -145,6 +145,13 @@ def _poisoned(loss: Any, poison: str, task: Any, model: Any, batch: Any) -> tupl
     nan = float("nan")
     if poison == "nan-parameter":
         next(iter(model.parameters())).data.fill_(nan)
+    if poison == "no-memory-late":  # the embedding's gradient is the last one
+
+        def fail(_: Any) -> None:
+            handle.remove()
+            raise MemoryError
+
+        handle = next(iter(model.parameters())).register_hook(fail)
     loss_sum, count = loss(task, model, batch)
     if poison == "nan-gradient":
         loss_sum.register_hook(lambda gradient: gradient * nan)

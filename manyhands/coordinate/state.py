@@ -121,7 +121,7 @@ class State:
         self._form(now)
 
     def suspect(self, id: str, *, epoch: int, rank: int | None, detail: str, now: float) -> None:
-        """A collective of `epoch` failed for it, because of `rank` as it seems."""
+        """A collective of `epoch` failed for it, because of `rank` as it seems (its own: it begins anew with less)."""
         current = self.epoch
         if current is None or epoch != current.number or not self._inside(id):
             return
@@ -130,7 +130,7 @@ class State:
             self.over = True
             self._suspicions.begin()
             self._tell_over(self._living())
-        self._suspicions.add(id, name if name != id else "")
+        self._suspicions.add(id, name)
         worst, words = self._suspicions.verdict(self.members, self.epoch, detail)
         if worst is not None:
             self._evict(worst, words, now)

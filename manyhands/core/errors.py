@@ -63,7 +63,7 @@ class CheckpointError(ManyhandsError):
 
 
 class OutOfMemory(ManyhandsError):
-    """A pass found no memory, and this worker cannot cut it by itself: a successor may have smaller ones."""
+    """A pass found no memory, and this worker cannot go on with smaller ones by itself: a successor may."""
 
 
 class PeerLost(ManyhandsError):

@@ -138,7 +138,10 @@ class Membership(Protocol):
         ...
 
     def suspect(self, rank: int | None, detail: str) -> None:
-        """A collective of this epoch failed: end the epoch for everybody."""
+        """A collective of this epoch failed, by `rank` as it seems: end the epoch for everybody.
+
+        My own rank says that I have no memory for my part, and begin anew with smaller passes.
+        """
         ...
 
     def fail(self, detail: str) -> None:

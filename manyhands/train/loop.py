@@ -201,7 +201,7 @@ class Loop:
             self.division.begin(step, self.seats, self._epoch)
             self._tell_phase(phase)  # the job could go on from me
         wishes = self._wishes()
-        self.replica.fits.announce(part, self.feed.device, cuts=getattr(self.replica.method, "cuts", True))
+        self.replica.fits.announce(part, self.feed.device)
         try:
             result = self.replica.step(part, self.task.loss, late=True, **wishes)
         except PeerLost:

@@ -6,9 +6,10 @@ gradients and optimizer will take) is the most that a pass gets. On a GPU that n
 it does fit. What a row needs is remembered beside the machine's other facts.
 
 In mid-run: a pass that finds no memory is cut in halves (`split_on_oom`), which changes no sum, though where a pass draws
-random numbers (dropout) those of pieces are others; the worker keeps to the smaller passes from then on. Where a
-container's limit kills the worker instead, or a pass is everybody's (ZeRO 2 and 3), its launcher starts the successor with
-passes of half as many rows (`Fits.announce`, `manyhands.launch.verdict.back_off`).
+random numbers (dropout) those of pieces are others; the worker keeps to the smaller passes from then on. Where a pass is
+everybody's (ZeRO 2 and 3), all begin the step anew with half as many rows (`manyhands.train.sharded`). Where a container's limit
+kills the worker instead, or what has travelled or was added up before cannot be taken back, its launcher starts the
+successor with passes of half as many rows (`tell_launcher`, `manyhands.launch.verdict.back_off`).
 """
 
 from __future__ import annotations
@@ -61,35 +62,35 @@ class Fits:
     told: int | None = None
     largest: int = 0
 
-    def announce(self, part: Part, device: torch.device, *, cuts: bool) -> None:
-        """Before a step on the CPU: where the kernel kills me for memory, nobody else can say how large my passes were.
-
-        Args:
-            cuts: whether I can run a pass in pieces.
-        """
-        rows = largest_pass(part)
-        if cuts and part.divisible and self.most is not None:
+    def announce(self, part: Part, device: torch.device) -> None:
+        """Before a step on the CPU: where the kernel kills me for memory, nobody else can say how large my passes were."""
+        rows = max((_rows(batch) for _, batch in part.micro_batches), default=0)
+        if part.divisible and self.most is not None:
             rows = min(rows, self.most)
         if device.type == "cpu" and rows and (rows > self.largest or self.largest > (self.most or rows)):
             self.largest = rows
-            tell_launcher(rows, part, cuts=cuts)
+            tell_launcher(rows, divisible=part.divisible)
 
 
-def largest_pass(part: Part) -> int:
-    """Its rows."""
-    return max((_rows(batch) for _, batch in part.micro_batches), default=0)
-
-
-def tell_launcher(rows: int, part: Part, *, cuts: bool) -> None:
-    """How many rows my largest pass has, and whether a successor's may have fewer."""
-    several = any(len(part.places(i)) > 1 for i in range(len(part.micro_batches)))
+def tell_launcher(rows: int, *, divisible: bool) -> bool:
+    """How many rows my largest pass has, and whether a successor's may have fewer. Returns whether there may be a successor."""
     env = read_env()
-    if env.store is not None and env.seat is not None:
-        passes.tell(env.store, env.seat, passes.Pass(rows, part.divisible and (cuts or several)))
+    if env.store is None or env.seat is None:
+        return False
+    passes.tell(env.store, env.seat, passes.Pass(rows, divisible))
+    return True
 
 
 class Torn(Exception):
-    """Memory ran out in a backward that had already handed over some gradients: the passes before it count no more."""
+    """Memory ran out in a backward that had already handed over some gradients: the passes before it count no more.
+
+    Attributes:
+        rows: of its pass.
+    """
+
+    def __init__(self, rows: int, why: str) -> None:
+        self.rows = rows
+        super().__init__(why)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -107,11 +108,12 @@ def split_on_oom(
     *,
     divisible: bool,
     untouched: Callable[[], bool],
+    what: str = "forward and backward",
 ) -> list[T]:
     """Run a pass, in as many pieces as memory asks for.
 
     Args:
-        run: (rows of the batch, the first's number, whether they are its last) -> anything; forward and backward.
+        run: (rows of the batch, the first's number, whether they are its last) -> anything; `what`, in words.
         fits: what is known, and learnt here.
         divisible: whether the sum over pieces may stand for the sum over the batch (no order of additions is promised).
         untouched: whether the last `run` has left no gradient behind.
@@ -140,15 +142,16 @@ def split_on_oom(
         release()
         if not divisible or end - begin < 2:
             raise ManyhandsError(
-                f"no memory for a forward and backward of {end - begin} row{'s' if end - begin > 1 else ''}: {failure}",
-                "a pass that is one micro-batch of a fixed order of additions is not cut"
-                if not divisible
-                else "a pass has at least one row",
-                "give a smaller --micro-batch, --gradient-checkpointing, a shorter --seq-len or a smaller model",
+                f"no memory for a {what} of {end - begin} row{'s' if end - begin > 1 else ''}: {failure}",
+                "a pass has at least one row"
+                if divisible
+                else "a pass that is one micro-batch of a fixed order of additions is not cut",
+                f"give {'' if divisible else 'a smaller --micro-batch, '}--gradient-checkpointing, a shorter --seq-len or a "
+                "smaller model",
             )
         fits.most = (end - begin + 1) // 2
         if not untouched():
-            raise Torn(failure)
+            raise Torn(end - begin, failure)
     return done
 
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from manyhands.core import rng
-from manyhands.core.errors import ManyhandsError, PeerLost
-from manyhands.train.memory import Torn, split_on_oom
+from manyhands.core.errors import OutOfMemory, PeerLost
+from manyhands.train.memory import Torn, split_on_oom, tell_launcher
 from manyhands.train.reading import Reading, Stopwatch, summed_of
 
 if TYPE_CHECKING:
@@ -136,7 +136,6 @@ class Method(Protocol):
         applied: (optional) after `rewind`, of which steps each rank's work is in the parameters whatever becomes of it.
         unused: (optional) places of this worker's last step that no update has used, by rule.
         across: (optional) the wire along which the exchange speaks, where that is not between all workers.
-        cuts: (optional) whether a pass may be run in pieces by one worker alone; it may unless this says no.
         states: of the exchange, one for each of its conversations.
     """
 
@@ -246,16 +245,18 @@ def accumulate(
 
     Raises:
         ManyhandsError: memory ran out, and the passes cannot be cut or done again.
+        OutOfMemory: a successor may have smaller ones; the launcher knows.
     """
     while True:
         try:
             return _accumulate(replica, gradients, part, loss, nominal, announce, fresh, by_place)
         except Torn as torn:
             if not fresh or gradients.announced:
-                raise ManyhandsError(
-                    f"memory ran out in a backward whose gradients are added to others already: {torn}",
+                followed = tell_launcher(torn.rows, divisible=part.divisible) and replica.over is not None
+                raise OutOfMemory(
+                    f"memory ran out in a backward of {torn.rows} rows whose gradients are added to others already: {torn}",
                     "such a sum cannot be taken back",
-                    f"give --device-batch {replica.fits.most}",
+                    "" if followed else f"give --device-batch {replica.fits.most}",
                 ) from None
 
 

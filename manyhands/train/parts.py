@@ -35,6 +35,7 @@ class Parts:
     Attributes:
         material, facts, plan: of the job, once they are made.
         model, forward: the model, and its compiled form where the plan says so.
+        fits: the rows of a pass that there was memory for: learnt once, whatever becomes of a replica.
     """
 
     def __init__(
@@ -45,7 +46,10 @@ class Parts:
         tell_phase: Callable[[str, int], None],
         planned_for: int | None = None,
     ) -> None:
+        from manyhands.train.memory import Fits
+
         self.job, self.device = job, device
+        self.fits = Fits(most=pass_rows(), told=pass_rows())  # its launcher has told of it
         self._over, self._tell_phase, self._planned_for = over, tell_phase, planned_for
         self._guest = planned_for is not None  # until the job's workers take me in
 
@@ -153,7 +157,7 @@ class Parts:
             compare=compare,
             continues=continues,
         )
-        replica.fits.most = replica.fits.told = pass_rows()  # its launcher has told of it
+        replica.fits = self.fits
         return replica
 
     def rebuilt(

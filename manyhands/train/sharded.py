@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from manyhands.core import rng
-from manyhands.core.errors import OutOfMemory, PeerLost
+from manyhands.core.errors import ManyhandsError, OutOfMemory, PeerLost
 from manyhands.core.request import Gather
 from manyhands.train import memory, sharded_check, sharded_rebuild, sharded_state
 from manyhands.train.checkpoint import EXCHANGE, OPTIMIZER, WEIGHTS
@@ -66,7 +66,6 @@ class ShardedModel:
     comes_to_rest = True
     at_rest = True
     divided = True  # what it holds is put together collectively
-    cuts = False  # a pass is everybody's
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
@@ -105,24 +104,20 @@ class ShardedModel:
         return self._replica.steps
 
     def step(self, part: Part, loss: Loss, wishes: Wishes) -> StepResult:
-        replica, self._ready = self._replica, None
+        replica, self._ready, short = self._replica, None, ""
         nominal = float(part.rows * replica.per_row)
-        passes = self._passes.of(part)
+        passes = self._passes.of(part, replica.fits)
         try:
             loss_sum, count = self._run(passes, part, loss, nominal)
             self.gradients.collect(self._params)
             states = self._agree()
         except BaseException as error:
             self._abort()
-            if isinstance(error, Exception) and memory.is_out_of_memory(error):
-                rows = memory.largest_pass(part)
-                memory.tell_launcher(rows, part, cuts=False)
-                raise OutOfMemory(
-                    f"no memory for a forward and backward of {rows} rows: {memory.first_line(error)}",
-                    "a pass of a divided model is everybody's, and is not cut by one worker",
-                    "give a smaller --device-batch (or --micro-batch), --gradient-checkpointing or a shorter --seq-len",
-                ) from error
-            raise
+            if not isinstance(error, Exception) or not memory.is_out_of_memory(error):
+                raise
+            short = memory.first_line(error)
+        if short:  # here nothing holds any more what the pass has left
+            raise self._begin_anew(max((rows_of(each.batch) for each in passes), default=0), part, short)
         used = self._used()
         flags = [float(name in used) for name in self._params]
         row = Header.row(loss_sum, count, wishes, replica.work, [*flags, self._square()])
@@ -337,7 +332,7 @@ class ShardedModel:
                 reduce=self._placement.accumulate == "sharded",
                 counts=each.place is not None,
             )
-            rng.seed_torch(part.seed, part.step, each.place or 0)
+            rng.seed_torch(part.seed, part.step, each.place or 0, *([each.begin] if each.begin else []))
             with replica.autocast():
                 summed = summed_of(loss(replica.forward, each.batch))
             (summed.loss_sum / nominal).backward()  # type: ignore[no-untyped-call]
@@ -374,6 +369,20 @@ class ShardedModel:
                 if bool(part.any()):
                     found.add(self.layout.owned[i].name)
         return found
+
+    def _begin_anew(self, rows: int, part: Part, short: str) -> ManyhandsError:
+        """After a pass of mine found no memory, in which the others wait for me: all meet again, and have smaller ones."""
+        memory.release()
+        replica, what = self._replica, f"no memory for a forward and backward of {rows} rows: {short}"
+        if replica.over is not None and part.divisible and rows > 1:
+            replica.fits.most = (rows + 1) // 2
+            return PeerLost(replica.wire.rank, "forward", what)
+        memory.tell_launcher(rows, divisible=part.divisible)
+        return OutOfMemory(
+            what,
+            "a pass of a divided model is everybody's, and is not cut by one worker",
+            "give a smaller --device-batch (or --micro-batch), --gradient-checkpointing or a shorter --seq-len",
+        )
 
     def _square(self) -> float:
         """The squared norm of the gradients that I speak for."""
