@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from manyhands.core import config
-from manyhands.core.errors import CheckpointError, DataError, UsageError
-from manyhands.core.events import PreparedData, ignore
+from manyhands.core.errors import CheckpointError, DataError, ManyhandsError, OutOfMemory, UsageError
+from manyhands.core.events import PreparedData, Warned, ignore
+from manyhands.core.passes import Pass, told
 from manyhands.data import tokenize
 from manyhands.data.prepare import VERSION, prepare
 from manyhands.data.rows import TokenRows
 from manyhands.data.source import DataSpec
 from manyhands.train import checkpoint, scoring, session
+from manyhands.train.evaluate import evaluate
 from manyhands.train.job import Job
 from manyhands.train.material import gather_material, gather_scored
+from manyhands.train.memory import Fits
 from manyhands.train.resume import same_held_out, same_order
+from manyhands.wire.solo import Solo
 
 
 def test_what_is_scored_is_prepared_once_and_alone(tmp_path: Path) -> None:
@@ -157,3 +163,63 @@ def test_held_out_data_without_a_target_are_refused_at_once(tmp_path: Path) -> N
     world: Any = SimpleNamespace(rank=0)
     with pytest.raises(DataError, match=r"b\.jsonl holds no row to score"):
         gather_material(job, world, ignore)
+
+
+class Narrow:
+    """Rows that are their own numbers, and a task that has memory for `most` of them at once."""
+
+    bytes_per_target = 1.0
+
+    def __init__(self, most: int, error: Exception) -> None:
+        self.most, self.error, self.failed = most, error, 0
+
+    def __len__(self) -> int:
+        return 50
+
+    def take(self, ids: Any) -> dict[str, torch.Tensor]:
+        return {"x": torch.as_tensor(ids)}
+
+    def score(self, model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if len(batch["x"]) > self.most:
+            self.failed += 1
+            raise self.error
+        return {"sum": batch["x"].double().sum(), "rows": torch.tensor(float(len(batch["x"])))}
+
+    def metrics(self, totals: dict[str, torch.Tensor], *, bytes_per_target: float) -> dict[str, float]:
+        return {name: float(total) for name, total in totals.items()}
+
+
+REFUSED = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1234 bytes.")
+
+
+def scored(narrow: Any, **options: Any) -> dict[str, float]:
+    world: Any = SimpleNamespace(rank=0, size=1, wire=Solo(), gather=lambda mine: [mine])
+    given = {"batch_rows": 16, "device": torch.device("cpu"), "autocast": nullcontext, **options}
+    return evaluate(torch.nn.Identity(), narrow, narrow, world, **given)
+
+
+@pytest.mark.parametrize(
+    "error", [REFUSED, torch.OutOfMemoryError("CUDA out of memory.")], ids=["CPU", "GPU"]
+)
+def test_an_evaluation_without_memory_is_made_in_halves(error: Exception) -> None:
+    narrow, fits, events = Narrow(5, error), Fits(), list[Any]()
+    for _ in range(2):  # the second knows
+        assert scored(narrow, fits=fits, emit=events.append) == {"rows": 50.0, "sum": sum(range(50))}
+    assert (narrow.failed, fits.most) == (2, 4)
+    (event,) = [event for event in events if isinstance(event, Warned)]
+    assert "at most 4 rows" in event.message
+    with pytest.raises(ManyhandsError, match="no memory for a forward pass of 1 row"):
+        scored(Narrow(0, error))
+    with pytest.raises(RuntimeError, match="shapes"):
+        scored(Narrow(5, RuntimeError("shapes differ")))
+
+
+def test_an_evaluation_of_several_workers_together_is_left_to_a_successor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MANYHANDS_SEAT", "w0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MANYHANDS_STORE", str(tmp_path))
+    with pytest.raises(OutOfMemory, match="no memory for a forward pass of 16 rows"):
+        scored(Narrow(5, REFUSED), share=(0, 1, True))
+    assert told(str(tmp_path), "w0") == Pass(16, divisible=True)

@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from manyhands.core.events import Emit, Evaluating, ignore
+from manyhands.core.errors import OutOfMemory
+from manyhands.core.events import Emit, Evaluating, Warned, ignore
 from manyhands.core.request import Gather
 from manyhands.data.partition import divide
+from manyhands.train.memory import Fits, first_line, is_out_of_memory, split_on_oom, tell_launcher
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from manyhands.core.types import Rows, Task
+    from manyhands.core.types import Batch, Rows, Task
     from manyhands.wire.world import World
+
+Scores = dict[str, torch.Tensor]
 
 
 def evaluate(
@@ -31,17 +35,24 @@ def evaluate(
     autocast: Callable[[], Any],
     emit: Emit = ignore,
     share: tuple[int, int, bool] | None = None,
+    fits: Fits | None = None,
 ) -> dict[str, float]:
     """The task's metrics over all of `rows`; collective, the same on every worker.
 
     Batches of as many rows as every worker can take are dealt to the workers in contiguous ranges; each worker's float64 sums
-    are gathered and added in rank order.
+    are gathered and added in rank order. A batch that finds no memory is scored in halves.
 
     Args:
         batch_rows: the most that this worker computes at once; others may have other memory, or another device.
         share: (which share, of how many, whether I tell of it), where several workers compute one together; default:
             each worker has its own.
+        fits: the most rows that this worker's memory was found to hold in an evaluation, kept from one to the next.
+
+    Raises:
+        OutOfMemory: it ran out where several workers compute a batch together, which none can cut alone.
+        ManyhandsError: not even one row fits.
     """
+    fits = fits or Fits()
     module = model if isinstance(model, torch.nn.Module) else None
     was_training = module.training if module is not None else False
     if module is not None:
@@ -52,19 +63,50 @@ def evaluate(
     mine = range(dealt.start * unit, min(dealt.stop * unit, len(rows)), unit if share else batch_rows)
     totals: dict[str, torch.Tensor] = {}
     shown = time.monotonic()
+
+    def score(piece: Batch, begin: int = 0, final: bool = True) -> Scores:
+        there = {name: tensor.to(device) for name, tensor in piece.items()}
+        found = task.score(model, there)  # type: ignore[arg-type]
+        return {name: value.to("cpu", torch.float64) for name, value in found.items()}
+
     with torch.no_grad(), autocast():
         for done, begin in enumerate(mine):
             ids = np.arange(begin, min(begin + mine.step, mine.stop), dtype=np.int64)
-            batch = {name: tensor.to(device) for name, tensor in rows.take(ids).items()}
-            for name, value in task.score(model, batch).items():  # type: ignore[arg-type]
-                value = value.to("cpu", torch.float64)
-                totals[name] = totals[name] + value if name in totals else value
+            batch = rows.take(ids)
+            for found in [_together(score, batch)] if share else _in_pieces(score, batch, fits):
+                for name, value in found.items():
+                    totals[name] = totals[name] + value if name in totals else value
             if time.monotonic() - shown > 0.2:
                 shown = time.monotonic()
                 emit(Evaluating(done=done + 1, total=len(mine)))
+    if fits.most != fits.told:
+        fits.told = fits.most
+        message = f"memory ran out in an evaluation: its batches have at most {fits.most} rows now, and the scores stay the same"
+        emit(Warned(message=message, where="memory"))
     if module is not None:
         module.train(was_training)
     return task.metrics(_add_up(totals if tells else {}, world), bytes_per_target=rows.bytes_per_target)
+
+
+def _in_pieces(score: Callable[..., Scores], batch: Batch, fits: Fits) -> list[Scores]:
+    """Scores of as many pieces of a batch as memory asks for: they are sums."""
+    return split_on_oom(score, batch, fits, divisible=True, untouched=lambda: True, what="forward pass")
+
+
+def _together(score: Callable[..., Scores], batch: Batch) -> Scores:
+    """Scores of a batch that others compute with me."""
+    try:
+        return score(batch)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        rows = len(next(iter(batch.values())))
+        tell_launcher(rows, divisible=True)
+        raise OutOfMemory(
+            f"no memory for a forward pass of {rows} rows: {first_line(error)}",
+            "workers that compute each layer together cannot cut a batch alone",
+            "give a smaller --device-batch",
+        ) from error
 
 
 def _add_up(totals: dict[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from manyhands.train.division import Division
 from manyhands.train.evaluate import evaluate
 from manyhands.train.leftout import Spoilt
 from manyhands.train.loads import Loads
-from manyhands.train.memory import heed
+from manyhands.train.memory import Fits, heed
 from manyhands.train.tally import Schedule, Tally, memory_bytes
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ class Loop:
         self.seats: tuple[Seat, ...] = tuple(
             Seat(id=f"w{m.rank}", host=m.host, device=m.device) for m in self.world.members
         )
-        self._epoch, self._loads, self._spoilt = 1, Loads(), Spoilt()
+        self._epoch, self._loads = 1, Loads()
+        self._spoilt, self._eval_fits = Spoilt(), Fits()
         self.division = Division(self.feed)
         self._chores: list[str] = []
         self._chores_of = -1  # the step that they belong to
@@ -365,6 +366,7 @@ class Loop:
                 autocast=self.autocast,
                 emit=self._told_in_evaluation,
                 share=getattr(self.replica.method, "share", None),
+                fits=self._eval_fits,
             )
         self.tally.eval = metrics
         if self.world.rank == 0:
