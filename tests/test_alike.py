@@ -104,7 +104,7 @@ class Numbers:
         return {name: float(total) for name, total in totals.items()}
 
 
-def scored(world: Any, most: list[int]) -> dict[str, float]:
+def scored(world: Any, most: list[int], breaks: int | None = None) -> dict[str, float] | None:
     numbers: Any = Numbers()
     return evaluate(
         torch.nn.Identity(),
@@ -114,6 +114,7 @@ def scored(world: Any, most: list[int]) -> dict[str, float]:
         batch_rows=most[world.rank],
         device=torch.device("cpu"),
         autocast=nullcontext,
+        asked=lambda: world.rank == breaks,
     )
 
 
@@ -124,6 +125,11 @@ def test_each_held_out_row_counts_once_whatever_each_worker_takes_at_once(
     """As a GPU and a CPU do, or one that has less memory."""
     found = fleets(2, "shared").run(scored, most)
     assert found == [{"rows": 50.0, "sum": sum(range(50))}] * 2
+
+
+def test_an_evaluation_is_broken_off_by_all(fleets: Callable[[int, str], Fleet]) -> None:
+    """Also where the others have computed their shares by then."""
+    assert fleets(2, "shared").run(scored, [16, 5], 1) == [None, None]
 
 
 def test_the_order_of_an_earlier_release_says_nothing_of_the_data() -> None:

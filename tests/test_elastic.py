@@ -14,6 +14,7 @@ import warm
 from fleet import Fleet
 from jobs import STEPS, Job
 from runs import TINY, events, summary
+from trapped import Job as Traps
 
 from manyhands.core.errors import ManyhandsError
 from manyhands.launch.chaos import Chaos, Fault, flip
@@ -204,6 +205,29 @@ def test_one_that_is_asked_to_leave_leaves_alone(corpus: Path, tmp_path: Path, s
     assert [e["seat"] for e in events(tmp_path, "left")] == ["w0"]
     assert not events(tmp_path, "lost")
     told = warm.manyhands("ledger", tmp_path)
+    assert "every sample once" in told
+    assert "left out by rule" not in told
+
+
+def test_what_an_evaluation_between_agreements_interrupts_is_kept(corpus: Path, tmp_path: Path) -> None:
+    """Whoever is asked to leave in it takes its way to the others first; where all are asked to stop, all ways are saved."""
+    run = tmp_path / "run"
+    options = ("--strategy", "diloco(lr=0.003, every=5)", "--lost-round", "drop", "--restarts", 0)
+    options += ("--steps", STEPS, "--eval-every", 7, "--eval-fraction", 0.2, "--device-batch", 2)
+    traps = [
+        {"seat": "w0", "place": "score", "act": "asked"},
+        {"seat": "w2", "place": "score", "step": 14, "act": "asked"},
+    ]
+    with Traps(run, corpus, *options, traps=traps, base=TINY) as job:
+        job.kill("w0", signal.SIGTERM)
+        job.trapped("w2")
+        job.process.send_signal(signal.SIGTERM)
+        job.end(128 + signal.SIGTERM)
+    assert [(r["step"], r["workers"], r["redone_places"]) for r in events(run, "reformed")] == [(7, 2, 0)]
+    assert [e["step"] for e in events(run, "evaluated")] == [7]
+    assert (run / "checkpoint-14").exists()
+    assert not events(run, "lost")
+    told = warm.manyhands("ledger", run)
     assert "every sample once" in told
     assert "left out by rule" not in told
 

@@ -13,6 +13,7 @@ from jobs import Job
 from runs import TINY, events, losses
 from test_exactness import assert_close, plain_run, summed
 from test_sharded import BASE, begin
+from trapped import Job as Traps
 
 from manyhands.exchange.combine import is_own, leaves
 from manyhands.exchange.ef21 import EF21
@@ -91,16 +92,31 @@ def test_whoever_leaves_hands_its_shard_over(
     tmp_path: Path,
     undisturbed: dict[int, float],
 ) -> None:
-    options = (*COMMON, "--strategy", f"zero3({LR})", "--restarts", 0)
-    with Job(tmp_path, corpus, *options) as job:
-        job.reach(5)
-        job.send("w1", signal.SIGTERM)
-        job.end()
-    ledger, (reformed,) = watched(tmp_path)
-    assert (reformed["by"], reformed["rebuilt"]) == ("survivors", "shards divided anew")
+    """Also where an evaluation is due, or under way. One in which all are asked to stop is broken off, and all is saved."""
+    run = tmp_path / "run"
+    options = (*COMMON, "--strategy", f"zero3({LR})", "--restarts", 0, "--eval-data", corpus)
+    traps = [
+        {"seat": "w1", "place": "step", "step": 4, "act": "asked"},
+        {"seat": "w2", "place": "score", "step": 5, "act": "asked"},
+        {"seat": "w3", "place": "score", "step": 10, "act": "asked"},
+    ]
+    with Traps(run, corpus, *options, "--eval-every", 5, traps=traps, workers=4, base=TINY) as job:
+        job.kill("w1", signal.SIGTERM)
+        job.kill("w2", signal.SIGTERM)
+        job.trapped("w3")
+        job.process.send_signal(signal.SIGTERM)
+        job.end(128 + signal.SIGTERM)
+    ledger, reformed = watched(run)
+    assert [(r["step"], r["workers"], r["by"]) for r in reformed] == [
+        (5, 3, "survivors"),
+        (5, 2, "survivors"),
+    ]
+    assert {each["rebuilt"] for each in reformed} == {"shards divided anew"}
     assert "every sample once" in ledger
-    assert not events(tmp_path, "lost")
-    assert losses(tmp_path) == pytest.approx(undisturbed, rel=1e-7)
+    assert not events(run, "lost")
+    assert [each["step"] for each in events(run, "evaluated")] == [5]
+    assert losses(run) == pytest.approx({n: undisturbed[n] for n in range(1, 11)}, rel=1e-7)
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-10"]
 
 
 # -- in one fleet: what was divided in one way is divided in another, some of its holders being gone

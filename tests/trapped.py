@@ -61,12 +61,15 @@ class Job(Launched):
 
     def kill(self, seat: str, signum: signal.Signals = signal.SIGKILL, *, place: str = "") -> None:
         """Once it has walked into the trap that stops it (at `place`)."""
+        os.kill(self.trapped(seat, place=place), signum)
 
-        def trapped() -> list[dict[str, Any]]:
-            found = self.said("trapped", seat)
-            return [r for r in found if place in ("", r["place"])]
+    def trapped(self, seat: str, *, place: str = "") -> int:
+        """Its process, once it has walked into that trap."""
 
-        os.kill(int(self.wait_for(trapped, f"{seat} in its trap")[0]["pid"]), signum)
+        def found() -> list[dict[str, Any]]:
+            return [r for r in self.said("trapped", seat) if place in ("", r["place"])]
+
+        return int(self.wait_for(found, f"{seat} in its trap")[0]["pid"])
 
     def open(self) -> None:
         """Let those go on that wait."""

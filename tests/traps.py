@@ -2,8 +2,8 @@
 
 Entry point ``traps:main``. $TRAPS is JSON: `directory`, where it tells what it meets, and `traps`, each with the `seat` that walks
 into it and the `place`: a phase as the worker tells it, or one of `INSIDE`; `step`: only after so many steps; `act`: "stop"
-(default: the thread stops there for good, other threads live on), "exit" (an exception), "wait" (until the file `open` is there) or
-"newcomer" (until one waits to be taken in);
+(default: the thread stops there for good, other threads live on), "exit" (an exception), "wait" (until the file `open` is there),
+"asked" (until a signal asks it to end) or "newcomer" (until one waits to be taken in);
 or what becomes of a forward pass: "nan" (its loss), "nan-gradient" (its gradient alone), "nan-parameter" (the model, before
 it), "oom" (the process, as if by the kernel for memory, of which the launcher reads in the file `oom`), "no-memory" (an
 allocation in it fails), "no-memory-late" (one in its backward, which has handed over gradients), "rows" (nothing: they are told).
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 POISONS = ("nan", "nan-gradient", "nan-parameter", "oom", "no-memory", "no-memory-late", "rows")
-INSIDE = ("claim", "piece", "forward", "exchange", "writing", "part")
+INSIDE = ("claim", "piece", "forward", "score", "exchange", "writing", "part")
 
 
 class Traps:
@@ -34,6 +34,7 @@ class Traps:
         self.doing = ("start", 0)
         self.member: Any = None
         self.echo = threading.Event()
+        self.asked = False
 
     def tell(self, what: str, **fields: Any) -> None:
         record = {"what": what, "seat": self.seat, "pid": os.getpid(), "time_s": time.time(), **fields}
@@ -56,6 +57,8 @@ class Traps:
         """Whether what a trap waits for has come."""
         if act == "newcomer":
             return bool(self.member.change_wanted)
+        if act == "asked":
+            return self.asked
         return act == "wait" and (self.directory / "open").exists()
 
     def meet(self, place: str) -> str:
@@ -78,9 +81,15 @@ class Traps:
 
 def main(argument: str) -> int:
     from manyhands.coordinate.client import Member
+    from manyhands.core.signals import Interrupts
 
     traps = Traps()
     at, hear, connect = Member.at, Member._hear, Member.connect
+    handle = Interrupts._handle
+
+    def telling_handle(self: Interrupts, *given: Any) -> None:
+        traps.asked = True
+        handle(self, *given)
 
     def telling_at(self: Member, phase: str, step: int) -> None:
         traps.doing, traps.member = (phase, step), self
@@ -102,6 +111,7 @@ def main(argument: str) -> int:
 
     Member.at, Member._hear = telling_at, telling_hear  # type: ignore[method-assign]
     Member.connect = slow_connect  # type: ignore[method-assign]
+    Interrupts._handle = telling_handle  # type: ignore[method-assign]
     _patch(traps)
     from manyhands.train.worker import main
 
@@ -119,6 +129,7 @@ def _patch(traps: Traps) -> None:
         (prepare, "_claim", "claim", ("prepare",)),
         (prepare, "prepare_piece", "piece", ("prepare",)),
         (Pretrain, "loss", "forward", ("compile", "step")),
+        (Pretrain, "score", "score", ("evaluate",)),
         (SharedWire, "barrier", "exchange", ("step",)),
         (checkpoint, "_write", "writing", ()),
         (joint.Share, "write", "part", ()),

@@ -1,7 +1,8 @@
 """SIGTERM and SIGINT in a worker: at once where nothing is lost, else at the next step boundary.
 
-In an interruptible phase (preparing, building, compiling, evaluating, generating) the handler raises `Stopped`. In any
-other it only notes the signal, and the loop asks all workers to stop after the same step, saves, and raises.
+In an interruptible phase (preparing, building, compiling, generating, scoring a saved model) the handler raises `Stopped`. In
+any other it only notes the signal, and the loop asks all workers to stop after the same step, or in the midst of an
+evaluation, saves, and raises.
 """
 
 from __future__ import annotations

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 Scores = dict[str, torch.Tensor]
 
 
+def _never() -> bool:
+    return False
+
+
 def evaluate(
     model: nn.Module | Callable[..., Any],
     task: Task,
@@ -36,8 +40,9 @@ def evaluate(
     emit: Emit = ignore,
     share: tuple[int, int, bool] | None = None,
     fits: Fits | None = None,
-) -> dict[str, float]:
-    """The task's metrics over all of `rows`; collective, the same on every worker.
+    asked: Callable[[], bool] = _never,
+) -> dict[str, float] | None:
+    """The task's metrics over all of `rows`; collective, the same on every worker. None where one has broken it off.
 
     Batches of as many rows as every worker can take are dealt to the workers in contiguous ranges; each worker's float64 sums
     are gathered and added in rank order. A batch that finds no memory is scored in halves.
@@ -47,6 +52,7 @@ def evaluate(
         share: (which share, of how many, whether I tell of it), where several workers compute one together; default:
             each worker has its own.
         fits: the most rows that this worker's memory was found to hold in an evaluation, kept from one to the next.
+        asked: before each batch, whether to break off; alike on workers that compute one together.
 
     Raises:
         OutOfMemory: it ran out where several workers compute a batch together, which none can cut alone.
@@ -62,7 +68,7 @@ def evaluate(
     dealt = divide(-(-len(rows) // unit), [1.0] * shares)[which]
     mine = range(dealt.start * unit, min(dealt.stop * unit, len(rows)), unit if share else batch_rows)
     totals: dict[str, torch.Tensor] = {}
-    shown = time.monotonic()
+    shown, broken = time.monotonic(), False
 
     def score(piece: Batch, begin: int = 0, final: bool = True) -> Scores:
         there = {name: tensor.to(device) for name, tensor in piece.items()}
@@ -71,6 +77,8 @@ def evaluate(
 
     with torch.no_grad(), autocast():
         for done, begin in enumerate(mine):
+            if broken := asked():
+                break
             ids = np.arange(begin, min(begin + mine.step, mine.stop), dtype=np.int64)
             batch = rows.take(ids)
             for found in [_together(score, batch)] if share else _in_pieces(score, batch, fits):
@@ -85,7 +93,12 @@ def evaluate(
         emit(Warned(message=message, where="memory"))
     if module is not None:
         module.train(was_training)
-    return task.metrics(_add_up(totals if tells else {}, world), bytes_per_target=rows.bytes_per_target)
+    told = world.gather(None if broken else sorted(totals) if tells else [])
+    if None in told:
+        return None
+    names = sorted({name for each in told for name in each})
+    sums = _add_up(names, totals if tells else {}, world)
+    return task.metrics(sums, bytes_per_target=rows.bytes_per_target)
 
 
 def _in_pieces(score: Callable[..., Scores], batch: Batch, fits: Fits) -> list[Scores]:
@@ -109,9 +122,8 @@ def _together(score: Callable[..., Scores], batch: Batch) -> Scores:
         ) from error
 
 
-def _add_up(totals: dict[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
+def _add_up(names: list[str], totals: dict[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
     """Everybody's sums, added in rank order; a worker without a batch contributes nothing."""
-    names = sorted({name for each in world.gather(sorted(totals)) for name in each})
     result = {}
     for name in names:
         mine = totals.get(name)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from manyhands.core.errors import PeerLost, Stopped
 from manyhands.core.events import Emit, Evaluated, Event, Mended, Stepped
 from manyhands.core.membership import Seat
-from manyhands.train import chaos_hook, saving
+from manyhands.train import asked, chaos_hook, saving
 from manyhands.train.balancing import rebalance, regroup, shares_of, take_shares
 from manyhands.train.crew import carries
 from manyhands.train.division import Division
@@ -153,14 +153,18 @@ class Loop:
         whole = done >= self.division.open_until  # else some have done steps beyond this one
         if self._save_due and rests and whole:
             chores += ["meet", "save"]  # first: an evaluation that fails takes no step along
+        if result.change:  # before what may take long: whoever leaves may not have the time
+            chores += ["meet", "change"] if getattr(self.replica.method, "meets_first", False) else ["change"]
         if every.eval_every and done % every.eval_every == 0 and done < every.total_steps:
             chores.append("evaluate")
-        if result.change:
-            chores += ["meet", "change"] if getattr(self.replica.method, "meets_first", False) else ["change"]
         self._set_chores(chores)
 
     def _set_chores(self, chores: list[str]) -> None:
         self._chores, self._chores_of = chores, self.replica.steps
+
+    def do_first(self, chores: list[str]) -> None:
+        """Before the chore that I am at, which is done again."""
+        self._set_chores([*chores, *self._chores])
 
     def _do(self, chore: str) -> None:
         self.tally.settle()
@@ -183,7 +187,7 @@ class Loop:
             raise Stopped(int(chore.partition(":")[2]) & 0xFF)
         elif chore == "change":
             assert self.crew is not None
-            self._chores = []
+            self._chores = self._chores[1:]  # for the next set
             self.crew.change(self)
 
     def _tell_phase(self, phase: str) -> None:
@@ -350,12 +354,12 @@ class Loop:
         traffic = self.replica.wire.traffic
         self._marked = (self.replica.steps, self.replica.tokens, traffic.communicate_s + traffic.idle_s)
 
-    def evaluate(self) -> dict[str, float]:
-        """Score the held-out rows now; keeps and emits the metrics."""
+    def evaluate(self) -> None:
+        """Score the held-out rows now; keeps and emits the metrics. Broken off where somebody is asked to end."""
         if self.eval_rows is None:
-            return {}
+            return
         start = time.perf_counter()
-        with self.interrupts.phase("evaluate", interruptible=True), self.replica.agreed():
+        with self.interrupts.phase("evaluate", interruptible=False), self.replica.agreed():
             metrics = evaluate(
                 self.replica.model,
                 self.task,
@@ -367,14 +371,17 @@ class Loop:
                 emit=self._told_in_evaluation,
                 share=getattr(self.replica.method, "share", None),
                 fits=self._eval_fits,
+                asked=lambda: asked.heard(self),
             )
-        self.tally.eval = metrics
-        if self.world.rank == 0:
-            self.emit(Evaluated(step=self.replica.steps, metrics=metrics, wall_s=time.perf_counter() - start))
         pause = time.perf_counter() - start
         self._mark += pause
         self._begun += pause
-        return metrics
+        if metrics is None:
+            asked.heed(self)
+            return
+        self.tally.eval = metrics
+        if self.world.rank == 0:
+            self.emit(Evaluated(step=self.replica.steps, metrics=metrics, wall_s=pause))
 
     def _told_in_evaluation(self, event: Event) -> None:
         self._tell_phase("evaluate")  # it goes on, however long it takes

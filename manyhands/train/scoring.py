@@ -81,6 +81,7 @@ def score(job: Job, *, held_out: bool, trust: bool) -> dict[str, float | int | s
             autocast=session.autocast_for(precision, device.type),
             emit=emit,
         )
+        assert metrics is not None  # nobody breaks it off: a signal ends this worker at once
         told: dict[str, float | int | str] = {
             "checkpoint": str(path),
             "rows": len(rows),

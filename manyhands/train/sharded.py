@@ -175,6 +175,12 @@ class ShardedModel:
         group, mine, layer = self.layout.mesh.place
         return (group * shard + mine, groups * shard, layer == 0) if tensor > 1 else None
 
+    @property
+    def layer(self) -> Wire | None:
+        """Joins the workers that compute each layer together, where they are several."""
+        mesh = self.layout.mesh
+        return mesh.tensor if mesh.sizes[2] > 1 else None
+
     def meet(self) -> None:
         """Nothing is ever in flight between steps."""
 
