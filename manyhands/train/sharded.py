@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -117,7 +117,7 @@ class ShardedModel:
                 raise
             short = memory.first_line(error)
         if short:  # here nothing holds any more what the pass has left
-            raise self._begin_anew(max((rows_of(each.batch) for each in passes), default=0), part, short)
+            raise self._begin_anew(passes, part, short)
         used = self._used()
         flags = [float(name in used) for name in self._params]
         row = Header.row(loss_sum, count, wishes, replica.work, [*flags, self._square()])
@@ -178,8 +178,7 @@ class ShardedModel:
     @property
     def layer(self) -> Wire | None:
         """Joins the workers that compute each layer together, where they are several."""
-        mesh = self.layout.mesh
-        return mesh.tensor if mesh.sizes[2] > 1 else None
+        return self.layout.mesh.tensor if self.layout.mesh.sizes[2] > 1 else None
 
     def meet(self) -> None:
         """Nothing is ever in flight between steps."""
@@ -376,9 +375,10 @@ class ShardedModel:
                     found.add(self.layout.owned[i].name)
         return found
 
-    def _begin_anew(self, rows: int, part: Part, short: str) -> ManyhandsError:
+    def _begin_anew(self, passes: Sequence[Pass], part: Part, short: str) -> ManyhandsError:
         """After a pass of mine found no memory, in which the others wait for me: all meet again, and have smaller ones."""
         memory.release()
+        rows = max((rows_of(each.batch) for each in passes), default=0)
         replica, what = self._replica, f"no memory for a forward and backward of {rows} rows: {short}"
         if replica.over is not None and part.divisible and rows > 1:
             replica.fits.most = (rows + 1) // 2
