@@ -15,7 +15,7 @@ from manyhands.coordinate.journal import Journal, restore, unfinished
 from manyhands.coordinate.messages import VERSION, Refused, epoch_to
 from manyhands.coordinate.words import Rules
 from manyhands.core.errors import CheckpointError, UsageError
-from manyhands.core.membership import Epoch, Seat
+from manyhands.core.membership import REFORM, Epoch, Seat
 
 
 def test_a_loss_before_the_first_step_that_nobody_can_mend_fails_the_job() -> None:
@@ -120,6 +120,26 @@ def test_a_step_that_ends_three_workers_by_themselves_fails_the_job() -> None:
     assert "step 43 has ended 3 workers" in play.state.ended[1]
 
 
+def test_steps_that_are_done_again_after_going_back_count_by_themselves() -> None:
+    """Each death, and each collective that fails, leads back to a checkpoint; the last beat may be some steps old."""
+    play = Play("w0", "w1")
+    for step, count in ((70, 1), (60, 2), (50, 3), (50, 4)):
+        play.step(10)
+        play.step(step - count)
+        play.state.lose(f"w1-{count - 1}" if count > 1 else "w1", how="failed", detail="boom", now=play.now)
+        play.state.expect([f"w1-{count}"], play.now)
+        play.come(f"w1-{count}")
+        play.state.ready(f"w1-{count}", epoch=0, step=0, now=play.now)
+        play.state.ready("w0", epoch=play.epoch.number, step=step, phase=REFORM, now=play.now)
+        assert play.state.ended is None
+        assert "w1" not in ids(play.epoch)
+    play.step(10)
+    play.step(50)
+    play.state.lose("w1-4", how="failed", detail="boom", now=play.now)
+    assert play.state.ended is not None
+    assert "step 51 has ended 3 workers" in play.state.ended[1]
+
+
 def test_kills_from_outside_are_borne_for_longer() -> None:
     play = Play("w0", "w1", kills=5)
     play.step(41)
@@ -185,6 +205,19 @@ def test_a_step_in_between_clears_suspicion() -> None:
         play.ready("w0", "w1")
         play.step(step)
     assert play.happenings("evict") == []
+
+
+def test_suspicion_in_steps_that_are_done_again_counts_by_the_step() -> None:
+    play = Play("w0", "w1", "w2")
+    for step in (70, 60, 50, 50, 50):
+        assert play.happenings("evict") == []
+        play.step(10)  # from the checkpoint, or steps of one's own that nobody agreed upon
+        play.step(step - 1)
+        number = play.epoch.number
+        play.state.suspect("w0", epoch=number, rank=2, detail="", now=play.now, step=step)
+        for id in [id for id in ("w0", "w1", "w2") if id in play.state.members]:
+            play.state.ready(id, epoch=number, step=step + 1, phase=REFORM, now=play.now)
+    assert [happening.seat_id for happening in play.happenings("evict")] == ["w2"]
 
 
 def test_collectives_that_fail_without_a_suspect_fail_the_job() -> None:

@@ -227,3 +227,157 @@ def test_whoever_the_others_wait_for_in_vain_is_given_up(phase: str, limit_s: fl
         play.wait(2.0)
     assert [happening.seat_id for happening in play.happenings("evict")] == ["w1"]
     assert limit_s <= play.now - begun <= limit_s + 6.0
+
+
+def stands_still(play: Play, id: str, most_s: float) -> float:
+    """How long `id` may stand still, which the others wait for, until it is given up; at most `most_s`."""
+    others = [other for other in play.state.members if other != id]
+    play.beat(id, moved=True)
+    play.wait(0.5)
+    play.beat(*others, moved=True)
+    begun = play.now
+    while play.now - begun < most_s and id in play.state.members:
+        play.beat()
+        play.wait(0.5)
+    assert [happening.seat_id for happening in play.happenings("evict")] in ([], [id])
+    return play.now - begun + 0.5
+
+
+@pytest.mark.parametrize(("step_s", "limit_s"), [(2.0, 20.0), (10.0, 50.0)])
+def test_the_longest_step_is_nothing_but_a_step(step_s: float, limit_s: float) -> None:
+    """Not what comes before the first, beside it or between two."""
+    play = Play("w0", "w1", stuck_s=20.0, hang_s=1e9, begun=False)
+    for phase, seconds in (("prepare", 1200.0), ("build", 60.0), ("compile", 90.0)):
+        play.step(0, phase=phase)
+        play.wait(seconds)
+    play.step(1)
+    for step in (1, 2, 3):
+        for phase in ("evaluate", "save", "wait", "re-forming") if step == 2 else ():
+            play.step(step, phase=phase)
+            play.wait(90.0)
+        play.step(step)
+        play.wait(step_s)
+    play.step(4)
+    assert limit_s <= stands_still(play, "w1", 1000.0) < limit_s + 2.0
+
+
+def test_steps_are_measured_where_each_is_followed_by_something_else() -> None:
+    play = Play("w0", "w1", stuck_s=20.0, hang_s=1e9)
+    for step, step_s in ((1, 1.0), (2, 10.0), (3, 10.0)):
+        play.step(step)
+        play.wait(step_s)
+        play.step(step + 1, phase="evaluate")
+        play.wait(60.0)
+    play.step(4)
+    assert 50.0 <= stands_still(play, "w1", 1000.0) < 52.0
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_before_a_step_was_seen_as_a_whole_one_may_take_six_times_as_long(interrupted: bool) -> None:
+    play = Play("w0", "w1", stuck_s=20.0, hang_s=1e9, begun=False)
+    play.step(0, phase="compile")
+    play.wait(1.0)
+    play.step(1)
+    if interrupted:  # what was added up is kept: what is left of the step is short
+        play.wait(60.0)
+        play.state.suspect("w0", epoch=1, rank=None, detail="timed out", now=play.now)
+        for id in ("w0", "w1"):
+            play.state.ready(id, epoch=1, step=1, phase="re-forming", now=play.now)
+        play.step(1)
+        play.wait(1.0)
+        play.step(2)
+    for _ in range(100):
+        play.wait(1.0)
+        play.beat()
+    play.step(3)
+    for _ in range(300):  # it is known now
+        play.wait(1.0)
+        play.beat()
+    assert not play.happenings("evict")
+
+
+def test_steps_that_are_done_again_are_not_one_long_step() -> None:
+    play = Play("w0", "w1", stuck_s=20.0, hang_s=1e9)
+    for step in range(2, 51):
+        play.wait(1.0)
+        play.step(step)
+    play.state.suspect("w0", epoch=1, rank=None, detail="timed out", now=play.now)
+    for id in ("w0", "w1"):
+        play.state.ready(id, epoch=1, step=50, phase="re-forming", now=play.now)
+    for step in range(10, 52):  # from the checkpoint
+        play.step(step)
+        play.wait(1.0)
+    assert 20.0 <= stands_still(play, "w1", 1000.0) < 22.0
+
+
+def test_who_goes_back_to_the_beginning_is_no_newcomer_and_the_job_goes_on() -> None:
+    play = Play("w0", "w1", "w2")
+    play.step(5)
+    play.state.lose("w2", how="death", detail="SIGKILL", now=play.now)
+    play.ready("w0", "w1")
+    play.step(0)  # there was no checkpoint yet
+    play.state.lose("w1", how="death", detail="SIGKILL", now=play.now)
+    assert play.state.gone["w1"].step == 0
+    play.ready("w0")
+    assert (play.state.ended, ids(play.epoch), play.epoch.fresh) == (None, ["w0"], frozenset())
+
+
+def fetching(play: Play) -> None:
+    """`n` comes in, has the state to fetch, and the others wait for it."""
+    play.step(5)
+    play.come("n")
+    play.state.ready("n", epoch=0, step=0, now=play.now)
+    play.ready("w0", "w1")
+    play.step(5, "w0", "w1", phase="re-forming")
+    play.step(0, "n", phase="fetch")
+
+
+def test_who_waits_for_a_long_transfer_is_not_stuck_and_who_lets_it_hang_is() -> None:
+    play = Play("w0", "w1", stuck_s=20.0)
+    fetching(play)
+    for _ in range(400):
+        play.wait(1.0)
+        play.beat("w0", "w1", phase="re-forming")
+        play.step(0, "n", phase="fetch")  # bytes arrive
+    assert not play.happenings("evict")
+    begun = play.now
+    while play.now - begun < 200.0 and "n" in play.state.members:
+        play.beat("w0", "w1", phase="re-forming")
+        play.beat("n", phase="fetch")
+        play.wait(1.0)
+    assert 120.0 <= play.now - begun <= 122.0
+    for _ in range(10):
+        play.beat("w0", "w1", phase="re-forming")
+        play.wait(1.0)
+    assert [happening.seat_id for happening in play.happenings("evict")] == ["n"]
+
+
+def test_a_step_in_which_another_fetches_the_state_is_no_long_step() -> None:
+    play = Play("w0", "w1", stuck_s=20.0)
+    fetching(play)
+    play.step(5, "w0", "w1")
+    play.wait(1.0)
+    play.step(6, "w0", "w1")
+    for _ in range(200):
+        play.wait(1.0)
+        play.beat("w0", "w1")
+        play.step(0, "n", phase="fetch")
+    play.step(6, "n")
+    play.wait(0.5)
+    play.step(7)
+    assert 20.0 <= stands_still(play, "w1", 1000.0) < 22.0
+
+
+@pytest.mark.parametrize("phase", ["re-forming", "check", "change"])
+def test_where_state_may_travel_all_may_stand_still_for_longer(phase: str) -> None:
+    play = Play("w0", "w1", stuck_s=20.0)
+    play.wait(1.0)
+    play.step(2, phase=phase)
+    play.wait(1.0)
+    play.step(2, "w0", phase=phase)
+    begun = play.now
+    while play.now - begun < 200.0 and len(play.state.members) == 2:
+        play.beat(phase=phase)
+        play.wait(1.0)
+    assert [happening.seat_id for happening in play.happenings("evict")] == ["w1"]
+    assert 119.0 <= play.now - begun <= 121.0

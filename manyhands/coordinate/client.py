@@ -160,7 +160,8 @@ class Member:
     def suspect(self, rank: int | None, detail: str) -> None:
         with self._changed:
             self.over.set()
-            fields = {"epoch": self._held(), "rank": rank, "detail": detail[: messages.DETAIL_LENGTH]}
+            said = detail[: messages.DETAIL_LENGTH]
+            fields = {"epoch": self._held(), "rank": rank, "step": self._doing[1], "detail": said}
             self._suspicion = fields
             self._line.say("suspect", **fields)
 

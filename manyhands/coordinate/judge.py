@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from manyhands.coordinate.messages import VERSION, Refused
 from manyhands.coordinate.words import BEGINNING, Member, Rules
-from manyhands.core.membership import SUMS, Epoch, Loss, Seat
+from manyhands.core.membership import REFORM, SUMS, Epoch, Loss, Seat
 
 ENTER_S = 1.5  # for a newcomer to wait for the end of a step; to re-form costs about half a second
 PATIENCE = 5  # times the longest step so far, before a worker counts as stuck
 SLOW = frozenset(
     {"start", "prepare", "build", "compile", "fetch", "evaluate", "generate", "save", "wait", "finish"}
+    | {"check", "change", REFORM}  # state may travel, or be read
 )  # phases that may take long: who stands still in one is not stuck, for so many times as long:
 SLOWLY = 6
 RETURN_S = 3.0  # for workers to find a coordinator that is back, however soon silence counts as a hang
@@ -112,21 +114,24 @@ def late(
 
     Args:
         over: the epoch is over: whoever is ready waits for the next.
-        begun: a step is done. Before that who has stood still for longest is late, as the others wait for it, unless it, or
-            one that it may be waiting for, prepares data or builds the model.
+        begun: a step has been measured. Before that who has stood still for longest is late, as the others wait for it, unless
+            it, or one that it may be waiting for, prepares data or builds the model.
 
-    The only one (nobody else has come, is left, or has anything left to do) has time as in a slow phase.
+    The only one (nobody else has come, is left, or has anything left to do) has time as in a slow phase. Who re-forms while
+    another fetches the state, or hands it out, waits for that.
     """
+    fetching = any(m.phase == "fetch" and not m.ready for m in inside)
+    awaited = [m for m in inside if not m.ready and not (fetching and m.phase == REFORM)]
     if not begun:
-        first = min((m for m in inside if not m.ready), key=lambda member: member.moved_s, default=None)
+        first = min(awaited, key=lambda member: member.moved_s, default=None)
         asked = [first] if any(member.ready for member in inside) else inside
         if first is None or any(m is None or m.phase in GUESS for m in asked):
             return None
         return first if now - first.moved_s >= SLOWLY * stuck_s else None
     alone = len(inside) == 1
-    for member in inside:
+    for member in awaited:
         slow = alone or member.phase in SLOW
-        waited = not member.ready and now - member.moved_s >= (SLOWLY * stuck_s if slow else stuck_s)
+        waited = now - member.moved_s >= (SLOWLY * stuck_s if slow else stuck_s)
         if waited and (slow or any(m.ready for m in inside)):
             return member
     return None if over else stuck(inside, stuck_s, now)
@@ -173,7 +178,7 @@ def finished(
 
     Newcomers that are still getting ready are too late. The first rank has the last word: who sums up the run.
     """
-    if any(m.step >= 1 for m in members) or not any(x.detail == "done" for x in gone.values()):
+    if any(m.holds for m in members) or not any(x.detail == "done" for x in gone.values()):
         return None
     first = gone.get(epoch.seats[0].id) if epoch is not None else None
     if first is None or first.how == "left":
@@ -192,18 +197,29 @@ def closing(staying: Iterable[Member], gone: Iterable[Loss], *, done: bool, stat
     return not waits and (done or any(loss.detail == "done" for loss in gone))
 
 
-def deadly(losses: Sequence[Loss], step: int, rules: Rules, epoch: Epoch | None) -> str:
-    """Why the job must fail, if so many were lost at this step that the step itself is to blame; else empty.
+def furthest(members: Iterable[Member], steps: int) -> int:
+    """How many steps are done, where one knows of `steps`."""
+    return max([steps, *(member.step for member in members)])
+
+
+def placed(losses: Iterable[Loss], ids: Sequence[str], steps: int) -> list[Loss]:
+    """The same, those of `ids` with how many steps were done: what they said themselves may be older than their end."""
+    return [replace(loss, step=steps) if loss.seat.id in ids else loss for loss in losses]
+
+
+def deadly(losses: Sequence[Loss], rules: Rules, epoch: Epoch | None) -> str:
+    """Why the job must fail, if so many were lost in the last one's step that the step itself is to blame; else empty.
 
     Every end for want of memory makes the passes of one worker smaller: the more workers there are, the more are borne.
     """
-    own = sum(1 for loss in losses if loss.how == "failed")
+    here = [loss for loss in losses if loss.step == losses[-1].step]
+    own = sum(1 for loss in here if loss.how == "failed")
     workers = len(epoch.seats) if epoch is not None else 1
-    if own < rules.faults and len(losses) < rules.kills * -(-workers // SHRINKING):
+    if own < rules.faults and len(here) < rules.kills * -(-workers // SHRINKING):
         return ""
     return (
-        f"step {step} has ended {own if own >= rules.faults else len(losses)} workers, the last by: "
-        f"{losses[-1].detail}. What it computes ends whoever computes it. See the logs of these workers"
+        f"step {here[-1].step + 1} has ended {own if own >= rules.faults else len(here)} workers, the last by: "
+        f"{here[-1].detail}. What it computes ends whoever computes it. See the logs of these workers"
     )
 
 

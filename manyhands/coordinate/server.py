@@ -293,7 +293,8 @@ class Coordinator:
             elif op == "suspect":
                 rank = None if message.get("rank") is None else messages.whole(message, "rank")
                 detail = messages.text(message, "detail", most=messages.DETAIL_LENGTH)
-                state.suspect(id, epoch=messages.whole(message, "epoch"), rank=rank, detail=detail, now=now)
+                epoch = messages.whole(message, "epoch")
+                state.suspect(id, epoch=epoch, rank=rank, detail=detail, now=now, step=step)
             elif op == "fail":
                 state.end(messages.text(message, "detail", most=messages.DETAIL_LENGTH, least=1))
             elif op == "leaving":

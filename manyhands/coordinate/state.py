@@ -12,10 +12,11 @@ any clock in seconds that does not jump (`shift` moves it on where the whole mac
 3. A ready newcomer, or a member that wants to leave, is announced (`wanted`); the members end the epoch at a step of theirs.
    A newcomer that has waited for `judge.ENTER_S` ends it in the middle of a step where that costs nobody's work.
 4. A worker unheard of for `hang_s` is evicted, as is one that is started and says nothing (`arrivals`). So is one that stands
-   still for `stuck_s` (or five times the longest step, if that is more) while the others passed it or wait for it, or, where all
-   stand still, the one that did so first; in a phase that may take long (evaluate, save, compile, …), or alone, six times as long.
-5. A step that `faults` workers die of by themselves (or `kills` per three workers of any cause) fails the job, as does a
-   collective that cannot be completed again and again without anybody to blame; else whoever is suspected most is evicted.
+   still for `stuck_s` (or five times the longest step, if that is more; see `Pace`) while the others passed it or wait for it, or,
+   where all stand still, the one that did so first; six times as long in a phase that may take long (evaluate, save, …), alone, or
+   before a step is measured.
+5. A step that `faults` workers die of by themselves (or `kills` per three workers of any cause) fails the job, as does one whose
+   collectives fail again and again without anybody to blame; else whoever is suspected most is evicted.
 6. Where fewer than `min_workers` are alive and none comes, or nobody is left who holds the state, it fails: not when all is done.
 """
 
@@ -28,9 +29,10 @@ from typing import Any
 from manyhands.coordinate import judge
 from manyhands.coordinate.arrivals import Arrivals
 from manyhands.coordinate.messages import FACTS, Garbage, epoch_to
+from manyhands.coordinate.pace import Pace
 from manyhands.coordinate.suspicions import Suspicions
 from manyhands.coordinate.words import Happening, Member, Note, Rules, Say
-from manyhands.core.membership import Epoch, Loss, Seat, current, outlived
+from manyhands.core.membership import REFORM, Epoch, Loss, Seat, current, outlived
 
 BACK_S = 1.5  # for a worker whose connection has ended to come back in
 EXPLAIN_S = 0.3  # how long a better reason than "its connection ended" is awaited before the loss is told
@@ -59,15 +61,11 @@ class State:
     _unexplained: dict[str, float] = field(default_factory=dict)
     _departed: float | None = None  # when somebody left whom the others may still wait for
     _wanted: bool = False
-    _top: int = 0
-    _top_s: float | None = None  # when it was reached; before: when the first epoch began
-    _longest_s: float = 0.0  # between two steps
-    _since_step: list[Loss] = field(default_factory=list)
+    _pace: Pace = field(default_factory=Pace)
+    _deaths: list[Loss] = field(default_factory=list)  # in steps that are not done since
     _suspicions: Suspicions = field(default_factory=Suspicions)
     _short_s: float | None = None
-    _done: bool = (
-        False  # somebody has said so: what is left to do at the end is anybody's, however few there are
-    )
+    _done: bool = False  # somebody has said so: what is left at the end is anybody's, however few there are
 
     # -- from workers
 
@@ -88,7 +86,7 @@ class State:
             member = Member(seat, now, now)
         member.connected, member.ready, member.heard_s = True, False, now
         self.members[seat.id] = member
-        self._stepped(member, step, now)
+        self._stepped(member, step, member.phase, now)
         self._say(seat.id, "welcome", facts=dict(self.facts), stopping=self.stopping, wanted=self._wanted)
         self.out.append(Happening(kind="joined", seat_id=seat.id))
         if self.epoch is not None and self._inside(seat.id):
@@ -100,10 +98,10 @@ class State:
     def beat(self, id: str, *, phase: str, step: int, calls: int, stack: str, now: float) -> None:
         """A sign of life. `calls`: how often its main thread has said what it does."""
         member = self.members[id]
-        member.heard_s, member.phase, member.stack = now, phase, stack
+        member.heard_s, member.stack = now, stack
         if calls != member.calls:
             member.calls, member.moved_s = calls, now
-        self._stepped(member, step, now)
+        self._stepped(member, step, phase, now)
 
     def ready(
         self, id: str, *, epoch: int, step: int, now: float, phase: str = "", waits: bool = True
@@ -111,8 +109,7 @@ class State:
         """It waits for the epoch after `epoch`; not `waits`: no longer, it has to do something first."""
         member = self.members[id]
         member.heard_s = member.moved_s = now
-        member.phase = phase or member.phase
-        self._stepped(member, step, now)
+        self._stepped(member, step, phase or member.phase, now)
         if waits and self.epoch is not None and self._inside(id) and epoch < self.epoch.number:
             self._say(id, "epoch", **epoch_to(self.epoch))
             return
@@ -120,15 +117,17 @@ class State:
         self._want()
         self._form(now)
 
-    def suspect(self, id: str, *, epoch: int, rank: int | None, detail: str, now: float) -> None:
-        """A collective of `epoch` failed for it, because of `rank` as it seems (its own: it begins anew with less)."""
+    def suspect(
+        self, id: str, *, epoch: int, rank: int | None, detail: str, now: float, step: int = 0
+    ) -> None:
+        """A collective of `epoch` failed for it after so many steps, by `rank` as it seems (itself: it begins anew with less)."""
         current = self.epoch
         if current is None or epoch != current.number or not self._inside(id):
             return
         name = current.seats[rank].id if rank is not None and rank < len(current.seats) else ""
         if not self.over:
             self.over = True
-            self._suspicions.begin()
+            self._suspicions.begin(judge.furthest(self.members.values(), step))
             self._tell_over(self._living())
         self._suspicions.add(id, name)
         worst, words = self._suspicions.verdict(self.members, self.epoch, detail)
@@ -163,7 +162,7 @@ class State:
         self.facts = current(self.facts, self.number)
         for seat in epoch.seats:
             if seat.id not in self.members and seat.id not in self.gone:
-                self.members[seat.id] = Member(seat, now, now, connected=False, step=1)
+                self.members[seat.id] = Member(seat, now, now, connected=False, holds=True)
 
     def recall(self, loss: Loss) -> None:
         """Somebody was lost before a restart."""
@@ -249,7 +248,7 @@ class State:
         for member in self.members.values():
             member.shift(seconds)
         self._unexplained = {id: since + seconds for id, since in self._unexplained.items()}
-        for name in ("_departed", "_top_s", "_short_s"):
+        for name in ("_departed", "_short_s"):
             setattr(self, name, None if (at := getattr(self, name)) is None else at + seconds)
 
     def tick(self, now: float) -> None:
@@ -272,8 +271,7 @@ class State:
                 self._evict(id, why, now)
         for id, why in self.coming.late(self.rules, now):
             self._evict(id, why, now)
-        limit = max(self.rules.stuck_s, judge.PATIENCE * self._longest_s)  # a step may take long
-        begun = self.began and self._longest_s > 0
+        limit, begun = self._pace.limit_s(self.rules.stuck_s), self._pace.longest_s is not None
         if (found := judge.late(self._staying(), limit, now, over=self.over, begun=begun)) is not None:
             self._evict(found.seat.id, judge.still(found, now), now)
             for member in self._staying():  # they may have waited for it, and now have to notice
@@ -301,17 +299,15 @@ class State:
         """Ready workers that take part in no epoch yet, as they came."""
         return [m for id, m in self.members.items() if m.ready and m.leaving is None and not self._inside(id)]
 
-    def _stepped(self, member: Member, step: int, now: float) -> None:
-        member.step = max(member.step, step)
-        if member.step > self._top:
-            if self._top_s is not None:
-                self._longest_s = max(self._longest_s, now - self._top_s)
-            self._top, self._top_s = member.step, now
-            self._since_step.clear()
-            self._suspicions.rounds.clear()
-            if not self.began:
-                self.began = True
-                self.out.append(Note({"kind": "began"}))
+    def _stepped(self, member: Member, step: int, phase: str, now: float) -> None:
+        self._pace.hear(member, self._staying(), phase=phase, step=step, now=now)
+        member.step, member.phase, member.holds = step, phase, member.holds or step >= 1
+        if phase != REFORM:  # else what only some have done of it may be done again
+            self._deaths = [loss for loss in self._deaths if loss.step >= step]
+            self._suspicions.done(step)
+        if step >= 1 and not self.began:
+            self.began = True
+            self.out.append(Note({"kind": "began"}))
 
     def _tell_over(self, ids: Iterable[str]) -> None:
         assert self.epoch is not None
@@ -349,16 +345,20 @@ class State:
         ids = [member.seat.id for member in (*staying, *newcomers)]
         if len(ids) < self.rules.min_workers and not (self.stopping or self._done):
             return
+        steps = judge.furthest(staying, 0)  # all have told by now
+        self._deaths = judge.placed(self._deaths, self._losses, steps)
+        if not self.stopping and (words := judge.deadly(self._deaths, self.rules)):
+            self.end(words)
+            return
         self.number += 1
         self.facts = current(self.facts, self.number)
         self.epoch = Epoch(
             number=self.number,
             seats=tuple(self.members[id].seat for id in ids),
-            fresh=frozenset(id for id in ids if self.members[id].step < 1 or not self.began),
+            fresh=frozenset(id for id in ids if not (self.began and self.members[id].holds)),
             losses=tuple(self.gone[id] for id in self._losses),
         )
-        self.over, self._departed, self._wanted = False, None, False
-        self._top_s, self._losses = now if self._top_s is None else self._top_s, []
+        self.over, self._departed, self._wanted, self._losses = False, None, False, []
         told = epoch_to(self.epoch)
         self.out.append(Note({"kind": "epoch", **told}))
         for id in ids:
@@ -382,8 +382,8 @@ class State:
             self.end(f"worker {id} was lost before the first step ({loss.how}: {loss.detail})")
             return
         if loss.rank >= 0:
-            self._since_step.append(loss)
-        if words := judge.deadly(self._since_step, self._top + 1, self.rules, self.epoch):
+            self._deaths += judge.placed([loss], [id], judge.furthest(self.members.values(), loss.step))
+        if words := judge.deadly(self._deaths, self.rules, self.epoch):
             self.end(words)
         self._enough(now)
 
@@ -397,7 +397,7 @@ class State:
         if self.ended is not None or self.stopping or self._unexplained or not (self.epoch or self.order):
             return
         alive, gone = sum(m.leaving is None for m in self.members.values()), tuple(self.gone.values())
-        stateless = self.began and not any(m.step >= 1 for m in self.members.values())
+        stateless = self.began and not any(m.holds for m in self.members.values())
         if judge.closing(self._staying(), gone, done=self._done, stateless=stateless):
             return
         if not stateless and alive + len(self.coming) >= self.rules.min_workers:

@@ -72,7 +72,9 @@ class Member:
     ready: bool = False
     leaving: str | None = None
     phase: str = ""
-    step: int = 0  # committed steps that it holds
+    step: int = 0  # committed steps that it holds: fewer than before where the job has gone back
+    holds: bool = False  # it has said that it holds the state of a step
+    begun_s: float | None = None  # when it began its present step; None: not as a whole, see `Pace`
     calls: int = 0
     stack: str = ""
 
@@ -81,6 +83,7 @@ class Member:
         self.heard_s += seconds
         self.moved_s += seconds
         self.cut_s += seconds if self.cut_s else 0.0
+        self.begun_s = None if self.begun_s is None else self.begun_s + seconds
 
 
 BEGINNING = {"start": "starting", "prepare": "preparing its data", "build": "building the model"}

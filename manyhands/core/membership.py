@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 SUMS = "sums"  # a phase of a step: micro-batches are added up, and what was added is kept whatever happens
+REFORM = "re-forming"  # the phase between two sets of workers
 
 
 @dataclass(frozen=True, kw_only=True)
