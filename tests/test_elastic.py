@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,13 @@ from runs import TINY, events, summary
 from trapped import Job as Traps
 
 from manyhands.core.errors import ManyhandsError
+from manyhands.core.membership import Epoch, Seat
 from manyhands.launch.chaos import Chaos, Fault, flip
+from manyhands.train import carried
+from manyhands.train.crew import Crew
 from manyhands.train.division import remaining, spans_of
 from manyhands.train.job import Job as Options
-from manyhands.train.standing import Position, conclude
+from manyhands.train.standing import Position, Standing, conclude
 from manyhands.train.tally import LOSS_STEPS
 from manyhands.train.worker import _Run
 
@@ -263,6 +267,30 @@ def test_the_job_goes_on_from_the_furthest_agreement() -> None:
         assert standing.held == {5: {"a": (3,)}}
     with pytest.raises(ManyhandsError, match="no worker"):
         conclude([positions[1]])
+
+
+def test_who_fetches_the_state_says_so_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[str, int]] = []
+
+    def fetch(address: str, version: int, moved: Callable[[], None]) -> tuple[dict[str, Any], dict[str, Any]]:
+        moved()
+        moved()
+        return {}, {"steps": 5}
+
+    membership: Any = SimpleNamespace(at=lambda phase, step: said.append((phase, step)))
+    nothing: Any = None
+    crew = Crew(membership, nothing, nothing, fetch=fetch, replica=nothing, rebuild=nothing)
+    crew.epoch = Epoch(number=3, seats=(Seat(id="w0", host="h", address="there"), Seat(id="n", host="h")))
+    loop: Any = SimpleNamespace(
+        replica=SimpleNamespace(steps=0),
+        take_facts=lambda facts: None,
+        world=SimpleNamespace(rank=1, gather=said.append),
+    )
+    monkeypatch.setattr(
+        carried, "load", lambda replica, tensors, facts, leader: setattr(replica, "steps", facts["steps"])
+    )
+    crew._hand_out(loop, Standing(steps=5, leader=0, behind=(1,)))
+    assert said == [("fetch", 0), ("fetch", 0), ("re-forming", 5), None]  # and then waits for the others
 
 
 def test_of_two_at_one_step_the_one_with_more_agreements_is_ahead() -> None:

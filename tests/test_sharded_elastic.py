@@ -262,8 +262,11 @@ def late_run(world: Any, case: dict[str, Any]) -> dict[str, Any]:
         found.append(replica.step(feed.part(1), summed).loss)
     assert replica.method.rewind() == {}
     assert replica.steps == (1 if world.rank in (1, 2) else 2)
+    said: list[tuple[str, int]] = []
+    replica.tell_phase = lambda *words: said.append(words)
     made = redivide(world, replica, again(replica, case), Standing(steps=2, leader=0), fresh=False)
     assert made is not None
+    assert set(said) == {("re-forming", 2)}  # with each lot: it goes on
     replica = made[0]
     found += [replica.step(feed.part(step), summed).loss for step in (2, 3)]
     weights = {k: v.detach().clone() for k, v in (session.whole_weights(replica) or {}).items()}

@@ -144,6 +144,18 @@ def test_the_end_of_the_epoch_ends_a_transfer_and_a_wait(offer: Offer) -> None:
         fetch(offer.address, TOKEN, 1, over=over, progress=lambda done, total: (over.set(), time.sleep(0.1)))
 
 
+def test_who_waits_hears_that_bytes_arrive(offer: Offer) -> None:
+    offer.put(1, {str(i): torch.zeros(CHUNK_BYTES) for i in range(2)}, {})
+    heard, threads = threading.Event(), list[threading.Thread]()
+
+    def moved() -> None:
+        threads.append(threading.current_thread())
+        heard.set()
+
+    fetch(offer.address, TOKEN, 1, progress=lambda done, total: heard.wait(30), moved=moved)
+    assert set(threads) == {threading.current_thread()}
+
+
 def test_several_fetch_at_once(offer: Offer) -> None:
     tensors = {"a": _random(torch.float32, 3, CHUNK_BYTES // 4)}
     offer.put(1, tensors, {})

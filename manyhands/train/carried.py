@@ -38,6 +38,11 @@ def state_of(replica: Replica) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {**facts, "agreements": getattr(replica.method, "agreements", 0)}
 
 
+def carries(replica: Replica) -> bool:
+    """Whether every worker holds all of the state, so that survivors can go on with it."""
+    return hasattr(replica.method, "adopt") and not getattr(replica.method, "divided", False)
+
+
 def fetch_s(replica: Replica) -> float:
     """Seconds that it takes a newcomer to get this state, between two processes of one machine or over a fast network."""
     return size_of(replica) / FETCH_BYTES_S

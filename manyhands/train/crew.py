@@ -15,6 +15,7 @@ the newcomer takes part in its first step with nothing to compute.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from manyhands.core.errors import PeerLost
 from manyhands.core.events import Joined, Left, Lost, Reformed, Warned
+from manyhands.core.membership import REFORM
 from manyhands.train import carried, exchange_state, saving, sharded_rebuild
 from manyhands.train.standing import Held, Position, Standing, conclude
 
@@ -82,7 +84,7 @@ class Crew:
         membership: the connection to the coordinator.
         join: makes the world of an epoch (`manyhands.wire.form.form`, with this worker's device and transport).
         offer: where this worker hands its state to others.
-        fetch: gets what a peer offers: (address, version) -> tensors and facts.
+        fetch: gets what a peer offers: (address, version, what to call as long as it comes) -> tensors and facts.
         replica: makes a replica of this job around the model.
         rebuild: for methods that can't be taken over: a replica from the last checkpoint, and what it was made of.
 
@@ -98,7 +100,7 @@ class Crew:
         join: Callable[[Epoch], World],
         offer: Offer,
         *,
-        fetch: Callable[[str, int], tuple[dict[str, Tensor], dict[str, Any]]],
+        fetch: Callable[[str, int, Callable[[], None]], tuple[dict[str, Tensor], dict[str, Any]]],
         replica: Callable[[World], Replica],
         rebuild: Callable[[World, Mapping[str, Any], int], tuple[Replica, str]],
     ) -> None:
@@ -182,7 +184,7 @@ class Crew:
         old = loop.replica
         if cause is not None:
             self.failed(cause)
-        self.membership.at("re-forming", old.steps)
+        self.membership.at(REFORM, old.steps)
         back = self._go_back(loop)
         dropped = loop.division.begun() if getattr(old.method, "drops", False) else {}
         while True:
@@ -240,6 +242,7 @@ class Crew:
     ) -> None:
         """Agree on where the job stands, and take over. Collective. Raises `PeerLost`."""
         assert self.epoch is not None
+        self.membership.at(REFORM, loop.replica.steps)  # whoever has not come so far is waited for
         still = bool(getattr(loop.replica.method, "still", False))
         standing = conclude([Position.of(data) for data in world.gather(mine.to_data())], still=still)
         if back is not None and back.undone and world.rank not in standing.behind:
@@ -259,7 +262,7 @@ class Crew:
         if redivided is not None:
             loop.replica, rebuilt = redivided
             standing = dataclasses.replace(standing, behind=(), resting=())
-        elif carries(loop.replica):
+        elif carried.carries(loop.replica):
             old, loop.replica = loop.replica, self._replica(world)
             loop.replica.adopt(old)
         else:
@@ -305,6 +308,7 @@ class Crew:
             self._waiting = standing
         if not standing.resting:
             self.receive(loop)
+            self.membership.at(REFORM, loop.replica.steps)
             loop.world.gather(None)  # nobody moves before everybody has it
             if self._offered is not None:
                 self._offered.wall_s = time.perf_counter() - self._offered.begun
@@ -315,7 +319,8 @@ class Crew:
             return False
         assert self.epoch is not None
         leader = self._waiting.leader
-        tensors, facts = self._fetch(self.epoch.seats[leader].address, self.epoch.number)
+        moved = functools.partial(self.membership.at, "fetch", loop.replica.steps)
+        tensors, facts = self._fetch(self.epoch.seats[leader].address, self.epoch.number, moved)
         carried.load(loop.replica, tensors, facts, leader)
         loop.take_facts(facts)
         self.fresh, self._waiting = False, None
@@ -413,8 +418,3 @@ def applied_by(loop: Loop) -> Mapping[str, Held]:
         for step, places in loop.division.of_rank(rank, applied[rank]).items():
             found.setdefault(seat.id, {}).setdefault(step, []).extend(places)
     return found
-
-
-def carries(replica: Replica) -> bool:
-    """Whether every worker holds all of the state, so that survivors can go on with it."""
-    return hasattr(replica.method, "adopt") and not getattr(replica.method, "divided", False)

@@ -28,13 +28,13 @@ class Enlisted:
 
     Attributes:
         join: makes the world of an epoch.
-        fetch: gets a peer's state.
+        fetch: gets a peer's state, and says as long as it comes that it does.
     """
 
     membership: Membership
     offer: Offer
     join: Callable[[Epoch], World]
-    fetch: Callable[[str, int], tuple[dict[str, Tensor], dict[str, Any]]]
+    fetch: Callable[[str, int, Callable[[], None]], tuple[dict[str, Tensor], dict[str, Any]]]
 
     def close(self) -> None:
         """Nobody gets anything from me any more."""
@@ -77,8 +77,11 @@ def enlist(job: Job, device: torch.device) -> Enlisted | None:
     def join(epoch: Epoch) -> World:
         return form(epoch, membership, device=device, transport=transport)
 
-    def get(address: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return fetch(address, token, version, over=membership.over)
+    def get(
+        address: str, version: int, moved: Callable[[], None]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        moved()  # to wait for the offer belongs to it
+        return fetch(address, token, version, over=membership.over, moved=moved)
 
     return Enlisted(membership, offer, join, get)
 

@@ -232,7 +232,7 @@ class Parts:
     def warm_up(self, replica: Replica, feed: Feed) -> None:
         """One pass for nothing: what is imported and compiled on the way keeps nobody waiting later."""
         from manyhands.core.types import Summed
-        from manyhands.train.crew import carries
+        from manyhands.train.carried import carries
         from manyhands.train.memory import is_out_of_memory, release
 
         if not carries(replica):  # its passes are everybody's

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from manyhands.core.membership import REFORM
 from manyhands.core.request import Gather
 from manyhands.exchange.combine import is_own, leaves
 from manyhands.train import carried
@@ -57,10 +58,18 @@ class Pool:
     Args:
         mine: what I hold; boxes without elements are left out.
         place: (which replica group I was in, of how many); None: I hold nothing.
+        moved: called before each lot: it goes on, however long it takes.
     """
 
-    def __init__(self, wire: Wire, mine: Sequence[Share], place: tuple[int, int] | None = None) -> None:
-        self._wire = wire
+    def __init__(
+        self,
+        wire: Wire,
+        mine: Sequence[Share],
+        place: tuple[int, int] | None = None,
+        *,
+        moved: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._wire, self._moved = wire, moved
         self._mine: dict[tuple[str, tuple[int, ...], tuple[int, ...]], Tensor] = {}
         for share in mine:
             at = (share.key, *share.box)
@@ -118,6 +127,7 @@ class Pool:
         for i, (key, _) in enumerate(wanted):
             places.setdefault(key, []).append(i)
         for lot in self._lots(asked & self.shapes.keys()):
+            self._moved()
             for key, box, values in self._gather(lot):
                 for i in places.get(key, ()):
                     target, piece = found[i], wanted[i][1]
@@ -221,7 +231,8 @@ def redivide(
             method.finish(table)
     behind = fresh or old.steps != standing.steps
     shares = [] if fresh else method.held(standing.steps)
-    pool = Pool(world.wire, shares, None if fresh else method.place)
+    place = None if fresh else method.place
+    pool = Pool(world.wire, shares, place, moved=lambda: old.tell_phase(REFORM, old.steps))
     if pool.lacking(method.required(pool)):
         return None
     counters = {"steps": old.steps, "tokens": old.tokens, "skipped": old.skipped}
@@ -253,7 +264,8 @@ def hand_over(replica: Replica, leaving: Sequence[bool]) -> None:
     mine = method.held(replica.steps)
     kept = tell(wire, [] if leaving[wire.rank] else [[s.key, *s.box] for s in mine])
     have = {(key, tuple(offset), tuple(extent)) for rows in kept for key, offset, extent in rows}
-    pool = Pool(wire, mine if leaving[wire.rank] else [])
+    given_up = mine if leaving[wire.rank] else []
+    pool = Pool(wire, given_up, moved=lambda: replica.tell_phase("change", replica.steps))
     wanted = []
     turn = itertools.cycle(stay)
     for key in sorted(pool.holders):

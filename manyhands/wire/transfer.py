@@ -138,6 +138,7 @@ def fetch(
     *,
     over: threading.Event | None = None,
     progress: Callable[[int, int], None] | None = None,
+    moved: Callable[[], None] | None = None,
     timeout_s: float = 120.0,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors (on the CPU) and facts that the worker at `address` offers as `version`, awaited.
@@ -145,6 +146,7 @@ def fetch(
     Args:
         over: the membership epoch's end; ends the transfer.
         progress: told bytes so far and bytes in all, on another thread.
+        moved: called on this thread as long as bytes arrive, not more often than every `LOOK_S`.
         timeout_s: how long to wait for the offer. The transfer itself may take any time.
 
     Raises:
@@ -160,8 +162,12 @@ def fetch(
     )
     transfer, late, deadline = _Transfer(call, progress), False, time.monotonic() + timeout_s
     transfer.start()
+    told = 0
     try:
         while not transfer.ended.wait(LOOK_S):
+            if moved is not None and transfer.messages > told:
+                told = transfer.messages
+                moved()
             late = not transfer.begun.is_set() and time.monotonic() > deadline
             if late or (over is not None and over.is_set()):
                 call.cancel()
@@ -197,6 +203,7 @@ class _Transfer(threading.Thread):
         super().__init__(name="fetch", daemon=True)
         self._call, self._progress = call, progress
         self.begun, self.ended = threading.Event(), threading.Event()
+        self.messages = 0  # that have come
         self.found: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self.error: BaseException | None = None
 
@@ -204,11 +211,16 @@ class _Transfer(threading.Thread):
         try:
             header = json.loads(next(self._call))
             self.begun.set()
-            self.found = _receive(header["tensors"], self._call, self._progress), header["facts"]
+            self.found = _receive(header["tensors"], self._counted(), self._progress), header["facts"]
         except BaseException as error:
             self.error = error
         finally:
             self.ended.set()
+
+    def _counted(self) -> Iterator[bytes]:
+        for message in self._call:
+            self.messages += 1
+            yield message
 
 
 def _receive(
