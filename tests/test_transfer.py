@@ -215,4 +215,7 @@ def test_a_call_that_never_ends_is_left(monkeypatch: pytest.MonkeyPatch, offer: 
     threading.Timer(0.1, over.set).start()
     with pytest.raises(PeerLost, match="epoch is over"):
         fetch(offer.address, TOKEN, 1, over=over)
+    monkeypatch.setattr(transfer, "SILENT_S", 0.1)
+    with pytest.raises(PeerLost, match="has sent nothing for"):  # nobody else has noticed
+        fetch(offer.address, TOKEN, 1)
     stuck.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import signal
 import sys
@@ -145,25 +146,29 @@ def _coordinate(
         )
         listen = f"{listen.rpartition(':')[0]}:0"
         coordinator = serve(awaited, calling=False)
-    if auto and before is not None and _called_back(coordinator, asked):
-        _log(AS_GIVEN)
-    elif auto and before is not None:
-        _log("none of its workers has come back: the job begins anew from its checkpoint, where it has one")
-        coordinator.stop()
-        unfinished(journal, end=True)
-        make_fresh(output, job.resume, job.sinks)
-        coordinator = serve(job, calling=False)
-    if "order" not in coordinator.facts:
-        coordinator.publish("order", Order(job, dict(origins), time.time()).to_json())
-    address = reachable(coordinator.address)
-    there = contact(address, token_file, coordinator.fingerprint, listen=coordinator.address)
-    (output / CONTACT).write_text(there, encoding="utf-8")
-    fingerprint = f" --fingerprint {coordinator.fingerprint}" if coordinator.fingerprint else ""
-    _log(f"join by: manyhands join {address} --token-file {token_file}{fingerprint}")
-    try:
-        return _see_through(coordinator, asked)
+    try:  # whatever happens: connections that nobody ends would keep this process
+        if auto and before is not None and _called_back(coordinator, asked):
+            _log(AS_GIVEN)
+        elif auto and before is not None:
+            _log(
+                "none of its workers has come back: the job begins anew from its checkpoint, where it has one"
+            )
+            coordinator.stop()
+            unfinished(journal, end=True)
+            make_fresh(output, job.resume, job.sinks)
+            coordinator = serve(job, calling=False)
+        if "order" not in coordinator.facts:
+            coordinator.publish("order", Order(job, dict(origins), time.time()).to_json())
+        address = reachable(coordinator.address)
+        there = contact(address, token_file, coordinator.fingerprint, listen=coordinator.address)
+        (output / CONTACT).write_text(there, encoding="utf-8")
+        fingerprint = f" --fingerprint {coordinator.fingerprint}" if coordinator.fingerprint else ""
+        _log(f"join by: manyhands join {address} --token-file {token_file}{fingerprint}")
+        try:
+            return _see_through(coordinator, asked)
+        finally:
+            (output / CONTACT).unlink(missing_ok=True)
     finally:
-        (output / CONTACT).unlink(missing_ok=True)
         coordinator.stop()
 
 
@@ -227,7 +232,8 @@ def _see_through(coordinator: Coordinator, asked: list[int]) -> int:
         time.sleep(0.05)
     _tell(coordinator)
     code, words = coordinator.ended
-    print(f"manyhands: {words}" if code else "manyhands: the job is done", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(f"manyhands: {words}" if code else "manyhands: the job is done", file=sys.stderr, flush=True)
     deadline = time.monotonic() + LINGER_S
     while coordinator.alive() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -255,4 +261,5 @@ def _tell(coordinator: Coordinator) -> None:
 
 
 def _log(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} manyhands: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk: the job goes on
+        print(f"{time.strftime('%H:%M:%S')} manyhands: {line}", file=sys.stderr, flush=True)

@@ -61,19 +61,22 @@ def main(arguments: Sequence[str]) -> int:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: asked.set())
     server.start()
-    where = f"serving on {server.address}" + (f", certificate {server.fingerprint}" if not plain else "")
-    _log(where + ("" if state else "; without --state nothing survives a restart"))
-    if given.ready:
-        try:
-            _announce(Path(given.ready), {"address": server.address, "fingerprint": server.fingerprint})
-        except OSError as error:
-            server.stop(0)
-            raise UsageError(f"--ready {given.ready}: {error.strerror}", "it can be written", "") from None
-    while not asked.wait(BEAT_S):
+    try:  # whatever happens: calls that nobody ends would keep this process
+        where = f"serving on {server.address}" + (f", certificate {server.fingerprint}" if not plain else "")
+        _log(where + ("" if state else "; without --state nothing survives a restart"))
         if given.ready:
-            with contextlib.suppress(OSError):  # somebody has removed it
-                os.utime(given.ready)
-    server.stop()
+            try:
+                _announce(Path(given.ready), {"address": server.address, "fingerprint": server.fingerprint})
+            except OSError as error:
+                raise UsageError(
+                    f"--ready {given.ready}: {error.strerror}", "it can be written", ""
+                ) from None
+        while not asked.wait(BEAT_S):
+            if given.ready:
+                with contextlib.suppress(OSError):  # somebody has removed it
+                    os.utime(given.ready)
+    finally:
+        server.stop()
     _log("stopped" + (f"; {state} has the state" if state else ""))
     return 0
 
@@ -185,4 +188,5 @@ def _announce(path: Path, facts: dict[str, str]) -> None:
 
 
 def _log(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} manyhands: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk: what was served goes on
+        print(f"{time.strftime('%H:%M:%S')} manyhands: {line}", file=sys.stderr, flush=True)

@@ -8,13 +8,16 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import wait
 from typing import Any
 
 from manyhands.coordinate import messages
 from manyhands.core import rpc
+from manyhands.core.aside import Aside
 from manyhands.core.errors import ManyhandsError, Superseded, UsageError
 
 FIRST_S, LONGEST_S = 0.05, 1.0  # between attempts
+SILENT_S = 12 * messages.SIGN_S  # a coordinator that says nothing for so long is not reached
 FRESH = (("grpc.use_local_subchannel_pool", 1),)  # else gRPC's own back-off outlives the channel
 
 
@@ -23,7 +26,7 @@ class Line:
 
     Args:
         greeting: makes the hello of each (re)connection.
-        hear: takes every message, in order, in this line's thread.
+        hear: takes every message, in order, in a thread of this line's.
         fatal: takes the error after which there is no coming back.
 
     Attributes:
@@ -49,7 +52,9 @@ class Line:
         self._lock = threading.Lock()
         self._out: queue.SimpleQueue[bytes | None] | None = None
         self._call: Any = None
+        self._heard_s = time.monotonic()
         self._closed = threading.Event()
+        self._threads = Aside("hear")
         self._thread = threading.Thread(target=self._run, name="coordinator", daemon=True)
 
     def start(self) -> None:
@@ -72,6 +77,7 @@ class Line:
             call.cancel()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(5.0)
+        self._threads.close()
 
     def _run(self) -> None:
         pause = FIRST_S
@@ -82,8 +88,8 @@ class Line:
             except ManyhandsError as error:
                 self._fatal(error)
                 return
-            except OSError as error:
-                self.reason = str(error)
+            except Exception as error:  # unforeseen, too: else nobody would look for it any more
+                self.reason = str(error) or repr(error)
             if self.gone_s is None:
                 self.gone_s, pause = time.monotonic(), FIRST_S
             if self._closed.wait(pause):
@@ -104,20 +110,46 @@ class Line:
                 self._call = call
             if self._closed.is_set():
                 call.cancel()
-            for data in call:
-                message = messages.unpack(data)
-                if message["op"] == "welcome":
-                    with self._lock:
-                        self._out = out
-                    self.gone_s = None
-                self._hear(message)
+            self._attend(call, out)
         except self._grpc.RpcError as error:
             self._classify(error)
         finally:
             with self._lock:
                 self._out = self._call = None
             out.put(None)
-            channel.close()
+            rpc.close_aside(channel)
+
+    def _attend(self, call: Any, out: queue.SimpleQueue[bytes | None]) -> None:
+        """Hear what is said until the call ends. A thread aside waits for it: it is left where gRPC does not tell it so."""
+        self._heard_s = time.monotonic()
+        deaf, heard = rpc.Deaf(call), self._threads.submit(self._listen, call, out)
+        while not wait((heard,), rpc.LOOK_S).done:
+            if deaf.look():
+                raise OSError("its call has ended")
+            if time.monotonic() - self._heard_s > SILENT_S:
+                call.cancel()
+                raise OSError(f"it has said nothing for {SILENT_S:.0f} s")
+        heard.result()
+
+    def _listen(self, call: Any, out: queue.SimpleQueue[bytes | None]) -> None:
+        for data in call:
+            message = messages.unpack(data)
+            with self._lock:
+                if self._call is not call:  # it was left
+                    return
+                self._heard_s = time.monotonic()
+                if message["op"] == "welcome":
+                    self._out, self.gone_s = out, None
+            if message["op"] == "tick":
+                continue
+            try:
+                self._hear(message)
+            except (LookupError, TypeError, AttributeError) as error:
+                raise messages.Garbage(  # it would say the same again
+                    f"the coordinator's {message['op']!r} cannot be understood ({error!r})",
+                    "it is of the same version",
+                    "install the same manyhands everywhere",
+                ) from error
 
     def _classify(self, error: Any) -> None:
         codes = self._grpc.StatusCode

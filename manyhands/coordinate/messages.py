@@ -4,7 +4,7 @@ A worker says hello first; the coordinator answers welcome. Whatever does not ha
 refused and changes nothing.
 
     worker       hello, beat, ready, suspect, fail, leaving, publish, ack; a launcher that joins: hello without a seat, expect, lost
-    coordinator  welcome, epoch, over, wanted, fact, stop, left, evicted, ended
+    coordinator  welcome, epoch, over, wanted, fact, stop, left, evicted, ended; tick, that it is there
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from manyhands.core.membership import Epoch, Loss, Seat
 
 METHOD = "/manyhands.Coordinator/Attend"
 VERSION = 1
+SIGN_S = 5.0  # between ticks
 MESSAGE_BYTES = 4 << 20
 KEY_LENGTH = 200
 FACT_LENGTH = 1 << 20

@@ -11,7 +11,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,13 @@ from manyhands.coordinate.messages import Garbage, Refused
 from manyhands.coordinate.state import BACK_S, State
 from manyhands.coordinate.words import Happening, Note, Rules
 from manyhands.core import rpc, tls
+from manyhands.core.aside import Aside
 from manyhands.core.errors import ManyhandsError
 from manyhands.core.membership import Epoch
 
 THREADS = 2048  # one for each connection; started as they are needed
 TICK_S = 0.05
+STOP_S = 5.0  # for gRPC to stop, and calls to end: it takes no longer, or for ever
 SLEPT_S = 1.0  # a tick that comes so late means that this process slept, not that the workers were silent
 
 
@@ -84,7 +85,7 @@ class Coordinator:
         self._calling = calling and self._state.epoch is not None
         self._orphans: dict[str, float] = {}  # expected by a launcher that may come back, and since when
         self._ended = threading.Event()
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="coordinate")
+        self._pool = Aside("coordinate", THREADS)
         settings = (("grpc.so_reuseport", 0), *rpc.options(messages.MESSAGE_BYTES))
         self._server = self._grpc.server(self._pool, options=settings)
         handler = self._grpc.stream_stream_rpc_method_handler(self._attend)
@@ -107,10 +108,10 @@ class Coordinator:
         with self._lock:
             for line in (*self._lines.values(), *self._launchers):
                 line.out.put(None)
-        self._server.stop(grace_s).wait()
+        self._server.stop(grace_s).wait(grace_s + STOP_S)
         if self._clock.is_alive():
             self._clock.join()
-        self._pool.shutdown(wait=False)
+        self._pool.close(STOP_S)
         with self._lock:  # somebody may be writing a line
             self._close()
 
@@ -360,7 +361,7 @@ class Coordinator:
         self._lock.notify_all()
 
     def _tick(self) -> None:
-        last = time.monotonic()
+        told = last = time.monotonic()
         while not self._ended.wait(TICK_S):
             with self._deciding() as (state, now):
                 if now - last > SLEPT_S:
@@ -369,6 +370,10 @@ class Coordinator:
                 last = now
                 self._give_up_orphans(state, now)
                 state.tick(now)
+                if now - told > messages.SIGN_S:
+                    told = now
+                    for line in (*self._lines.values(), *self._launchers):
+                        line.out.put({"op": "tick"})
 
     def _give_up_orphans(self, state: State, now: float) -> None:
         """Workers that were being started by a launcher whose connection has ended, and has not come back in time."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,9 @@ COMMON = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
 )
+LOOK_S = 0.25  # how often whoever waits for a call looks whether it can still end by itself
+CANCEL_S = 2.0  # for whoever reads a call's messages to be told of its end
+CLOSE_S = 0.5  # for a channel to be closed, which takes milliseconds, or for ever
 EVERYWHERE = ("0.0.0.0", "[::]", "")  # hosts to listen on that nobody is reached at
 
 
@@ -80,6 +84,26 @@ def channel(
         grpc.ssl_channel_credentials(pem),
         options=(("grpc.ssl_target_name_override", tls.name_in(pem)), *settings),
     )
+
+
+def close_aside(channel: Any) -> None:
+    """Close a channel, on a thread of its own: that waits for its calls' last operations, which may never end (grpc/grpc#20026)."""
+    thread = threading.Thread(target=channel.close, name="close", daemon=True)
+    with contextlib.suppress(RuntimeError):  # no thread can be started: the channel is left open
+        thread.start()
+        thread.join(CLOSE_S)
+
+
+class Deaf:
+    """Whether a call has ended, and whoever reads its messages was not told so (grpc/grpc#20562). Asked every `LOOK_S`."""
+
+    def __init__(self, call: Any) -> None:
+        self._call, self._looks = call, 0
+
+    def look(self) -> bool:
+        """Whether it had ended `CANCEL_S` ago; counted in looks, because this process itself may have been stopped."""
+        self._looks = 0 if self._call.is_active() else self._looks + 1
+        return self._looks * LOOK_S > CANCEL_S
 
 
 class CannotListen(UsageError):

@@ -8,10 +8,10 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from manyhands.core import errors
+from manyhands.core.aside import Aside
 from manyhands.core.errors import ManyhandsError
 from manyhands.serve import protocol
 from manyhands.serve.layout import Layout, divide
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from manyhands.serve.link import Link
+
+
+LEAVE_S = 10.0  # a server that does not hear of my leaving learns it from my silence
+HEART_S = 2.0
 
 
 class Halted(NamedTuple):
@@ -53,7 +57,7 @@ class Servers:
 
     def __init__(self, links: Sequence[Link], *, member: str, job: str, lease_s: float = 30.0) -> None:
         self._links, self.member, self.job = list(links), member, job
-        self._pool = ThreadPoolExecutor(len(links), thread_name_prefix="server")
+        self._threads = Aside("server")
         self._ended = threading.Event()
         self._lease_s = lease_s
         self._hearts = [  # one for each: a server that is gone for a while keeps no other from hearing of me
@@ -169,7 +173,6 @@ class Servers:
 
         A round or a push that some of several servers have applied, and others not yet, is finished on these.
         """
-        # not by the pool, whose threads may all be in a push that waits for somebody who is gone
         ask = {**self._who("halt"), "flush": len(self._links) == 1}
         told = [link.call(ask).header for link in self._links]
         if any(each.get("over") for each in told):
@@ -212,7 +215,7 @@ class Servers:
         for link in self._links:
             link._patience_s = 0.0
             with contextlib.suppress(ManyhandsError):
-                link.call(self._who("leave"))
+                link.call(self._who("leave"), silent_s=LEAVE_S)
         self.hang_up()
 
     def hang_up(self) -> None:
@@ -222,8 +225,8 @@ class Servers:
             link.close()
         for heart in self._hearts:
             if heart.is_alive():
-                heart.join()
-        self._pool.shutdown()
+                heart.join(HEART_S)
+        self._threads.close()
 
     def _who(self, op: str) -> dict[str, Any]:
         return {"op": op, "member": self.member, "job": self.job, "serial": self.serial}
@@ -280,11 +283,12 @@ class Servers:
     def _all(self, one: Callable[[int], Answer]) -> list[Answer]:
         if len(self._links) == 1:
             return [one(0)]
-        return list(self._pool.map(one, range(len(self._links))))
+        asked = [self._threads.submit(one, server) for server in range(len(self._links))]
+        return [answer.result() for answer in asked]
 
     def _beat(self, link: Link) -> None:
         while not self._ended.wait(self._lease_s / 3):
-            with contextlib.suppress(ManyhandsError):
+            with contextlib.suppress(Exception):  # whatever it was, the next one may be heard
                 link.call(self._who("beat"))
 
 

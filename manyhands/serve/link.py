@@ -10,10 +10,13 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from manyhands.core import errors, rpc
+from manyhands.core.aside import Aside
 from manyhands.core.errors import ManyhandsError, PeerLost, UsageError
 from manyhands.serve import protocol
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 FIRST_S, LONGEST_S = 0.05, 1.0  # between calls to a server that is gone
 HELD_S = 60.0  # a call that took longer was with a server: connecting, and keep-alive, give up sooner where there is none
+SILENT_S = 600.0  # a call of which nothing moves for so long is made again: nothing is done twice by that
 
 
 class Endpoint(NamedTuple):
@@ -45,6 +49,10 @@ class _Channel(NamedTuple):
     method: Any
 
 
+class _Silent(OSError):
+    """A call was ended by this side, because nothing moved."""
+
+
 class Link:
     """One connection to one server.
 
@@ -61,16 +69,24 @@ class Link:
         self._lock = threading.Lock()
         self._channel: _Channel | None = None
         self._closed = False
+        self._threads = Aside("call")
+        self._heard_s = -math.inf  # when an answer has come last, to any thread
         self._address = ""  # where it was at last
         self.sent_bytes = self.received_bytes = 0
 
     def call(
-        self, header: Mapping[str, Any], payload: Sequence[memoryview] = (), *, out: Tensor | None = None
+        self,
+        header: Mapping[str, Any],
+        payload: Sequence[memoryview] = (),
+        *,
+        out: Tensor | None = None,
+        silent_s: float = SILENT_S,
     ) -> Answer:
         """Ask and wait for the answer.
 
         Args:
             out: where the answer's payload goes (uint8 of its size); None: into a new tensor.
+            silent_s: how long nothing may move. After that the server counts as gone, unless it answers other calls.
 
         Raises:
             PeerLost: the server could not be reached for `patience_s`.
@@ -82,10 +98,12 @@ class Link:
         while True:
             if self._closed:
                 raise self._lost(header, "hung up")
-            used, begun_s = None, time.monotonic()
+            used, begun_s, silent = None, time.monotonic(), False
             try:
                 used = self._connect()
-                return self._once(used.method, header, payload, out)
+                answer = self._once(used.method, header, payload, out, silent_s)
+                self._heard_s = time.monotonic()
+                return answer
             except self._grpc.RpcError as error:
                 code, detail = error.code(), error.details() or ""
                 if code is codes.UNAUTHENTICATED:
@@ -97,10 +115,13 @@ class Link:
                 reason = f"{code.name}: {detail}"
             except ManyhandsError:
                 raise
+            except _Silent as error:
+                reason, silent = str(error), True
             except (OSError, ValueError) as error:  # ValueError: another thread has just closed the channel
                 reason = str(error)
             now_s = time.monotonic()
-            lost_s = now_s if now_s - begun_s > HELD_S else min(lost_s, now_s)
+            there = self._heard_s > begun_s if silent else now_s - begun_s > HELD_S
+            lost_s = now_s if there else min(lost_s, now_s)
             if now_s - lost_s >= self._patience_s:
                 raise self._lost(header, reason[:300])
             self._disconnect(used)
@@ -108,31 +129,41 @@ class Link:
             pause = min(2 * pause, LONGEST_S)
 
     def close(self) -> None:
+        """Hang up; calls of other threads end, too."""
+        self._closed = True
         with self._lock:  # a call of another thread finds no channel, and makes no new one
-            self._closed = True
-            if self._channel is not None:
-                self._channel.channel.close()
-                self._channel = None
+            used, self._channel = self._channel, None
+        if used is not None:
+            rpc.close_aside(used.channel)
+        self._threads.close()
 
     def _once(
-        self, method: Any, header: Mapping[str, Any], payload: Sequence[memoryview], out: Tensor | None
+        self,
+        method: Any,
+        header: Mapping[str, Any],
+        payload: Sequence[memoryview],
+        out: Tensor | None,
+        silent_s: float,
     ) -> Answer:
-        replies = method(protocol.messages(header, payload), metadata=self._metadata)
+        """One call. A thread aside waits for its messages: it is left where none comes any more and gRPC does not say so."""
+        reading = _Reading(out)
+        replies = method(reading.sent(protocol.messages(header, payload)), metadata=self._metadata)
         try:
-            opening = protocol.opening(replies)
-            size = opening.size_bytes
-            if out is None or not size:
-                out, view = protocol.buffer(size)
-            elif out.numel() != size:
-                raise protocol.Garbage(f"an answer of {size:,} bytes", f"{out.numel():,} were expected", "")
-            else:
-                view = protocol.view(out)
-            protocol.receive(replies, view)
+            deaf, found = rpc.Deaf(replies), self._threads.submit(reading.read, replies)
+            while not wait((found,), rpc.LOOK_S).done:
+                if self._closed:
+                    raise ConnectionAbortedError("hung up")
+                if deaf.look():
+                    raise ConnectionAbortedError("the call has ended without an answer")
+                if time.monotonic() - reading.moved_s > silent_s:
+                    raise _Silent(f"nothing has moved for {silent_s:.0f} s")
+            answer = found.result()
         finally:
+            reading.leave()
             replies.cancel()
         self.sent_bytes += sum(len(part) for part in payload)
-        self.received_bytes += size
-        return Answer(opening.header, out)
+        self.received_bytes += answer.payload.numel()
+        return answer
 
     def _lost(self, header: Mapping[str, Any], detail: str) -> PeerLost:
         at = f" at {self._address}" if self._address else ""
@@ -156,9 +187,52 @@ class Link:
     def _disconnect(self, used: _Channel | None) -> None:
         """Close the channel `used`, unless another thread has done so; a newer one of its is left alone."""
         with self._lock:
-            if self._channel is not None and self._channel is used:
-                self._channel.channel.close()
-                self._channel = None
+            if used is None or self._channel is not used:
+                return
+            self._channel = None
+        rpc.close_aside(used.channel)
+
+
+class _Reading:
+    """Reads one call's answer, until it is left: from then on nothing is written into `out` any more.
+
+    Attributes:
+        moved_s: when a message was sent or came last.
+    """
+
+    def __init__(self, out: Tensor | None) -> None:
+        self._out, self._lock, self._left = out, threading.Lock(), False
+        self.moved_s = time.monotonic()
+
+    def sent(self, messages: Iterable[bytes]) -> Iterator[bytes]:
+        """`messages`, as they are sent."""
+        for message in messages:
+            self.moved_s = time.monotonic()
+            yield message
+
+    def read(self, replies: Iterator[bytes]) -> Answer:
+        opening = protocol.opening(replies)
+        size, out = opening.size_bytes, self._out
+        if out is None or not size:
+            out, view = protocol.buffer(size)
+        elif out.numel() != size:
+            raise protocol.Garbage(f"an answer of {size:,} bytes", f"{out.numel():,} were expected", "")
+        else:
+            view = protocol.view(out)
+        protocol.receive(replies, view, writing=self._writing)
+        return Answer(opening.header, out)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._left = True
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._lock:
+            if self._left:
+                raise ConnectionAbortedError("nobody waits for it any more")
+            self.moved_s = time.monotonic()
+            yield
 
 
 def endpoints(file: str) -> Iterator[Endpoint]:

@@ -13,10 +13,12 @@ nothing is allocated for a payload whose length the receiver did not expect. Wha
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from manyhands.core.errors import ManyhandsError
@@ -130,8 +132,17 @@ def opening(stream: Iterator[bytes]) -> Opening:
     return Opening(header, size)
 
 
-def receive(stream: Iterator[bytes], out: memoryview) -> None:
-    """Fill `out` with the payload; exactly that many bytes must come. Raises `Garbage`."""
+def receive(
+    stream: Iterator[bytes],
+    out: memoryview,
+    *,
+    writing: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+) -> None:
+    """Fill `out` with the payload; exactly that many bytes must come. Raises `Garbage`.
+
+    Args:
+        writing: entered for each message's bytes, and may raise: they are not written then.
+    """
     at = 0
     for message in stream:
         if not message or len(message) > CHUNK_BYTES or at + len(message) > len(out):
@@ -140,7 +151,8 @@ def receive(stream: Iterator[bytes], out: memoryview) -> None:
                 f"a payload comes in messages of 1 to {CHUNK_BYTES:,} bytes and ends where its opening said",
                 "",
             )
-        out[at : at + len(message)] = message
+        with writing():
+            out[at : at + len(message)] = message
         at += len(message)
     if at != len(out):
         raise Garbage(f"a payload of {at:,} bytes", f"its opening said {len(out):,}", "")

@@ -14,11 +14,11 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manyhands.core import rpc, tls
+from manyhands.core.aside import Aside
 from manyhands.core.errors import ManyhandsError, UsageError
 from manyhands.serve import protocol
 from manyhands.serve.protocol import Garbage
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from manyhands.serve.journal import Durability
 
+STOP_S = 5.0  # for gRPC to stop, and calls to end
 THREADS = 1024  # one for each call that waits for others; started as they are needed
 RECEIVING = (
     8  # payloads in memory at once that are not yet part of a round; further ones wait in flow control
@@ -75,7 +76,7 @@ class Server:
         journal = Journal(state, durability) if state is not None else None
         self.shard = Shard(journal, lease_s=lease_s, interval_s=interval_s, log=log)
         self._receiving = threading.BoundedSemaphore(RECEIVING)
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="call")
+        self._pool = Aside("call", THREADS)
         self._server = grpc.server(
             self._pool, options=(("grpc.so_reuseport", 0), *rpc.options(protocol.MESSAGE_BYTES))
         )
@@ -98,9 +99,9 @@ class Server:
     def stop(self, grace_s: float = 1.0) -> None:
         """Finish calls within `grace_s`, then write what is not yet written."""
         self._ended.set()
-        self._server.stop(grace_s).wait()
+        self._server.stop(grace_s).wait(grace_s + STOP_S)
         self._janitor.join()
-        self._pool.shutdown(wait=True)
+        self._pool.close(STOP_S)
         self.shard.close()
 
     # -- how

@@ -18,7 +18,6 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from manyhands.core import config
+from manyhands.core.aside import Aside
 from manyhands.core.errors import CheckpointError, PeerLost
 from manyhands.core.request import Gather
 from manyhands.serve.client import Servers
@@ -67,7 +67,7 @@ class Served:
         self._guest = bool(replica.continues.get("guest"))
         if self._guest:  # the servers hear of me when I am one of the workers
             return
-        self._calls = ThreadPoolExecutor(1, thread_name_prefix="push")
+        self._calls = Aside("push")
         self._serial = int(replica.continues.get("serial", -1)) + 1
         self._store = store_of(str(replica.continues.get("servers", "")))
         self._loading: Mapping[str, Tensor] = replica.continues.get("optimizer", {})
@@ -295,7 +295,7 @@ class Served:
         if self._guest:
             return
         self.gradients.close()
-        self._calls.shutdown(wait=False, cancel_futures=True)
+        self._calls.close()
         self._servers.close()
 
     # -- how

@@ -15,12 +15,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from manyhands.core import rpc
+from manyhands.core.aside import Aside
 from manyhands.core.errors import ManyhandsError, PeerLost, UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ _WIDE = (  # a chunk is one frame, and several may be on their way
 FETCHERS = 16  # at once; further ones wait
 LOOK_S = 0.02
 CANCEL_S = 2.0  # for a cancelled call to end
+SILENT_S = 60.0  # a state that has begun, and of which nothing comes for so long, is not awaited any longer
 PHASE = "fetching the state"
 _SERVICE, _METHOD = "manyhands.State", "Fetch"
 _TYPES = {
@@ -69,8 +70,9 @@ class Offer:
         self._tensors: dict[str, Tensor] = {}
         self._facts: dict[str, Any] = {}
         self._closed = False
+        self._threads = Aside("offer", FETCHERS)
         self._server = grpc.server(
-            ThreadPoolExecutor(FETCHERS, thread_name_prefix="offer"),
+            self._threads,
             options=(("grpc.so_reuseport", 0), *_WIDE, *rpc.options(HEADER_BYTES)),
         )
         handler = grpc.unary_stream_rpc_method_handler(self._serve)
@@ -101,6 +103,7 @@ class Offer:
             self._closed = True
             self._changed.notify_all()
         self._server.stop(0)
+        self._threads.close()
 
     def _serve(self, request: bytes, context: Any) -> Iterator[bytes]:
         code = self._grpc.StatusCode
@@ -160,25 +163,23 @@ def fetch(
     call = channel.unary_stream(f"/{_SERVICE}/{_METHOD}")(
         json.dumps({"version": version}).encode(), metadata=rpc.bearer(token)
     )
-    transfer, late, deadline = _Transfer(call, progress), False, time.monotonic() + timeout_s
-    transfer.start()
-    told = 0
+    transfer, deadline, told = _Transfer(call, progress), time.monotonic() + timeout_s, 0
+    late = silent = False
     try:
+        transfer.start()
         while not transfer.ended.wait(LOOK_S):
             if moved is not None and transfer.messages > told:
                 told = transfer.messages
                 moved()
             late = not transfer.begun.is_set() and time.monotonic() > deadline
-            if late or (over is not None and over.is_set()):
+            silent = transfer.silent_s(LOOK_S) > SILENT_S
+            if late or silent or (over is not None and over.is_set()):
                 call.cancel()
                 transfer.ended.wait(CANCEL_S)
                 break
     finally:
         call.cancel()
-        if transfer.ended.is_set():
-            channel.close()
-        else:  # closing may wait as long
-            threading.Thread(target=channel.close, name="fetch-close", daemon=True).start()
+        rpc.close_aside(channel)
     if transfer.found is not None:
         return transfer.found
     error = transfer.error
@@ -186,6 +187,8 @@ def fetch(
         raise UsageError(f"a worker at {address}", "it knows another token", "give all workers the job's")
     if over is not None and over.is_set():
         raise PeerLost(None, PHASE, "the membership epoch is over")
+    if silent:
+        raise PeerLost(None, PHASE, f"{address} has sent nothing for {SILENT_S:.0f} s")
     if late or error is None:
         raise PeerLost(None, PHASE, f"{address} offers no state")
     if isinstance(error, grpc.RpcError):
@@ -206,18 +209,27 @@ class _Transfer(threading.Thread):
         self.messages = 0  # that have come
         self.found: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self.error: BaseException | None = None
+        self._seen = 0  # messages, when it was last asked
+        self._silent_s = 0.0
 
     def run(self) -> None:
         try:
-            header = json.loads(next(self._call))
+            messages = self._messages()
+            header = json.loads(next(messages))
             self.begun.set()
-            self.found = _receive(header["tensors"], self._counted(), self._progress), header["facts"]
+            self.found = _receive(header["tensors"], messages, self._progress), header["facts"]
         except BaseException as error:
             self.error = error
         finally:
             self.ended.set()
 
-    def _counted(self) -> Iterator[bytes]:
+    def silent_s(self, passed_s: float) -> float:
+        """How long nothing has come, after the beginning. It was looked at `passed_s` ago: this process may have been stopped."""
+        came, before, self._seen = self.messages, self._seen, self.messages
+        self._silent_s = self._silent_s + passed_s if came and came == before else 0.0
+        return self._silent_s
+
+    def _messages(self) -> Iterator[bytes]:
         for message in self._call:
             self.messages += 1
             yield message
