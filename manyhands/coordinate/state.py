@@ -347,7 +347,7 @@ class State:
             return
         steps = judge.furthest(staying, 0)  # all have told by now
         self._deaths = judge.placed(self._deaths, self._losses, steps)
-        if not self.stopping and (words := judge.deadly(self._deaths, self.rules)):
+        if not self.stopping and (words := judge.deadly(self._deaths, self.rules, self.epoch)):
             self.end(words)
             return
         self.number += 1

@@ -17,7 +17,7 @@ from manyhands.core.events import Emit, Evaluated, Event, Mended, Stepped
 from manyhands.core.membership import Seat
 from manyhands.train import asked, chaos_hook, saving
 from manyhands.train.balancing import rebalance, regroup, shares_of, take_shares
-from manyhands.train.crew import carries
+from manyhands.train.carried import carries
 from manyhands.train.division import Division
 from manyhands.train.evaluate import evaluate
 from manyhands.train.leftout import Spoilt

@@ -131,11 +131,9 @@ class ShardedModel:
         part, nominal = ready.part, ready.nominal
         self._table, self._ready = table, None
         told = Header.of(table[:, :-1])
-        norm = (
-            math.sqrt(float(table[:, -1].sum())) * nominal / told.count
-            if told.count and is_finite(float(table[:, -1].sum()))
-            else math.nan
-        )
+        square = float(table[:, -1].sum())
+        known = told.count and is_finite(square)
+        norm = math.sqrt(square) * nominal / told.count if known else math.nan
         mean, lr = math.nan, 0.0
         finite = is_finite(norm, told.loss_sum)
         if told.count:
