@@ -219,10 +219,10 @@ class Coordinator:
         if hello.get("seat") is None:
             with self._deciding() as (state, _):
                 self._launchers.append(line)
-                line.out.put({"op": "welcome", "facts": dict(state.facts)})
-                if state.ended is not None:
+                if state.ended is not None:  # heard first: a launcher that is welcomed to facts acts on them
                     kind = "failed" if state.ended[0] else "done"
                     line.out.put({"op": kind, "id": "", "detail": state.ended[1]})
+                line.out.put({"op": "welcome", "facts": dict(state.facts)})
             return
         seat = messages.seat_of(hello["seat"])
         holding = None
