@@ -352,6 +352,18 @@ def test_who_waits_for_a_long_transfer_is_not_stuck_and_who_lets_it_hang_is() ->
     assert [happening.seat_id for happening in play.happenings("evict")] == ["n"]
 
 
+def test_who_has_waited_for_a_long_transfer_is_given_time_anew_when_it_has_ended() -> None:
+    play = Play("w0", "w1", stuck_s=20.0)
+    fetching(play)
+    for _ in range(400):
+        play.wait(1.0)
+        play.beat("w0", "w1", phase="re-forming")
+        play.step(0, "n", phase="fetch")
+    play.step(5, "n", phase="re-forming")  # the others have not heard of it yet
+    play.wait(0.05)
+    assert not play.happenings("evict")
+
+
 def test_a_step_in_which_another_fetches_the_state_is_no_long_step() -> None:
     play = Play("w0", "w1", stuck_s=20.0)
     fetching(play)

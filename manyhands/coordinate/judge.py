@@ -107,6 +107,14 @@ def stuck(inside: Sequence[Member], stuck_s: float, now: float) -> Member | None
     return first if passed or all_still else None
 
 
+def spare(inside: Sequence[Member], now: float) -> None:
+    """Who re-forms while another fetches the state waits for that, and is given time anew when it has come."""
+    if any(member.phase == "fetch" and not member.ready for member in inside):
+        for member in inside:
+            if member.phase == REFORM and not member.ready:
+                member.moved_s = now
+
+
 def late(
     inside: Sequence[Member], stuck_s: float, now: float, *, over: bool, begun: bool = True
 ) -> Member | None:
@@ -117,11 +125,9 @@ def late(
         begun: a step has been measured. Before that who has stood still for longest is late, as the others wait for it, unless
             it, or one that it may be waiting for, prepares data or builds the model.
 
-    The only one (nobody else has come, is left, or has anything left to do) has time as in a slow phase. Who re-forms while
-    another fetches the state, or hands it out, waits for that.
+    The only one (nobody else has come, is left, or has anything left to do) has time as in a slow phase.
     """
-    fetching = any(m.phase == "fetch" and not m.ready for m in inside)
-    awaited = [m for m in inside if not m.ready and not (fetching and m.phase == REFORM)]
+    awaited = [m for m in inside if not m.ready]
     if not begun:
         first = min(awaited, key=lambda member: member.moved_s, default=None)
         asked = [first] if any(member.ready for member in inside) else inside

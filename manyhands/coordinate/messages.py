@@ -18,7 +18,7 @@ from manyhands.core.errors import ManyhandsError
 from manyhands.core.membership import Epoch, Loss, Seat
 
 METHOD = "/manyhands.Coordinator/Attend"
-VERSION = 1
+VERSION = 2
 SIGN_S = 5.0  # between ticks
 MESSAGE_BYTES = 4 << 20
 KEY_LENGTH = 200

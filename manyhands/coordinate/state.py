@@ -13,8 +13,7 @@ any clock in seconds that does not jump (`shift` moves it on where the whole mac
    A newcomer that has waited for `judge.ENTER_S` ends it in the middle of a step where that costs nobody's work.
 4. A worker unheard of for `hang_s` is evicted, as is one that is started and says nothing (`arrivals`). So is one that stands
    still for `stuck_s` (or five times the longest step, if that is more; see `Pace`) while the others passed it or wait for it, or,
-   where all stand still, the one that did so first; six times as long in a phase that may take long (evaluate, save, …), alone, or
-   before a step is measured.
+   where all stand still, the one that did so first; six times as long in a slow phase, alone, or before a step is measured.
 5. A step that `faults` workers die of by themselves (or `kills` per three workers of any cause) fails the job, as does one whose
    collectives fail again and again without anybody to blame; else whoever is suspected most is evicted.
 6. Where fewer than `min_workers` are alive and none comes, or nobody is left who holds the state, it fails: not when all is done.
@@ -271,6 +270,7 @@ class State:
                 self._evict(id, why, now)
         for id, why in self.coming.late(self.rules, now):
             self._evict(id, why, now)
+        judge.spare(self._staying(), now)
         limit, begun = self._pace.limit_s(self.rules.stuck_s), self._pace.longest_s is not None
         if (found := judge.late(self._staying(), limit, now, over=self.over, begun=begun)) is not None:
             self._evict(found.seat.id, judge.still(found, now), now)

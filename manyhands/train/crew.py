@@ -242,7 +242,8 @@ class Crew:
     ) -> None:
         """Agree on where the job stands, and take over. Collective. Raises `PeerLost`."""
         assert self.epoch is not None
-        self.membership.at(REFORM, loop.replica.steps)  # whoever has not come so far is waited for
+        if not self.fresh:  # who holds nothing is no sign that the job has begun
+            self.membership.at(REFORM, loop.replica.steps)
         still = bool(getattr(loop.replica.method, "still", False))
         standing = conclude([Position.of(data) for data in world.gather(mine.to_data())], still=still)
         if back is not None and back.undone and world.rank not in standing.behind:
@@ -285,9 +286,8 @@ class Crew:
         again, wall_s = max(0, goal - loop.replica.steps), time.perf_counter() - begun
         self._tell(loop, standing, made_of, wall_s, rebuilt=rebuilt, redone_steps=again)
         for rank in standing.fresh if made_of != SURVIVORS or redivided is not None else ():
-            seat = self.epoch.seats[rank]  # it has its part already
-            id, host, step = seat.id, seat.host, standing.steps
-            loop.emit(Joined(seat=id, rank=rank, host=host, step=step, size_bytes=0, wall_s=wall_s))
+            seat, step = self.epoch.seats[rank], standing.steps  # it has its part already
+            loop.emit(Joined(seat=seat.id, rank=rank, host=seat.host, step=step, size_bytes=0, wall_s=wall_s))
 
     # -- state for those who lack it
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from manyhands.core.environment import read_env
+from manyhands.core.errors import ManyhandsError, PeerLost
 from manyhands.train import session
 from manyhands.wire.solo import Solo
 from manyhands.wire.world import Member, World
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from manyhands.core.membership import Epoch, Membership
     from manyhands.train.job import Job
     from manyhands.wire.transfer import Offer
+
+
+FETCHES = 3  # that fail, before a worker ends: each ends an epoch, and the job with the sixth that nobody is to blame for
 
 
 @dataclass(frozen=True)
@@ -74,14 +78,29 @@ def enlist(job: Job, device: torch.device) -> Enlisted | None:
     assert membership is not None
     transport = session.transport_for(job.strategy.placement, job.transport)
 
+    missed = 0  # attempts to fetch the state, in a row
+
     def join(epoch: Epoch) -> World:
         return form(epoch, membership, device=device, transport=transport)
 
     def get(
         address: str, version: int, moved: Callable[[], None]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        nonlocal missed
         moved()  # to wait for the offer belongs to it
-        return fetch(address, token, version, over=membership.over, moved=moved)
+        try:
+            found = fetch(address, token, version, over=membership.over, moved=moved)
+        except PeerLost as lost:
+            missed += not membership.over.is_set()  # else somebody else was lost meanwhile
+            if missed < FETCHES:
+                raise
+            raise ManyhandsError(
+                f"the job's state cannot be fetched from {address}: {lost} ({missed} times in a row)",
+                "who takes part needs it, and the others wait for that",
+                "see to the network between these hosts, and join again",
+            ) from lost
+        missed = 0
+        return found
 
     return Enlisted(membership, offer, join, get)
 

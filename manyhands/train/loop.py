@@ -359,7 +359,9 @@ class Loop:
         if self.eval_rows is None:
             return
         start = time.perf_counter()
-        with self.interrupts.phase("evaluate", interruptible=False), self.replica.agreed():
+        # without a coordinator those who are not asked do not hear of it: nobody waits for the end of their shares
+        alone = self.crew is None and not getattr(self.replica.method, "divided", False)
+        with self.interrupts.phase("evaluate", interruptible=alone), self.replica.agreed():
             metrics = evaluate(
                 self.replica.model,
                 self.task,

@@ -285,6 +285,7 @@ def _accumulate(
         if keeps:
             spent_s, left = time.perf_counter() - begun, len(part.micro_batches) - i
             replica.tell_left(0.0 if final else spent_s / max(1, i) * left)
+        replica.tell_pass()
         stopwatch = Stopwatch(replica.device)
 
         def run(piece: Batch, begin: int, final: bool, last: bool = last, place: int = place) -> Reading:

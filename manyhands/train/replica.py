@@ -159,6 +159,10 @@ class Replica:
             self._open = worth
             self.tell_phase(SUMS if worth else "step", self.steps)
 
+    def tell_pass(self) -> None:
+        """One more pass begins: a step may take long, and whoever goes on with it does not stand still."""
+        self.tell_phase(SUMS if self._open else "step", self.steps)
+
     @property
     def interrupted(self) -> bool:
         """Somebody was lost: this set of workers will not finish the step."""

@@ -330,6 +330,7 @@ class ShardedModel:
         for i, each in enumerate(passes):
             if replica.interrupted:
                 raise PeerLost(None, "forward", "the set of workers has changed")
+            replica.tell_pass()
             layout.begin_pass(
                 last=i == len(passes) - 1,
                 reduce=self._placement.accumulate == "sharded",
@@ -375,7 +376,6 @@ class ShardedModel:
 
     def _begin_anew(self, passes: Sequence[Pass], part: Part, short: str) -> ManyhandsError:
         """After a pass of mine found no memory, in which the others wait for me: all meet again, and have smaller ones."""
-        memory.release()
         rows = max((rows_of(each.batch) for each in passes), default=0)
         replica, what = self._replica, f"no memory for a forward and backward of {rows} rows: {short}"
         if replica.over is not None and part.divisible and rows > 1:

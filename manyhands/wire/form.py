@@ -94,8 +94,9 @@ class _Board:
 def _store(epoch: Epoch, membership: Membership, board: _Board, watch: Watch, *, one_host: bool) -> Any:
     """A store of this epoch alone, served by rank 0 on a free port."""
     phase, patience = "meeting", timedelta(seconds=MEET_S)
+    mine = epoch.seats[0].id == membership.me.id
     try:
-        if epoch.seats[0].id == membership.me.id:
+        if mine:
             host = "127.0.0.1" if one_host else _address_of_mine(membership)
             store = watch.call(
                 lambda: TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience), phase
@@ -108,7 +109,7 @@ def _store(epoch: Epoch, membership: Membership, board: _Board, watch: Watch, *,
             phase,
         )
     except RuntimeError as error:
-        raise watch.failed(phase, 0, str(error).split("\n")[0]) from error
+        raise watch.failed(phase, None if mine else 0, str(error).split("\n")[0]) from error
 
 
 def _address_of_mine(membership: Membership) -> str:

@@ -129,6 +129,8 @@ class GroupWire:
             if isinstance(request, Swap):
                 return SwapFlying(self, request.tensor, partner(self.rank, self.size, request.key))
             return SumFlying(self, request.tensor)
+        except torch.OutOfMemoryError:  # of mine, and nobody's loss
+            raise
         except RuntimeError as error:
             raise self.lost(error) from error
 

@@ -191,7 +191,7 @@ class SharedWire:
             if waited_s > self._timeout_s:
                 raise self._lost(rank, f"no sign for {waited_s:.0f} s")
 
-    def _lost(self, rank: int, detail: str) -> PeerLost:
+    def _lost(self, rank: int | None, detail: str) -> PeerLost:
         if self._watch is None:
             return PeerLost(rank, self.phase, detail)
         if self._round:
@@ -348,7 +348,7 @@ class SharedWire:
         try:
             return what() if self._watch is None else self._watch.call(what, self.phase)
         except RuntimeError as error:
-            raise self._lost(0, str(error).split("\n")[0]) from error
+            raise self._lost(0 if self.rank else None, str(error).split("\n")[0]) from error
 
     def _share(self, size_bytes: int, makers: Sequence[int] | None = None) -> list[mmap.mmap]:
         """One segment of each rank of `makers` (None: of all), in that order, each mapped by all."""
