@@ -3,7 +3,7 @@
 Entry point ``traps:main``. $TRAPS is JSON: `directory`, where it tells what it meets, and `traps`, each with the `seat` that walks
 into it and the `place`: a phase as the worker tells it, or one of `INSIDE`; `step`: only after so many steps; `act`: "stop"
 (default: the thread stops there for good, other threads live on), "exit" (an exception), "wait" (until the file `open` is there),
-"asked" (until a signal asks it to end) or "newcomer" (until one waits to be taken in);
+"asked" (until a signal asks it to end) or "newcomer" (until one waits to be taken in, or is);
 or what becomes of a forward pass: "nan" (its loss), "nan-gradient" (its gradient alone), "nan-parameter" (the model, before
 it), "oom" (the process, as if by the kernel for memory, of which the launcher reads in the file `oom`), "no-memory" (an
 allocation in it fails), "no-memory-late" (one in its backward, which has handed over gradients), "rows" (nothing: they are told).
@@ -56,7 +56,9 @@ class Traps:
     def _over(self, act: str) -> bool:
         """Whether what a trap waits for has come."""
         if act == "newcomer":
-            return bool(self.member.change_wanted)
+            return (
+                bool(self.member.change_wanted) or len(self.member._epoch.seats) > 1
+            )  # it may be in already
         if act == "asked":
             return self.asked
         return act == "wait" and (self.directory / "open").exists()

@@ -28,6 +28,7 @@ from manyhands.core.membership import Epoch
 THREADS = 2048  # one for each connection; started as they are needed
 TICK_S = 0.05
 STOP_S = 5.0  # for gRPC to stop, and calls to end: it takes no longer, or for ever
+HEARD_S = 3.0  # for workers to hear that the job stops, before we hang up
 SLEPT_S = 1.0  # a tick that comes so late means that this process slept, not that the workers were silent
 
 
@@ -104,6 +105,9 @@ class Coordinator:
 
     def stop(self, grace_s: float = 0.2) -> None:
         """Hang up. Workers try to come back for a while: another coordinator may go on from the journal."""
+        with self._lock:
+            if self._state.stopping:  # who has not heard so would look for us for a minute
+                self._lock.wait_for(lambda: all(li.acknowledged for li in self._lines.values()), HEARD_S)
         self._ended.set()
         with self._lock:
             for line in (*self._lines.values(), *self._launchers):
@@ -263,6 +267,7 @@ class Coordinator:
             with self._deciding() as (state, now):
                 if self._lines.get(line.id) is line:
                     del self._lines[line.id]
+                    self._lock.notify_all()
                     if not self._ended.is_set():
                         state.cut(line.id, now)
                 elif line in self._launchers:
