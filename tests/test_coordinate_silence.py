@@ -90,18 +90,23 @@ def test_sleep_of_the_whole_machine_is_no_silence() -> None:
     assert play.happenings("evict") == []
 
 
+def passed(play: Play, steps: range) -> None:
+    """w0 makes these steps, four seconds each, and w1, whose heart beats on, none: it is given up."""
+    for step in steps:
+        play.wait(4.0)
+        play.beat("w1")
+        play.step(step, "w0")
+    play.wait(4.0)
+    assert [happening.seat_id for happening in play.happenings("evict")] == ["w1"]
+
+
 def test_a_pause_is_no_step_that_took_so_long_and_no_time_to_come_back() -> None:
     play = Play("w0", "w1", stuck_s=20.0)
     play.wait(1.0)
     play.step(2)
     play.state.shift(3600.0)  # Ctrl-Z, and on the next day fg
     play.now += 3600.0
-    for step in range(3, 7):
-        play.wait(4.0)
-        play.beat("w1")
-        play.step(step, "w0")
-    play.wait(4.0)
-    assert [happening.seat_id for happening in play.happenings("evict")] == ["w1"]
+    passed(play, range(3, 7))
     state = State(Rules(hang_s=10.0))
     state.adopt(play.epoch, 0.0)  # of before a restart: nobody's connection has ended
     state.shift(5.0)
@@ -111,12 +116,7 @@ def test_a_pause_is_no_step_that_took_so_long_and_no_time_to_come_back() -> None
 
 def test_a_thread_that_stands_still_while_the_others_pass_is_stuck() -> None:
     play = Play("w0", "w1", stuck_s=20.0)
-    for step in range(2, 6):
-        play.wait(4.0)
-        play.beat("w1")
-        play.step(step, "w0")
-    play.wait(4.0)
-    assert [happening.seat_id for happening in play.happenings("evict")] == ["w1"]
+    passed(play, range(2, 6))
     assert "stood still in step 2" in play.state.gone["w1"].detail
 
 
